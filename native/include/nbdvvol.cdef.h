@@ -1,0 +1,209 @@
+/*
+ * The whole C API of the data plane, in the subset of C that cffi's cdef() reads: no guards, no
+ * includes, no attributes. C code includes it through nbdvvol.h, Python through dataplane/ffi.py.
+ *
+ * Threads: every nv_plane_* / nv_object_* / nv_volume_* / nv_connection_* function is called from the
+ * one Python thread that created the plane. Reactors are the plane's own pthreads; they never call
+ * back, they only fill event rings and write the event fd.
+ *
+ * Returns: 0 or a count; failure is -errno, with a sentence for people in nv_last_error().
+ * All sizes and offsets are bytes.
+ */
+#define NV_API_VERSION 1
+
+/* ---- events: C -> Python, fixed 64-byte records ---- */
+#define NV_EVENT_JOB_DONE 1          /* token = the job's; result 0 or -errno; args[0] = bytes done */
+#define NV_EVENT_VOLUME_CHANGED 2    /* every reactor runs the new description, older I/O has drained */
+#define NV_EVENT_VOLUME_CLOSED 3     /* drained; no request of it is anywhere in the plane */
+#define NV_EVENT_OBJECT_CLOSED 4
+#define NV_EVENT_CONNECTION_CLOSED 5 /* token = the connection's; result = why (0 = DISC or clean EOF) */
+#define NV_EVENT_TLS_READY 6         /* TLS handshake done; nv_tls_identity() answers */
+#define NV_EVENT_TLS_OPTION 7        /* one whole option waits; read it, then nv_tls_reply() */
+#define NV_EVENT_SYNC_FAILED 8       /* an object's sync failed: latched; args[0] = object, result = -errno */
+#define NV_EVENT_MAP_FAULT 9         /* reserved: token completes it; args = vvol offset, length, map version */
+
+typedef struct {
+    uint32_t kind;
+    int32_t result;
+    uint64_t token;
+    uint32_t volume;
+    uint32_t reactor;
+    uint64_t args[5];
+} nv_event;
+
+/* ---- plane ---- */
+#define NV_PLANE_LOCK_MEMORY 1       /* mlockall(ON_FAULT), where it may */
+#define NV_PLANE_IO_FLUSHER 2        /* prctl(PR_SET_IO_FLUSHER), where it may */
+
+typedef struct {
+    uint32_t reactors;               /* 1..NV_REACTORS_MAX */
+    int32_t cpu_first;               /* pin reactor i to cpu_first + i; -1: do not pin */
+    uint32_t spin_us;                /* longest busy wait before sleeping in the ring */
+    uint32_t flags;
+    uint64_t pool_bytes;             /* shared I/O buffers of each reactor */
+    uint32_t connections_max;
+    uint32_t reserved;
+} nv_plane_config;
+
+typedef struct {                     /* what the kernel offers and what is in use, for `doctor` */
+    uint32_t defer_taskrun;
+    uint32_t registered_ring;
+    uint32_t registered_files;
+    uint32_t send_vectorized;
+    uint32_t memory_locked;
+    uint32_t io_flusher;
+    uint32_t reserved[10];
+} nv_features;
+
+typedef struct {                     /* one reactor's counters since start */
+    uint64_t enters;                 /* io_uring_enter calls */
+    uint64_t sleeps;
+    uint64_t requests;
+    uint64_t batches;
+    uint64_t submissions;            /* ring entries */
+    uint64_t copies_bytes;           /* payload bytes copied by user-space memcpy */
+    uint64_t connections;
+    uint64_t pool_free_bytes;
+    uint64_t pool_waits;             /* requests that had to wait for a buffer */
+    uint64_t reserved[7];
+} nv_reactor_stats;
+
+typedef struct nv_plane nv_plane;
+
+int nv_api_version(void);
+const char *nv_last_error(void);
+nv_plane *nv_plane_create(const nv_plane_config *config);   /* NULL: errno and nv_last_error() */
+void nv_plane_destroy(nv_plane *plane);                     /* drains, closes everything, joins */
+int nv_plane_event_fd(nv_plane *plane);
+int nv_plane_events(nv_plane *plane, nv_event *out, int max);
+int nv_plane_features(nv_plane *plane, nv_features *out);
+int nv_plane_reactor_stats(nv_plane *plane, uint32_t reactor, nv_reactor_stats *out);
+
+/* ---- objects: an open file or device of a datastore ---- */
+#define NV_OBJECT_DIRECT 1           /* the fd was opened with O_DIRECT */
+#define NV_OBJECT_BLOCK 2            /* a block device */
+#define NV_OBJECT_READ_ONLY 4
+
+#define NV_JOB_READ 1
+#define NV_JOB_WRITE 2
+#define NV_JOB_ZERO 3                /* write real zeros where the backend cannot promise them, then sync */
+#define NV_JOB_SYNC 4
+
+int nv_object_open(nv_plane *plane, int fd, uint32_t flags, uint32_t align, uint64_t size,
+                   uint32_t *object);                       /* dups fd; align: O_DIRECT alignment or 1 */
+int nv_object_close(nv_plane *plane, uint32_t object, uint64_t token);
+int nv_object_set_size(nv_plane *plane, uint32_t object, uint64_t size);
+int nv_object_clear_fault(nv_plane *plane, uint32_t object);
+int nv_object_job(nv_plane *plane, uint32_t object, uint32_t op, void *buffer, uint64_t offset,
+                  uint64_t length, uint64_t token);         /* buffer stays the caller's until JOB_DONE */
+
+/* ---- volume description: a versioned flat record, native byte order, validated in C ---- */
+#define NV_DESC_MAGIC 0x4456564e     /* "NVVD" */
+#define NV_DESC_VERSION 1
+#define NV_VOLUME_READ_ONLY 1
+#define NV_VOLUME_ROTATIONAL 2
+#define NV_LEG_IN_SYNC 0
+#define NV_LEG_STALE 1
+#define NV_LEG_SYNCING 2
+#define NV_RUN_MAPPED 0
+#define NV_RUN_ZERO 1
+#define NV_RUN_WRITE_PROTECTED 2
+
+typedef struct {
+    uint32_t magic;
+    uint32_t version;
+    uint64_t length;                 /* of the whole record */
+    uint8_t uuid[16];
+    uint64_t size;
+    uint64_t epoch;
+    uint64_t generation;
+    uint64_t map_from;               /* the map version this change starts from (0: new volume) */
+    uint64_t map_to;                 /* the map version it leads to */
+    uint32_t flags;
+    uint32_t block_min;
+    uint32_t leg_count;              /* 1 until mirrors are built */
+    uint32_t reserved[7];
+} nv_desc_header;                    /* 112 bytes; legs follow, then the runs of leg 0, of leg 1, ... */
+
+typedef struct {
+    uint32_t id;
+    uint32_t state;
+    uint64_t run_count;
+} nv_desc_leg;
+
+typedef struct {                     /* sorted by offset, gapless, covering [0, size) */
+    uint64_t offset;                 /* in the VVol */
+    uint64_t length;
+    uint64_t object_offset;
+    uint32_t object;
+    uint32_t state;
+} nv_desc_run;
+
+typedef struct {
+    uint64_t reads;
+    uint64_t writes;
+    uint64_t flushes;
+    uint64_t trims;
+    uint64_t zeroes;
+    uint64_t others;
+    uint64_t read_bytes;
+    uint64_t write_bytes;
+    uint64_t errors;
+    uint64_t in_flight;
+    uint64_t connections;
+    uint64_t reserved[5];
+} nv_volume_stats_t;
+
+int nv_volume_open(nv_plane *plane, const void *desc, uint64_t length, uint32_t *volume);
+int nv_volume_change(nv_plane *plane, uint32_t volume, const void *desc, uint64_t length, uint64_t token);
+int nv_volume_close(nv_plane *plane, uint32_t volume, uint64_t token);
+int nv_volume_stats(nv_plane *plane, uint32_t volume, nv_volume_stats_t *out);
+
+/* ---- connections: from GO / EXPORT_NAME on ---- */
+#define NV_CONN_STRUCTURED 1
+#define NV_CONN_EXTENDED 2
+#define NV_CONN_READ_ONLY 4
+#define NV_CONTEXT_BASE_ALLOCATION 1
+#define NV_CONTEXTS_MAX 8
+
+typedef struct {
+    uint32_t id;                     /* chosen by the haggling, unique in this connection */
+    uint32_t kind;
+} nv_context;
+
+typedef struct {
+    uint32_t flags;
+    uint32_t tflags;                 /* the transmission flags this client was told */
+    uint32_t block_min;              /* requests must be multiples of it (1: any) */
+    uint32_t payload_max;            /* the advertised maximum payload */
+    uint32_t context_count;
+    uint32_t reserved;
+    nv_context contexts[8];
+} nv_connection_params;
+
+/* On success the plane owns fd. `early`: bytes that the haggling already read past the last option. */
+int nv_connection_open(nv_plane *plane, int fd, uint32_t volume, const nv_connection_params *params,
+                       const void *early, uint64_t early_length, uint64_t token, uint32_t *connection);
+int nv_connection_close(nv_plane *plane, uint32_t connection);   /* hang up once what is in flight is done */
+
+/* ---- TLS: C owns the socket from the STARTTLS acknowledgement on ---- */
+typedef struct nv_tls_context nv_tls_context;
+
+#define NV_TLS_VERIFY_CLIENT 1       /* a client certificate is required and checked against the CA */
+
+nv_tls_context *nv_tls_context_create(void);
+int nv_tls_context_x509(nv_tls_context *context, const char *ca_file, const char *cert_file,
+                        const char *key_file, uint32_t flags);
+int nv_tls_context_psk(nv_tls_context *context, const char *keys_file);   /* lines IDENTITY:HEX */
+void nv_tls_context_free(nv_tls_context *context);                         /* counted: live connections keep it */
+
+#define NV_TLS_CONTINUE 0
+#define NV_TLS_CLOSE 1               /* send the bytes, then close */
+#define NV_TLS_ENTER 2               /* send the bytes, then the transmission phase on `volume` */
+
+int nv_tls_open(nv_plane *plane, int fd, nv_tls_context *context, uint32_t timeout_ms, uint64_t token,
+                uint32_t *connection);
+int nv_tls_identity(nv_plane *plane, uint32_t connection, char *out, uint64_t size);
+int nv_tls_option(nv_plane *plane, uint32_t connection, uint32_t *option, void *out, uint64_t size);
+int nv_tls_reply(nv_plane *plane, uint32_t connection, const void *bytes, uint64_t length, uint32_t action,
+                 uint32_t volume, const nv_connection_params *params);

@@ -1,0 +1,278 @@
+"""The data plane as the rest of Python sees it: plain types and one protocol, no cffi.
+
+`plane.py` implements `DataPlane` over the C library; tests may implement it in pure Python. Nothing
+here touches a data byte. All sizes and offsets are bytes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class PlaneConfig:
+    """How many reactors, and how they wait."""
+
+    reactors: int = 1
+    cpu_first: int | None = None
+    spin_us: int = 50
+    pool_bytes: int = 64 << 20
+    connections_max: int = 4096
+    lock_memory: bool = True
+
+
+class RunState(enum.IntEnum):
+    """State of an extent run (DESIGN: map)."""
+
+    MAPPED = 0
+    ZERO = 1
+    WRITE_PROTECTED = 2
+
+
+class LegState(enum.IntEnum):
+    """State of a leg."""
+
+    IN_SYNC = 0
+    STALE = 1
+    SYNCING = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run of extents: VVol [offset, offset+length) lives in `object` from `object_offset` on."""
+
+    offset: int
+    length: int
+    object: int
+    object_offset: int
+    state: RunState = RunState.MAPPED
+
+
+@dataclass(frozen=True, slots=True)
+class LegDescription:
+    """One leg: its runs are sorted, gapless and cover the VVol."""
+
+    id: int
+    state: LegState
+    runs: tuple[Run, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class VolumeDescription:
+    """What C runs (native/include/nbdvvol.cdef.h, nv_desc_header)."""
+
+    uuid: bytes
+    size: int
+    epoch: int
+    generation: int
+    map_from: int
+    map_to: int
+    legs: tuple[LegDescription, ...]
+    read_only: bool = False
+    rotational: bool = False
+    block_min: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class ContextId:
+    """A selected meta context and the id the haggling gave it."""
+
+    id: int
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionParams:
+    """What the haggling agreed with one client."""
+
+    structured: bool = False
+    extended: bool = False
+    read_only: bool = False
+    tflags: int = 0
+    block_min: int = 1
+    payload_max: int = 32 << 20
+    contexts: tuple[ContextId, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionEnd:
+    """Why a connection ended: 0 is DISC or a clean end of stream, else an errno."""
+
+    errno: int
+
+
+class TlsAction(enum.IntEnum):
+    """What follows a reply to a decrypted option."""
+
+    CONTINUE = 0
+    CLOSE = 1
+    ENTER = 2
+
+
+@dataclass(frozen=True, slots=True)
+class TlsOption:
+    """One decrypted option."""
+
+    option: int
+    payload: bytes
+
+
+class TlsConnection(Protocol):
+    """A socket that C owns since the STARTTLS acknowledgement, still haggling."""
+
+    async def ready(self) -> str:
+        """Wait for the TLS handshake; return the peer's identity (certificate name or PSK identity).
+
+        An anonymous peer gives "". Raises ConnectionError when the handshake fails or times out."""
+
+    async def option(self) -> TlsOption:
+        """Wait for the next whole option. Raises ConnectionError when the client is gone."""
+
+    def reply(
+        self,
+        data: bytes,
+        action: TlsAction = TlsAction.CONTINUE,
+        *,
+        volume: int | None = None,
+        params: ConnectionParams | None = None,
+    ) -> None:
+        """Answer the last option; with ENTER, go on to the transmission phase on `volume`."""
+
+    closed: asyncio.Future[ConnectionEnd]
+
+
+@dataclass(frozen=True, slots=True)
+class VolumeStats:
+    """Counters of one volume since it was opened."""
+
+    reads: int = 0
+    writes: int = 0
+    flushes: int = 0
+    trims: int = 0
+    zeroes: int = 0
+    others: int = 0
+    read_bytes: int = 0
+    write_bytes: int = 0
+    errors: int = 0
+    in_flight: int = 0
+    connections: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ReactorStats:
+    """Counters of one reactor since start."""
+
+    enters: int = 0
+    sleeps: int = 0
+    requests: int = 0
+    batches: int = 0
+    submissions: int = 0
+    copies_bytes: int = 0
+    connections: int = 0
+    pool_free_bytes: int = 0
+    pool_waits: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TlsConfig:
+    """Files of the server's TLS identity; either kind or both."""
+
+    ca_file: str | None = None
+    cert_file: str | None = None
+    key_file: str | None = None
+    verify_client: bool = True
+    psk_file: str | None = None
+
+
+class TlsContext(Protocol):
+    """An opaque, loaded TLS identity."""
+
+    def close(self) -> None:
+        """Drop this reference; live connections keep theirs."""
+
+
+SyncFailedHandler = Callable[[int, int], None]
+"""Called with (object, errno) once an object's sync has failed and latched."""
+
+
+class DataPlane(Protocol):
+    """The reactors of one filter. Created inside a running event loop; every method is called there.
+
+    Failures raise `errors.PlaneError` (an OSError with errno and the C side's sentence)."""
+
+    on_sync_failed: SyncFailedHandler | None
+
+    def open_object(self, fd: int, *, size: int, direct: bool, block: bool, read_only: bool, align: int) -> int:
+        """Give the plane a duplicate of `fd`; return the object's number."""
+
+    async def close_object(self, obj: int) -> None:
+        """Close an object that no volume uses any more."""
+
+    def set_object_size(self, obj: int, size: int) -> None:
+        """Tell the plane that the object grew."""
+
+    def clear_fault(self, obj: int) -> None:
+        """The operator accepts what a failed sync may have lost: FLUSH works again."""
+
+    async def read(self, obj: int, offset: int, length: int) -> bytes:
+        """Read metadata (at most 1 MiB) in the object's own I/O mode."""
+
+    async def write(self, obj: int, offset: int, data: bytes, *, sync: bool = True) -> None:
+        """Write metadata (at most 1 MiB), durable on return when `sync`."""
+
+    async def zero(self, obj: int, offset: int, length: int) -> None:
+        """Write zeros over any length, durable on return (scrubbing)."""
+
+    async def sync(self, obj: int) -> None:
+        """Make everything written to the object durable."""
+
+    def open_volume(self, desc: VolumeDescription) -> int:
+        """Validate and run a description; return the volume's number."""
+
+    async def change_volume(self, volume: int, desc: VolumeDescription) -> None:
+        """Replace a running description; returns once all reactors use it and older I/O drained."""
+
+    async def close_volume(self, volume: int) -> None:
+        """End its connections (ESHUTDOWN to new requests), drain, forget it."""
+
+    def volume_stats(self, volume: int) -> VolumeStats:
+        """Counters of a volume."""
+
+    def open_connection(
+        self, fd: int, volume: int, params: ConnectionParams, early: bytes = b""
+    ) -> asyncio.Future[ConnectionEnd]:
+        """Hand a socket over for the transmission phase; C owns a duplicate of `fd`, the caller closes its own.
+
+        The future completes when the connection has ended and nothing of it is in flight."""
+
+    def load_tls(self, config: TlsConfig) -> TlsContext:
+        """Load certificates and keys. Raises PlaneError that names the bad file."""
+
+    def open_tls(self, fd: int, context: TlsContext, timeout_ms: int) -> TlsConnection:
+        """Hand a socket over right after the STARTTLS acknowledgement was sent; C owns a duplicate of `fd`."""
+
+    def reactor_stats(self) -> list[ReactorStats]:
+        """Counters, one entry a reactor."""
+
+    def features(self) -> dict[str, bool]:
+        """What the kernel offers and what is in use."""
+
+    async def close(self) -> None:
+        """End every connection after its in-flight requests finished; stop the reactors."""
+
+
+@dataclass(slots=True)
+class ObjectSpec:
+    """How to open a datastore object; used by datastores/."""
+
+    path: str
+    size: int = 0
+    direct: bool = False
+    read_only: bool = False
+    block: bool = False
+    align: int = 1
+    extra: dict[str, str] = field(default_factory=dict)

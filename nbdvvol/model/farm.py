@@ -1,0 +1,218 @@
+"""The farm file (DESIGN.md section 7): what an operator declares. `farmfile.py` reads YAML into it.
+
+Cross references and "not built yet" refusals are checked here too, so that the API and the YAML reader
+agree; `farmfile.py` adds positions.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, StringConstraints, field_validator
+
+from nbdvvol.model.base import Model
+from nbdvvol.model.units import Duration, Name, PositiveSize, Size
+
+EXTENT_SIZE_DEFAULT = 1 << 20
+
+
+class VVolType(enum.StrEnum):
+    """What a VVol is for (VASA's words)."""
+
+    DATA = "data"
+    CONFIG = "config"
+    SWAP = "swap"
+    MEMORY = "memory"
+    OTHER = "other"
+
+
+class TlsMode(enum.StrEnum):
+    """How a host's TCP listener treats TLS (NBD spec: NOTLS, SELECTIVETLS without secrets, FORCEDTLS)."""
+
+    NONE = "none"
+    OPTIONAL = "optional"
+    REQUIRED = "required"
+
+
+class ControlTls(Model):
+    """Files of control's own HTTPS identity."""
+
+    cert: str
+    key: str
+    client_ca: str | None = None
+
+
+class ControlConfig(Model):
+    """Where control listens: `unix:PATH` (always there) and optionally `https://ADDRESS:PORT`."""
+
+    listen: str = "unix:./run/control.sock"
+    tls: ControlTls | None = None
+    tokens: str | None = None
+    """File of API tokens, one `NAME TOKEN` a line; needed for https."""
+    group: str | None = None
+    """Unix group whose members may use the socket, besides root and control's own user."""
+
+
+class HostListen(Model):
+    """A host filter's TCP listener for NBD clients."""
+
+    address: str
+    """`ADDRESS:PORT`; IPv6 in brackets."""
+    tls: TlsMode = TlsMode.REQUIRED
+    """`none` and `optional` are taken only on loopback addresses unless `plaintext` says otherwise."""
+    plaintext: bool = False
+    """Allow unencrypted clients from beyond this machine: everybody who can connect sees every VVol of the host."""
+
+
+class HostConfig(Model):
+    """A host: its credential and, optionally, its TCP listener."""
+
+    token_file: str | None = None
+    """The host's own token; left out, control makes one under its state directory."""
+    certificate: str | None = None
+    """Common name of the host's client certificate, instead of a token (https only)."""
+    listen: HostListen | None = None
+    reactors: int = Field(default=1, ge=1, le=64)
+    spin_us: int = Field(default=50, ge=0, le=10_000)
+
+
+class TlsFiles(Model):
+    """TLS identity that filters show to VMs: a directory with ca-cert.pem, server-cert.pem, server-key.pem; a PSK file."""
+
+    certs: str | None = None
+    psk: str | None = None
+    """GnuTLS psktool format, one `identity:hexkey` a line; the identity selects the VM."""
+    verify_client: bool = True
+    """Require a client certificate; its common name selects the VM."""
+
+
+class DatastoreKind(enum.StrEnum):
+    """Kinds of datastores. `nbd`, `farm` and `image` come with later work."""
+
+    FILE = "file"
+    DIR = "dir"
+    BLOCK = "block"
+    NBD = "nbd"
+
+
+class IoMode(enum.StrEnum):
+    """Page cache or O_DIRECT. `auto`: direct where other hosts can write, buffered otherwise."""
+
+    AUTO = "auto"
+    BUFFERED = "buffered"
+    DIRECT = "direct"
+
+
+class DatastoreConfig(Model):
+    """A place that holds bytes."""
+
+    kind: DatastoreKind
+    path: str | None = None
+    uri: str | None = None
+    size: PositiveSize | None = None
+    """kind file: created with this size when it is missing; grown to it when larger than before."""
+    hosts: list[Name] | None = None
+    """Hosts that see it; left out, all."""
+    io: IoMode = IoMode.AUTO
+    extent_size: PositiveSize = EXTENT_SIZE_DEFAULT
+    metadata: bool = False
+    """Adopted devices may keep their companion metadata here."""
+    format: Literal["blank", "force"] = "blank"
+    """`blank`: only a device whose bytes are all zero where the header goes is formatted; `force`: any."""
+
+
+class MirrorConfig(Model):
+    """Comes with its own issue; refused by name until then."""
+
+    legs: list[Name] = Field(min_length=1, max_length=8)
+    read: Literal["least-outstanding", "primary", "nearest"] = "least-outstanding"
+    write_deadline: Duration = Field(default=30.0, alias="write-deadline")
+
+
+class CacheLog(Model):
+    """The write-back log of a cache."""
+
+    path: str
+    size: PositiveSize
+
+
+class CacheConfig(Model):
+    """Comes with its own issue; every mode but `none` is refused by name until then."""
+
+    mode: Literal["none", "read", "writethrough", "writeback"]
+    ram: Size = 0
+    log: CacheLog | None = None
+
+
+class QosConfig(Model):
+    """Comes with its own issue; refused by name until then."""
+
+    iops: int | None = Field(default=None, gt=0)
+    bandwidth: str | int | None = None
+
+
+class ProfileConfig(Model):
+    """A policy: one datastore (or a mirror), cache, QoS."""
+
+    datastore: Name | None = None
+    mirror: MirrorConfig | None = None
+    cache: CacheConfig | None = None
+    qos: QosConfig | None = None
+    read_only: bool = False
+
+
+class SocketConfig(Model):
+    """Owner group and mode of a VM's unix socket."""
+
+    group: str | None = None
+    mode: Annotated[str, StringConstraints(pattern=r"^0?[0-7]{3}$")] = "0600"
+
+    @field_validator("mode", mode="before")
+    @classmethod
+    def _mode_is_text(cls, value: Any) -> Any:
+        if isinstance(value, int):
+            raise ValueError(f'write the mode in quotes, such as "0660"; a bare {value} is read as a decimal number')
+        return value
+
+
+class AdoptConfig(Model):
+    """Take over bytes that are already there: a whole device or file, a part of one, or a file of a `dir` datastore."""
+
+    datastore: Name
+    offset: Size = 0
+    length: PositiveSize | None = None
+    """Left out: to the end of the device."""
+    file: str | None = None
+    """kind dir: the file's name inside the directory."""
+
+
+class VVolConfig(Model):
+    """A VVol of a VM: a size, or the bytes to adopt."""
+
+    size: PositiveSize | None = None
+    profile: Name | None = None
+    datastore: Name | None = None
+    type: VVolType = VVolType.DATA
+    adopt: AdoptConfig | None = None
+    read_only: bool = False
+    description: str = Field(default="", max_length=4096)
+
+
+class VmConfig(Model):
+    """A VM: the host it runs on, its socket, its VVols."""
+
+    host: Name | None = None
+    socket: SocketConfig = SocketConfig()
+    vvols: dict[Name, VVolConfig] = Field(default_factory=dict)
+
+
+class Farm(Model):
+    """A whole farm file."""
+
+    control: ControlConfig = ControlConfig()
+    hosts: dict[Name, HostConfig] = Field(default_factory=lambda: {"local": HostConfig()})
+    tls: TlsFiles | None = None
+    datastores: dict[Name, DatastoreConfig] = Field(default_factory=dict)
+    profiles: dict[Name, ProfileConfig] = Field(default_factory=dict)
+    vms: dict[Name, VmConfig] = Field(default_factory=dict)

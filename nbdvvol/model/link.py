@@ -1,0 +1,313 @@
+"""The link between control and a host's filter: JSON messages over one WebSocket (`/v1/link`).
+
+The filter authenticates with its host's credential (HTTP header `Authorization: Bearer TOKEN` and
+`X-Nbdvvol-Host: NAME`, or a client certificate), sends `hello`, gets `welcome`, then either the ordered
+changes after the revision it has, or a full `snapshot`. Revisions only grow and survive control's restarts.
+A filter that restarts has revision 0 and holds nothing: it serves nothing until the snapshot gives it epochs.
+
+Ordering rules:
+- control sends changes in revision order; the filter applies them in that order and then says `applied`.
+- a volume is served only while the last snapshot or change names it with that epoch.
+- `released` is sent once the data plane has drained a volume and nothing of it is in flight any more.
+- `work` is at-least-once and idempotent by its id; the filter answers each with `work_done`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, TypeAdapter
+
+from nbdvvol.model.base import Model
+from nbdvvol.model.farm import DatastoreKind, HostListen, SocketConfig, TlsFiles, VVolType
+
+PROTOCOL = 1
+MESSAGE_BYTES_MAX = 64 << 20
+
+
+class RunSpec(Model):
+    """A run of extents, as short as JSON allows: VVol offset, length, offset in the object, state (RunState)."""
+
+    o: int
+    n: int
+    at: int
+    s: int = 0
+
+
+class LegSpec(Model):
+    """A leg as the filter needs it."""
+
+    id: int
+    datastore: str
+    state: Literal["in-sync", "stale", "syncing"]
+    object: str = ""
+    adopted: bool = False
+    runs: list[RunSpec]
+
+
+class DatastoreSpec(Model):
+    """How a host's filter opens a datastore."""
+
+    name: str
+    kind: DatastoreKind
+    path: str
+    uuid: str = ""
+    size: int = 0
+    direct: bool = False
+    adopted: bool = False
+
+
+class VVolSpec(Model):
+    """All a filter needs to serve a VVol."""
+
+    uuid: str
+    vm: str
+    name: str
+    size: int
+    type: VVolType
+    description: str = ""
+    read_only: bool = False
+    epoch: int
+    generation: int
+    map_version: int
+    legs: list[LegSpec]
+
+
+class VmSpec(Model):
+    """A VM of this host: its socket is RUN/vms/NAME.sock."""
+
+    name: str
+    socket: SocketConfig
+
+
+class HostState(Model):
+    """Everything one host needs to know."""
+
+    host: str
+    listen: HostListen | None = None
+    tls: TlsFiles | None = None
+    datastores: dict[str, DatastoreSpec] = Field(default_factory=dict)
+    vms: dict[str, VmSpec] = Field(default_factory=dict)
+    vvols: dict[str, VVolSpec] = Field(default_factory=dict)
+    """By UUID: the VVols bound to this host."""
+
+
+class Held(Model):
+    """A VVol that the filter holds at the moment it (re)connects."""
+
+    uuid: str
+    epoch: int
+    generation: int
+    map_version: int
+
+
+# ---- filter → control ----
+
+
+class Hello(Model):
+    """First message of a filter."""
+
+    kind: Literal["hello"] = "hello"
+    protocol: int = PROTOCOL
+    host: str
+    instance: str
+    """A new UUID each time the filter process starts."""
+    revision: int = 0
+    control: str = ""
+    """Registry identity of the last snapshot; a different control gets revision 0."""
+    held: list[Held] = Field(default_factory=list)
+    address: str = ""
+    """Address of its TCP listener, when it has one."""
+    run_dir: str = ""
+    """Absolute; control builds unix URIs from it."""
+
+
+class Applied(Model):
+    """The filter runs everything up to this revision."""
+
+    kind: Literal["applied"] = "applied"
+    revision: int
+
+
+class ExportReport(Model):
+    """INFO's facts of one export are the filter's: it reports them."""
+
+    uuid: str
+    epoch: int
+    size: int
+    flags: int
+    """Transmission flags with structured replies (DF stripped per connection when it must be)."""
+    block_min: int
+    block_preferred: int
+    block_max: int
+    error: str = ""
+    """Why it is not served, when it is not."""
+
+
+class Exports(Model):
+    """Facts of exports; sent for every VVol that came up, changed or failed."""
+
+    kind: Literal["exports"] = "exports"
+    exports: list[ExportReport]
+
+
+class Released(Model):
+    """Drained: nothing of this VVol under this epoch (or an older one) is in flight on this host."""
+
+    kind: Literal["released"] = "released"
+    uuid: str
+    epoch: int
+
+
+class Notice(Model):
+    """Something for the event list (a datastore missing, a sync that failed, a VVol refused)."""
+
+    kind: Literal["notice"] = "notice"
+    event: str
+    subject: str
+    message: str
+
+
+class WorkDone(Model):
+    """Result of a work order."""
+
+    kind: Literal["work_done"] = "work_done"
+    id: int
+    error: str = ""
+    code: str = ""
+    result: dict[str, Any] = Field(default_factory=dict)
+
+
+class WorkProgress(Model):
+    """0..1 of a long work order."""
+
+    kind: Literal["work_progress"] = "work_progress"
+    id: int
+    progress: float
+
+
+class Query(Model):
+    """A VM's LIST, INFO or LIST_META_CONTEXT, for control to answer."""
+
+    kind: Literal["query"] = "query"
+    id: int
+    what: Literal["list", "info", "list_meta"]
+    vm: str | None
+    """None: a TCP client without an identity; it sees every VVol of this host under its full name."""
+    name: str = ""
+    queries: list[str] = Field(default_factory=list)
+
+
+FromFilter = Annotated[
+    Hello | Applied | Exports | Released | Notice | WorkDone | WorkProgress | Query, Field(discriminator="kind")
+]
+from_filter: TypeAdapter[FromFilter] = TypeAdapter(FromFilter)
+
+
+# ---- control → filter ----
+
+
+class Welcome(Model):
+    """Control accepts the filter."""
+
+    kind: Literal["welcome"] = "welcome"
+    protocol: int = PROTOCOL
+    control: str
+    """The registry's identity (UUID); the same after a restart of control."""
+    instance: str
+
+
+class Snapshot(Model):
+    """The whole state as of a revision. Epochs in it are confirmed; whatever it does not name is to be dropped."""
+
+    kind: Literal["snapshot"] = "snapshot"
+    revision: int
+    state: HostState
+
+
+class Delta(Model):
+    """An ordered change: replaces or removes whole entries. `resumed` in the first one confirms the held epochs."""
+
+    kind: Literal["change"] = "change"
+    revision: int
+    listen: HostListen | None = None
+    tls: TlsFiles | None = None
+    settings: bool = False
+    """True: `listen` and `tls` are meant (None removes them)."""
+    datastores: dict[str, DatastoreSpec | None] = Field(default_factory=dict)
+    vms: dict[str, VmSpec | None] = Field(default_factory=dict)
+    vvols: dict[str, VVolSpec | None] = Field(default_factory=dict)
+
+
+class Resumed(Model):
+    """Instead of a snapshot: nothing was missed but the changes that follow; held epochs stand."""
+
+    kind: Literal["resumed"] = "resumed"
+    revision: int
+
+
+class Work(Model):
+    """An order that needs the datastore: done by a filter that sees it.
+
+    kinds and their args (all sizes and offsets in bytes; `store` is a DatastoreSpec):
+    - probe {store, create_size?}: open (create a missing kind-file to create_size, grow to it); result
+      {size, block_size, header: hex of the first 8 KiB, blank: bool, direct_ok: bool}
+    - write_meta {store, object?, offset, data: hex}: write and sync metadata, at most 1 MiB
+    - read_meta {store, object?, offset, length}: result {data: hex}
+    - scrub {store, object?, ranges: [[offset, length], …]}: write zeros and flush; progress is reported
+    - file_create {store, object, size}: a fully allocated zero-filled file in a `dir`; idempotent
+    - file_grow {store, object, size}; file_remove {store, object}; file_stat {store, object}: result {size}
+    - clear_fault {store}: the operator clears a latched sync error
+    """
+
+    kind: Literal["work"] = "work"
+    id: int
+    what: Literal[
+        "probe", "write_meta", "read_meta", "scrub", "file_create", "file_grow", "file_remove", "file_stat", "clear_fault"
+    ]
+    args: dict[str, Any]
+
+
+class Listing(Model):
+    """One line of a LIST answer."""
+
+    name: str
+    description: str = ""
+
+
+class ExportInfo(Model):
+    """Facts for an INFO answer."""
+
+    name: str
+    """Canonical name on that socket."""
+    description: str
+    size: int
+    flags: int
+    block_min: int
+    block_preferred: int
+    block_max: int
+
+
+class Answer(Model):
+    """Answer to a query. `error` is an NBD_REP_ERR name without prefix (UNKNOWN, POLICY, …), with `message`."""
+
+    kind: Literal["answer"] = "answer"
+    id: int
+    error: str = ""
+    message: str = ""
+    exports: list[Listing] = Field(default_factory=list)
+    info: ExportInfo | None = None
+    contexts: list[str] = Field(default_factory=list)
+
+
+class Refused(Model):
+    """Control does not take this filter; the socket closes after it."""
+
+    kind: Literal["refused"] = "refused"
+    reason: str
+
+
+FromControl = Annotated[
+    Welcome | Snapshot | Resumed | Delta | Work | Answer | Refused, Field(discriminator="kind")
+]
+from_control: TypeAdapter[FromControl] = TypeAdapter(FromControl)

@@ -1,0 +1,252 @@
+"""What the API answers: the farm as it is, not as it was declared. The CLI prints these same words."""
+
+from __future__ import annotations
+
+import enum
+from datetime import datetime
+from typing import Any, Literal
+
+from pydantic import Field
+
+from nbdvvol.model.base import Model
+from nbdvvol.model.farm import AdoptConfig, DatastoreKind, Farm, ProfileConfig, SocketConfig, VVolType
+from nbdvvol.model.units import Name, PositiveSize
+
+
+class VVolState(enum.StrEnum):
+    """Life cycle: creating (extents being scrubbed) → ready → deleting (draining, scrubbing) → gone; or failed."""
+
+    CREATING = "creating"
+    READY = "ready"
+    DELETING = "deleting"
+    FAILED = "failed"
+
+
+class Region(Model):
+    """A run of extents of a leg: VVol [offset, offset+length) at object_offset of the leg's object."""
+
+    offset: int
+    length: int
+    object_offset: int
+    state: Literal["mapped", "zero", "write-protected"] = "mapped"
+
+
+class Leg(Model):
+    """One copy of a VVol on one datastore."""
+
+    id: int
+    datastore: str
+    state: Literal["in-sync", "stale", "syncing"] = "in-sync"
+    object: str = ""
+    """kind dir: the file's name inside the datastore; empty for datastores that are one object."""
+    adopted: bool = False
+    regions: list[Region] = Field(default_factory=list)
+
+
+class Binding(Model):
+    """Which host serves a VVol, under which epoch."""
+
+    host: str
+    epoch: int
+    state: Literal["binding", "bound", "releasing"] = "binding"
+    """`binding` until the host's filter confirmed that it serves this epoch."""
+
+
+class VVol(Model):
+    """A virtual volume."""
+
+    uuid: str
+    vm: str
+    name: str
+    size: int
+    type: VVolType
+    profile: str
+    state: VVolState
+    read_only: bool = False
+    description: str = ""
+    epoch: int
+    generation: int
+    map_version: int
+    binding: Binding | None = None
+    legs: list[Leg] = Field(default_factory=list)
+    uri: str = ""
+    """Where the VM attaches it; empty while unbound."""
+
+    @property
+    def full_name(self) -> str:
+        """`VM/NAME`."""
+        return f"{self.vm}/{self.name}"
+
+
+class Datastore(Model):
+    """A datastore as control knows it."""
+
+    name: str
+    kind: DatastoreKind
+    path: str
+    uuid: str = ""
+    size: int = 0
+    """Usable bytes; 0 until a filter has looked at it."""
+    free: int = 0
+    extent_size: int
+    hosts: list[str] | None = None
+    use: Literal["unused", "formatted", "adopted"] = "unused"
+    state: Literal["unknown", "online", "missing", "faulty"] = "unknown"
+    detail: str = ""
+
+
+class Host(Model):
+    """A host and the state of its filter."""
+
+    name: str
+    connected: bool
+    address: str = ""
+    instance: str = ""
+    vvols: int = 0
+
+
+class Profile(Model):
+    """A declared policy."""
+
+    name: str
+    spec: ProfileConfig
+
+
+class Vm(Model):
+    """A VM, its host, its socket."""
+
+    name: str
+    host: str
+    socket: str
+    socket_config: SocketConfig
+    vvols: list[str] = Field(default_factory=list)
+
+
+class TaskState(enum.StrEnum):
+    """States of a task (VASA's words)."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    SUCCESS = "success"
+    ERROR = "error"
+    CANCELLED = "cancelled"
+
+
+class Task(Model):
+    """Long work: survives a restart of control, can be watched and cancelled."""
+
+    id: int
+    kind: str
+    subject: str
+    state: TaskState
+    progress: float = 0.0
+    """0..1."""
+    detail: str = ""
+    error: str = ""
+    created: datetime
+    updated: datetime
+
+
+class Event(Model):
+    """Something that happened; ids only grow."""
+
+    id: int
+    time: datetime
+    kind: str
+    subject: str
+    message: str
+
+
+class Problem(Model):
+    """A health finding: a stable code, what it is, what to do next."""
+
+    code: str
+    subject: str
+    message: str
+    action: str
+
+
+class Status(Model):
+    """`nbdvvol status`."""
+
+    version: str
+    instance: str
+    revision: int
+    hosts: list[Host] = Field(default_factory=list)
+    datastores: list[Datastore] = Field(default_factory=list)
+    vvols: list[VVol] = Field(default_factory=list)
+    tasks: list[Task] = Field(default_factory=list)
+    problems: list[Problem] = Field(default_factory=list)
+
+
+class Change(Model):
+    """One line of `apply`."""
+
+    action: Literal["create", "update", "keep", "absent"]
+    """`absent`: it exists but the file does not name it; it is left alone."""
+    kind: Literal["control", "host", "tls", "datastore", "profile", "vm", "vvol"]
+    name: str
+    detail: str = ""
+
+
+class ApplyRequest(Model):
+    """Body of POST /v1/apply."""
+
+    farm: Farm
+    dry_run: bool = False
+
+
+class ApplyResult(Model):
+    """What apply did (or would do)."""
+
+    changes: list[Change]
+    tasks: list[int] = Field(default_factory=list)
+
+
+class CreateVVol(Model):
+    """Body of POST /v1/vvols."""
+
+    vm: Name
+    name: Name
+    size: PositiveSize | None = None
+    profile: Name | None = None
+    datastore: Name | None = None
+    type: VVolType = VVolType.DATA
+    adopt: AdoptConfig | None = None
+    read_only: bool = False
+    description: str = Field(default="", max_length=4096)
+
+
+class ResizeVVol(Model):
+    """Body of POST …/resize: growing only."""
+
+    size: PositiveSize
+
+
+class BindVVol(Model):
+    """Body of POST …/bind and …/unbind."""
+
+    host: Name | None = None
+    force: bool = False
+
+
+class TaskRef(Model):
+    """202: the work goes on as this task."""
+
+    task: Task
+    vvol: VVol | None = None
+
+
+class ExportUri(Model):
+    """Where to attach a VVol, and ready lines to paste."""
+
+    vvol: str
+    uri: str
+    host: str
+    identity: str
+    """The VVol's UUID: the backend identifier for the kernel's nbd driver."""
+    lines: dict[str, str] = Field(default_factory=dict)
+    """Tool → command line (qemu, nbd-client, nbdcopy, attach)."""
+
+
+JsonObject = dict[str, Any]
