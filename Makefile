@@ -1,0 +1,40 @@
+# Every target does its own set-up; `make run` and `make test` are all a newcomer needs.
+SHELL := /bin/bash
+BIN := .venv/bin
+SEEDS ?= 1..1000
+SECONDS_EACH ?= 60
+C_FILES = $(shell find native -name '*.c' | sort)
+.PHONY: run test lint setup native sim fuzz clean
+
+run:                ## a farm from configs/quickstart.yaml, in the foreground
+	@scripts/setup run
+	@exec $(BIN)/nbdvvol up -f configs/quickstart.yaml
+
+test:               ## the whole test suite
+	@scripts/setup run test
+	$(BIN)/python -m pytest $(ARGS)
+
+lint:               ## ruff, mypy, import-linter, and a C compile with warnings as errors
+	@scripts/setup lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+	scripts/lint-c
+
+setup:              ## what `run`, `test` and `lint` need, without running anything
+	@scripts/setup run test lint
+
+native:             ## build the data plane into the source tree
+	@scripts/setup run
+
+sim:                ## replay the data plane under simulated faults: make sim SEEDS=1..100000
+	@scripts/setup run test
+	scripts/sim $(SEEDS)
+
+fuzz:               ## coverage-guided fuzzing of handshake and transmission: make fuzz SECONDS_EACH=600
+	@scripts/setup run test
+	scripts/fuzz $(SECONDS_EACH)
+
+clean:              ## remove what was built; farms' data stays
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis nbdvvol/dataplane/_native*.so
