@@ -1,0 +1,56 @@
+/*
+ * Every limit of the data plane, in one place. Sizes are bytes, times are in the unit of the name.
+ * A limit that guards memory is allocated before it is used: reaching it pushes back on the socket,
+ * it never fails an I/O.
+ */
+#ifndef NV_LIMITS_H
+#define NV_LIMITS_H
+
+#define NV_REACTORS_MAX 64u
+#define NV_OBJECTS_MAX 65536u
+#define NV_VOLUMES_MAX 16384u
+#define NV_CONNECTIONS_MAX 65536u
+
+/* volume description */
+#define NV_LEGS_MAX 8u
+#define NV_RUNS_MAX (1u << 22)
+#define NV_BLOCK_MIN_MAX 65536u
+#define NV_SIZE_MAX (1ull << 62)
+
+/* protocol */
+#define NV_PAYLOAD_MAX (32u << 20)             /* served; a longer one ends the connection */
+#define NV_DF_ALWAYS_SERVED (64u << 10)        /* nbd.md 1.15.11 */
+#define NV_MESSAGE_MAX 120u                    /* text of an error chunk */
+#define NV_OPTION_MAX (64u << 10)              /* one TLS-haggling option */
+
+/* one connection */
+#define NV_REQUESTS_PER_CONNECTION 256u        /* parsed and not yet wholly answered */
+#define NV_RX_CHUNK (64u << 10)                /* receive chunk; the private one bounds idle memory */
+#define NV_RX_INLINE (16u << 10)               /* a payload up to this is written from the chunk */
+#define NV_RX_WINDOW_MIN 512u                  /* receive size right after a large payload */
+#define NV_TX_REQUESTS 64u                     /* replies gathered into one send */
+#define NV_TX_IOV (2u * NV_TX_REQUESTS)
+#define NV_TX_BYTES (256u << 10)               /* soft: no further reply joins a send beyond it */
+#define NV_SOCKET_BUFFER (2u << 20)            /* SO_SNDBUF, SO_RCVBUF: absorb a client's window */
+#define NV_EXTENTS_MAX 1024u                   /* extents in one BLOCK_STATUS answer */
+
+/* one reactor */
+#define NV_POOL_MIN (4u << 20)
+#define NV_POOL_PAGE 4096u
+#define NV_EVENT_RING 1024u                    /* power of two */
+#define NV_RING_ENTRIES 1024u
+#define NV_RING_COMPLETIONS 8192u
+#define NV_TURN_ROUNDS 8u                      /* completion rounds before replies must go out */
+
+/* backend pieces: bound how long one operation runs, so that a drain is bounded too */
+#define NV_ZERO_PIECE (1u << 20)
+#define NV_PUNCH_PIECE (1ull << 30)
+#define NV_JOB_PIECE (1u << 20)
+
+/* times */
+#define NV_SPIN_MAX_US 10000u
+#define NV_HAGGLE_SILENCE_MS 10000u
+#define NV_FORCE_CLOSE_MS 5000u                /* a closing connection that does not drain is cut */
+#define NV_TICK_MS 250u
+
+#endif
