@@ -122,7 +122,7 @@ class Haggle:
     def client_flags(self, raw: bytes) -> None:
         """Take the client's 4 flag bytes. Raises Drop on a flag that was not offered."""
         flags = struct.unpack(">I", raw)[0]
-        if flags & ~SERVER_FLAGS:
+        if flags & ~int(SERVER_FLAGS):
             raise Drop(f"client flags {flags:#x} have bits that were not offered")
         self._fixed = bool(flags & HandshakeFlag.FIXED_NEWSTYLE)
         self._no_zeroes = bool(flags & HandshakeFlag.NO_ZEROES)

@@ -156,6 +156,4 @@ def encode_queries(name: str, queries: Sequence[str]) -> bytes:
     """Payload of LIST_META_CONTEXT and SET_META_CONTEXT, as a client sends it."""
     raws = [query.encode() for query in queries]
     head = name.encode()
-    return b"".join(
-        [_U32.pack(len(head)), head, _U32.pack(len(raws)), *(_U32.pack(len(raw)) + raw for raw in raws)]
-    )
+    return b"".join([_U32.pack(len(head)), head, _U32.pack(len(raws)), *(_U32.pack(len(raw)) + raw for raw in raws)])
