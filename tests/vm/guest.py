@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import shlex
 import shutil
 import socket
@@ -135,7 +134,7 @@ class Guest:
         """Boot, and return once the guest takes commands; raises GuestError with the console's end."""
         self._spawn(
             "virtiofsd",
-            [str(virtiofsd()), f"--socket-path={self.dir}/fs.sock", "-o", "source=/", "-o", "sandbox=chroot", "-o", "cache=always"],
+            [str(virtiofsd()), f"--socket-path={self.dir}/fs.sock", "-o", "source=/,sandbox=chroot,cache=always"],
         )
         self._wait_for(self.dir / "fs.sock")
         self._spawn("qemu", self._qemu_command())
@@ -222,8 +221,8 @@ class Guest:
             "-append", "console=ttyS0 quiet loglevel=4 panic=-1 tsc=reliable rdinit=/init",
             "-serial", f"file:{self.dir}/console.log",
             "-qmp", f"unix:{self.dir}/qmp.sock,server=on,wait=off",
-            "-device", "virtio-serial", "-chardev", f"socket,id=command,path={self.dir}/command.sock,server=on,wait=off",
-            "-device", "virtserialport,chardev=command,name=nv.command",
+            "-chardev", f"socket,id=command,path={self.dir}/command.sock,server=on,wait=off",
+            "-device", "virtio-serial", "-device", "virtserialport,chardev=command,name=nv.command",
             "-netdev", "user,id=net", "-device", "virtio-net-pci,netdev=net,romfile=",
             "-chardev", f"socket,id=fs,path={self.dir}/fs.sock", "-device", "vhost-user-fs-pci,chardev=fs,tag=host",
         ]  # fmt: skip
@@ -257,6 +256,6 @@ class Guest:
         logs = [
             f"--- {log.name}\n{log.read_text(errors='replace')[-CONSOLE_TAIL_BYTES:]}"
             for log in sorted(self.dir.glob("*.log"))
-            if os.path.getsize(log)
+            if log.stat().st_size
         ]
         return GuestError("\n".join([text, *logs]))

@@ -21,7 +21,7 @@ VIRTIOFSD = (Path("/usr/lib/qemu/virtiofsd"), Path("/usr/libexec/virtiofsd"))
 GUEST_MODULES = ("virtio_pci", "virtio_console", "virtio_blk", "virtio_net", "virtiofs", "overlay")
 
 
-class MissingPackage(RuntimeError):
+class MissingPackageError(RuntimeError):
     """A program or file of a Debian package is absent."""
 
     def __init__(self, what: str, package: str) -> None:
@@ -38,30 +38,30 @@ class Kernel:
 
 
 def program(name: str) -> str:
-    """Return the path of a program of `PACKAGES`; raises MissingPackage."""
+    """Return the path of a program of `PACKAGES`; raises MissingPackageError."""
     path = shutil.which(name, path="/usr/sbin:/usr/bin:/sbin:/bin")
     if path is None:
-        raise MissingPackage(name, PACKAGES[name])
+        raise MissingPackageError(name, PACKAGES[name])
     return path
 
 
 def virtiofsd() -> Path:
-    """Return the daemon that shares the host's tree; raises MissingPackage."""
+    """Return the daemon that shares the host's tree; raises MissingPackageError."""
     for path in VIRTIOFSD:
         if path.exists():
             return path
-    raise MissingPackage("virtiofsd", "qemu-system-common")
+    raise MissingPackageError("virtiofsd", "qemu-system-common")
 
 
 def find_kernel() -> Kernel:
-    """Return the newest installed cloud kernel whose modules are there too; raises MissingPackage."""
+    """Return the newest installed cloud kernel whose modules are there too; raises MissingPackageError."""
     found = [
         Kernel(image.name.removeprefix("vmlinuz-"), image, modules)
         for image in Path("/boot").glob("vmlinuz-*-cloud-amd64")
         if (modules := Path("/lib/modules") / image.name.removeprefix("vmlinuz-")).joinpath("modules.dep").exists()
     ]
     if not found:
-        raise MissingPackage("/boot/vmlinuz-*-cloud-amd64", "linux-image-cloud-amd64")
+        raise MissingPackageError("/boot/vmlinuz-*-cloud-amd64", "linux-image-cloud-amd64")
     return max(found, key=lambda kernel: [int(part) for part in kernel.release.replace("-", ".").split(".")[:4]])
 
 

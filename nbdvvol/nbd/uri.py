@@ -1,0 +1,69 @@
+"""NBD URIs: where an export is and what it is called. Source: NetworkBlockDevice/nbd, doc/uri.md."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
+
+from nbdvvol.model.errors import Code, NvError
+from nbdvvol.nbd.constants import NBD_PORT, STRING_BYTES_MAX
+
+SCHEMES = ("nbd", "nbds", "nbd+unix", "nbds+unix")
+TLS_PARAMETERS = ("tls-type", "tls-hostname", "tls-verify-peer", "tls-certificates", "tls-psk-file", "tls-username")
+
+
+@dataclass(frozen=True, slots=True)
+class NbdUri:
+    """An export's address: either `socket` (a path) or `host` and `port`."""
+
+    name: str
+    socket: str | None = None
+    host: str = ""
+    port: int = NBD_PORT
+    tls: bool = False
+
+    def __str__(self) -> str:
+        scheme = ("nbds" if self.tls else "nbd") + ("+unix" if self.socket is not None else "")
+        name = quote(self.name)
+        if self.socket is not None:
+            return f"{scheme}:///{name}?{urlencode({'socket': self.socket}, safe='/')}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{scheme}://{host}" + (f":{self.port}" if self.port != NBD_PORT else "") + f"/{name}"
+
+    @property
+    def where(self) -> str:
+        """The server's address, for messages."""
+        return self.socket if self.socket is not None else f"{self.host}:{self.port}"
+
+
+def parse_uri(text: str) -> NbdUri:
+    """Parse an NBD URI. Raises NvError(INVALID) that says which part is wrong; TLS parameters are passed over."""
+    try:
+        parts = urlsplit(text)
+        port = parts.port or NBD_PORT
+        name = unquote(parts.path.removeprefix("/"), errors="strict")
+    except ValueError as error:
+        raise _invalid(text, str(error)) from error
+    if parts.scheme not in SCHEMES:
+        raise _invalid(text, f"scheme {parts.scheme!r} is not one of {', '.join(SCHEMES)}")
+    if len(name.encode()) > STRING_BYTES_MAX:
+        raise _invalid(
+            text[:80] + "…", f"the name has {len(name.encode())} bytes, at most {STRING_BYTES_MAX} are allowed"
+        )
+    parameters = dict(parse_qsl(parts.query, keep_blank_values=True))
+    socket = parameters.pop("socket", None)
+    unknown = [key for key in parameters if key not in TLS_PARAMETERS]
+    if unknown:
+        raise _invalid(text, f"parameter {unknown[0]!r} is unknown")
+    tls = parts.scheme.startswith("nbds")
+    if parts.scheme.endswith("+unix"):
+        if not socket:
+            raise _invalid(text, "a unix URI needs ?socket=PATH")
+        return NbdUri(name, socket=socket, tls=tls)
+    if socket is not None or not parts.hostname:
+        raise _invalid(text, "a TCP URI needs a host and takes no socket=")
+    return NbdUri(name, host=parts.hostname, port=port, tls=tls)
+
+
+def _invalid(text: str, why: str) -> NvError:
+    return NvError(Code.INVALID, f"NBD URI {text!r}: {why}", "nbdvvol uri NAME prints the right one")
