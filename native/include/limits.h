@@ -6,6 +6,8 @@
 #ifndef NV_LIMITS_H
 #define NV_LIMITS_H
 
+#include_next <limits.h> /* the C library's header has the same name: who asks for it gets it too */
+
 #define NV_REACTORS_MAX 64u
 #define NV_OBJECTS_MAX 65536u
 #define NV_VOLUMES_MAX 16384u
@@ -33,6 +35,16 @@
 #define NV_TX_BYTES (256u << 10)               /* soft: no further reply joins a send beyond it */
 #define NV_SOCKET_BUFFER (2u << 20)            /* SO_SNDBUF, SO_RCVBUF: absorb a client's window */
 #define NV_EXTENTS_MAX 1024u                   /* extents in one BLOCK_STATUS answer */
+
+/* TLS: ciphertext of one connection, memory taken only while it waits */
+#define NV_TLS_CHUNK (64u << 10)
+#define NV_TLS_INPUT_MAX (128u << 10)          /* received, not yet read as plaintext */
+#define NV_TLS_OUTPUT_MAX (256u << 10)         /* encrypted, not yet sent */
+#define NV_TLS_RESERVE 1024u                   /* of the output: one record's overhead, alerts, key updates */
+#define NV_PSK_KEYS_MAX 65536u
+#define NV_PSK_KEY_MIN 16u                     /* RFC 9257: 128 bits of entropy at least */
+#define NV_PSK_KEY_MAX 64u
+#define NV_PSK_NAME_MAX 128u                   /* OpenSSL takes identities up to 256 */
 
 /* one reactor */
 #define NV_POOL_MIN (4u << 20)

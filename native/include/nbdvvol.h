@@ -1,4 +1,6 @@
-/* The C API (nbdvvol.cdef.h, kept clean for cffi) with the guard and includes that C needs. */
+/*
+ * The C API of the data plane for C code: the cdef header with the guard and the types it leaves out.
+ */
 #ifndef NBDVVOL_H
 #define NBDVVOL_H
 
