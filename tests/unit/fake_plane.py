@@ -1,0 +1,196 @@
+"""A data plane in Python for tests of the filter: objects are files, connections are recorded, nothing is served."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import socket
+from dataclasses import dataclass, field
+
+from nbdvvol.dataplane.types import (
+    ConnectionEnd,
+    ConnectionParams,
+    DataPlane,
+    ReactorStats,
+    SyncFailedHandler,
+    TlsAction,
+    TlsConfig,
+    TlsContext,
+    TlsOption,
+    VolumeDescription,
+    VolumeStats,
+)
+
+
+@dataclass
+class FakeObject:
+    fd: int
+    size: int
+    direct: bool
+    block: bool
+    read_only: bool
+    align: int
+
+
+@dataclass
+class FakeConnection:
+    sock: socket.socket
+    volume: int
+    params: ConnectionParams
+    end: asyncio.Future[ConnectionEnd]
+
+
+class FakeTls:
+    """A client "in TLS": options are put in, replies come out; no cryptography."""
+
+    def __init__(self, identity: str) -> None:
+        self.identity = identity
+        self.options: asyncio.Queue[TlsOption | None] = asyncio.Queue()
+        self.replies: list[tuple[bytes, TlsAction, int | None, ConnectionParams | None]] = []
+        self.closed: asyncio.Future[ConnectionEnd] = asyncio.get_running_loop().create_future()
+
+    async def ready(self) -> str:
+        if self.identity == "!":
+            raise ConnectionError("no handshake")
+        return self.identity
+
+    async def option(self) -> TlsOption:
+        option = await self.options.get()
+        if option is None:
+            raise ConnectionError("gone")
+        return option
+
+    def reply(
+        self,
+        data: bytes,
+        action: TlsAction = TlsAction.CONTINUE,
+        *,
+        volume: int | None = None,
+        params: ConnectionParams | None = None,
+    ) -> None:
+        self.replies.append((data, action, volume, params))
+        if action is TlsAction.CLOSE:
+            self.closed.set_result(ConnectionEnd(0))
+
+
+class FakeContext(TlsContext):
+    def close(self) -> None:
+        pass
+
+
+@dataclass
+class FakePlane(DataPlane):
+    on_sync_failed: SyncFailedHandler | None = None
+    objects: dict[int, FakeObject] = field(default_factory=dict)
+    volumes: dict[int, VolumeDescription] = field(default_factory=dict)
+    connections: list[FakeConnection] = field(default_factory=list)
+    tls: list[tuple[socket.socket, FakeTls]] = field(default_factory=list)
+    tls_identity: str = ""
+    log: list[str] = field(default_factory=list)
+    fail_open: str = ""
+    closing: asyncio.Event | None = None
+    """close_volume waits for it when set."""
+    configs: list[TlsConfig] = field(default_factory=list)
+    closed: bool = False
+    _next: int = 1
+
+    def _number(self) -> int:
+        self._next += 1
+        return self._next
+
+    def open_object(self, fd: int, *, size: int, direct: bool, block: bool, read_only: bool, align: int) -> int:
+        number = self._number()
+        self.objects[number] = FakeObject(os.dup(fd), size, direct, block, read_only, align)
+        return number
+
+    async def close_object(self, obj: int) -> None:
+        assert all(run.object != obj for desc in self.volumes.values() for leg in desc.legs for run in leg.runs)
+        os.close(self.objects.pop(obj).fd)
+
+    def set_object_size(self, obj: int, size: int) -> None:
+        self.objects[obj].size = size
+
+    def clear_fault(self, obj: int) -> None:
+        self.log.append(f"clear_fault {obj}")
+
+    async def read(self, obj: int, offset: int, length: int) -> bytes:
+        assert length <= 1 << 20
+        return os.pread(self.objects[obj].fd, length, offset)
+
+    async def write(self, obj: int, offset: int, data: bytes, *, sync: bool = True) -> None:
+        assert len(data) <= 1 << 20
+        os.pwrite(self.objects[obj].fd, data, offset)
+
+    async def zero(self, obj: int, offset: int, length: int) -> None:
+        os.pwrite(self.objects[obj].fd, bytes(length), offset)
+
+    async def sync(self, obj: int) -> None:
+        os.fsync(self.objects[obj].fd)
+
+    def open_volume(self, desc: VolumeDescription) -> int:
+        if self.fail_open:
+            raise OSError(errno.EINVAL, self.fail_open)
+        for leg in desc.legs:
+            at = 0
+            for run in leg.runs:
+                assert run.offset == at and run.object in self.objects
+                assert run.object_offset + run.length <= self.objects[run.object].size
+                at += run.length
+            assert at >= desc.size
+        number = self._number()
+        self.volumes[number] = desc
+        self.log.append(f"open {number}")
+        return number
+
+    async def change_volume(self, volume: int, desc: VolumeDescription) -> None:
+        if desc.map_from != self.volumes[volume].map_to:
+            raise OSError(errno.ESTALE, "stale map")
+        self.volumes[volume] = desc
+        self.log.append(f"change {volume}")
+
+    async def close_volume(self, volume: int) -> None:
+        if self.closing is not None:
+            await self.closing.wait()
+        del self.volumes[volume]
+        for connection in self.connections:
+            if connection.volume == volume and not connection.end.done():
+                self.hang_up(connection, errno.ESHUTDOWN)
+        self.log.append(f"close {volume}")
+
+    def hang_up(self, connection: FakeConnection, why: int = 0) -> None:
+        connection.sock.close()
+        connection.end.set_result(ConnectionEnd(why))
+
+    def volume_stats(self, volume: int) -> VolumeStats:
+        return VolumeStats(connections=sum(c.volume == volume and not c.end.done() for c in self.connections))
+
+    def open_connection(
+        self, fd: int, volume: int, params: ConnectionParams, early: bytes = b""
+    ) -> asyncio.Future[ConnectionEnd]:
+        assert volume in self.volumes and os.get_blocking(fd)
+        sock = socket.socket(fileno=os.dup(fd))
+        end: asyncio.Future[ConnectionEnd] = asyncio.get_running_loop().create_future()
+        self.connections.append(FakeConnection(sock, volume, params, end))
+        return end
+
+    def load_tls(self, config: TlsConfig) -> TlsContext:
+        self.configs.append(config)
+        return FakeContext()
+
+    def open_tls(self, fd: int, context: TlsContext, timeout_ms: int) -> FakeTls:
+        tls = FakeTls(self.tls_identity)
+        self.tls.append((socket.socket(fileno=os.dup(fd)), tls))
+        return tls
+
+    def reactor_stats(self) -> list[ReactorStats]:
+        return []
+
+    def features(self) -> dict[str, bool]:
+        return {}
+
+    async def close(self) -> None:
+        self.closed = True
+        for connection in self.connections:
+            if not connection.end.done():
+                self.hang_up(connection)
