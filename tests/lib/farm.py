@@ -1,0 +1,320 @@
+"""A running farm for tests: `nbdvvol up` as an operator starts it, or control and filters one by one.
+
+Everything of a farm lives in one short directory under /tmp. Nothing waits without a limit; only processes that the
+farm itself started are signalled, each by its pid.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import socket
+import sys
+import time
+import weakref
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import httpx
+import yaml
+
+from tests.lib.procs import Process, children, command_line, running, short_dir, wait_until
+from tests.lib.rawio import Style, Transmission, open_export
+from tests.lib.rawnbd import Closed, Haggle, OptionRefused
+
+START_S = 60.0
+STOP_S = 30.0
+ACTIVE: weakref.WeakSet[Farm] = weakref.WeakSet()
+"""Farms whose logs a failing test shows."""
+JsonDict = dict[str, Any]
+
+
+class ApiError(Exception):
+    """The API answered with an error."""
+
+    def __init__(self, status: int, body: JsonDict) -> None:
+        error = body.get("error", {})
+        super().__init__(f"HTTP {status}: {error}")
+        self.status = status
+        self.code = str(error.get("code", ""))
+        self.message = str(error.get("message", ""))
+
+
+class Farm:
+    """One farm: its file, its state and run directories, its processes."""
+
+    def __init__(self, spec: JsonDict, folder: Path | None = None) -> None:
+        self.folder = folder or short_dir()
+        self.spec = spec
+        self.state = self.folder / "state"
+        self.run = self.folder / "run"
+        self.file = self.folder / "farm.yaml"
+        self.up: Process | None = None
+        self.control: Process | None = None
+        self.filters: dict[str, Process] = {}
+        self._logs = 0
+        self._seen: set[int] = set()
+        self.write_file()
+        ACTIVE.add(self)
+
+    def write_file(self, spec: JsonDict | None = None) -> Path:
+        """(Re)write the farm file."""
+        if spec is not None:
+            self.spec = spec
+        self.file.write_text(yaml.safe_dump(self.spec, sort_keys=False))
+        return self.file
+
+    # ---- processes ----
+
+    def _process(self, name: str, *args: str | Path) -> Process:
+        self._logs += 1
+        argv = [sys.executable, "-m", "nbdvvol", *args]
+        process = Process(argv, self.folder / f"{name}-{self._logs}.log", env={"PYTHONUNBUFFERED": "1"})
+        self._seen.add(process.pid)
+        return process
+
+    def start(self, timeout_s: float = START_S) -> Farm:
+        """Start `up` and wait for `ready`."""
+        self.begin()
+        self.wait_ready(timeout_s)
+        return self
+
+    def begin(self) -> Process:
+        """Start `up` without waiting."""
+        assert self.up is None or not self.up.alive(), "up runs already"
+        self.up = self._process("up", "up", "-f", self.file, "--state", self.state, "--run", self.run)
+        return self.up
+
+    def wait_ready(self, timeout_s: float = START_S) -> None:
+        """Wait until `up` printed `ready`. Raises AssertionError with its output when it does not."""
+        assert self.up is not None
+        end = time.monotonic() + timeout_s
+        while not re.search(r"^ready\b", self.up.text(), re.MULTILINE):
+            assert self.up.alive(), f"up ended with {self.up.popen.returncode}:\n{self.up.text()}"
+            assert time.monotonic() < end, f"up is not ready within {timeout_s} s:\n{self.up.text()}"
+            time.sleep(0.02)
+        self._seen.update(children(self.up.pid))
+
+    def start_control(self, timeout_s: float = START_S) -> Process:
+        """Start `nbdvvol control` alone and wait until its API answers."""
+        self.control = self._process("control", "control", "--state", self.state, "--run", self.run)
+        wait_until("control answers", lambda: self.api_answers() or not self._alive(self.control), timeout_s)
+        assert self.control.alive(), f"control ended:\n{self.control.text()}"
+        return self.control
+
+    def start_filter(self, host: str = "local", run: Path | None = None, *, control: str | None = None) -> Process:
+        """Start `nbdvvol filter` alone, without waiting for anything."""
+        run = run or self.run
+        address = control or f"unix:{self.run / 'control.sock'}"
+        token = self.state / "hosts" / f"{host}.token"
+        self.filters[host] = self._process(
+            f"filter-{host}", "filter", "--host", host, "--control", address, "--token-file", token, "--run", run
+        )
+        return self.filters[host]
+
+    @staticmethod
+    def _alive(process: Process | None) -> bool:
+        return process is not None and process.alive()
+
+    def _child(self, role: str) -> int:
+        assert self.up is not None
+        found = [pid for pid in children(self.up.pid) if role in command_line(pid) or _module(pid, role)]
+        assert found, f"up has no {role} process: {[command_line(pid) for pid in children(self.up.pid)]}"
+        self._seen.update(found)
+        return found[0]
+
+    @property
+    def control_pid(self) -> int:
+        """Process id of control."""
+        if self.control is not None and self.control.alive():
+            return self.control.pid
+        return self._child("control")
+
+    def filter_pid(self, host: str = "local") -> int:
+        """Process id of a host's filter."""
+        if host in self.filters and self.filters[host].alive():
+            return self.filters[host].pid
+        return self._child("filter")
+
+    def kill_everything(self) -> None:
+        """SIGKILL all processes of this farm at once, as a power cut of the machine's processes."""
+        if self.up is not None:
+            self._seen.update(children(self.up.pid))
+        for process in self._own():
+            process.kill_group()
+        for pid in list(self._seen):
+            if running(pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        wait_until("killed processes are gone", lambda: not self.strays())
+
+    def _own(self) -> list[Process]:
+        return [process for process in (self.up, self.control, *self.filters.values()) if process is not None]
+
+    def strays(self) -> list[list[str]]:
+        """Command lines of processes of this farm that still run."""
+        return [command_line(pid) for pid in self._seen if running(pid) and self._is_ours(pid)]
+
+    def _is_ours(self, pid: int) -> bool:
+        return any(str(self.folder) in word for word in command_line(pid))
+
+    def stop(self) -> None:
+        """Stop cleanly: exit code 0 everywhere, no process left behind, no socket left."""
+        if self.up is not None:
+            self._seen.update(children(self.up.pid))
+        for process in (self.up, *self.filters.values(), self.control):
+            if process is not None:
+                was_alive = process.alive()
+                code = process.stop(STOP_S)
+                assert not was_alive or code == 0, f"{process.argv} ended with {code}:\n{process.text()[-6000:]}"
+        self.up = self.control = None
+        self.filters.clear()
+        wait_until("no stray process", lambda: not self.strays(), 5.0)
+
+    def remove(self) -> None:
+        """End whatever still runs and delete the farm's directory."""
+        self.kill_everything()
+        ACTIVE.discard(self)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def __enter__(self) -> Farm:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        try:
+            if kind is None:
+                self.stop()
+            elif error is not None:
+                error.add_note(self.log_text())
+        finally:
+            self.remove()
+
+    def log_text(self, lines: int = 60) -> str:
+        """The last lines of each log."""
+        parts = []
+        for path in sorted(self.folder.glob("*.log")):
+            tail = path.read_text(errors="replace").splitlines()[-lines:]
+            parts.append("\n".join([f"--- {path.name}", *tail]))
+        return "\n".join(parts[-6:])
+
+    # ---- addresses ----
+
+    def socket(self, vm: str = "vm1", run: Path | None = None) -> Path:
+        """A VM's unix socket."""
+        return (run or self.run) / "vms" / f"{vm}.sock"
+
+    def uri(self, name: str, vm: str = "vm1") -> str:
+        """A VVol's unix URI."""
+        return f"nbd+unix:///{name}?socket={self.socket(vm)}"
+
+    def open(self, name: str, style: Style = "structured", vm: str = "vm1", wait_s: float = 0.0) -> Transmission:
+        """Enter an export on its VM's socket by the raw client; keep trying for `wait_s`."""
+        end = time.monotonic() + wait_s
+        while True:
+            try:
+                return open_export(self.socket(vm), name, style)
+            except (OSError, Closed, OptionRefused):
+                if time.monotonic() >= end:
+                    raise
+                time.sleep(0.05)
+
+    # ---- the API ----
+
+    def client(self) -> httpx.Client:
+        """An HTTP client on control's unix socket."""
+        transport = httpx.HTTPTransport(uds=str(self.run / "control.sock"))
+        return httpx.Client(transport=transport, base_url="http://nbdvvol", timeout=30.0)
+
+    def api_answers(self) -> bool:
+        """Whether GET /v1/status works now."""
+        try:
+            with self.client() as client:
+                return client.get("/v1/status").status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    def api(self, method: str, path: str, body: JsonDict | None = None, headers: dict[str, str] | None = None) -> Any:
+        """Call the API. Raises ApiError."""
+        with self.client() as client:
+            answer = client.request(method, path, json=body, headers=headers)
+        content = answer.json() if answer.content else {}
+        if answer.is_error:
+            raise ApiError(answer.status_code, content)
+        return content
+
+    def task(self, answer: JsonDict, timeout_s: float = 30.0) -> JsonDict:
+        """Wait for a task (a TaskRef or a Task) to end well; return it."""
+        task: JsonDict = answer.get("task", answer)
+        end = time.monotonic() + timeout_s
+        while task["state"] in ("queued", "running"):
+            assert time.monotonic() < end, f"task not done within {timeout_s} s: {task}"
+            time.sleep(0.03)
+            task = self.api("GET", f"/v1/tasks/{task['id']}")
+        assert task["state"] == "success", f"task failed: {task}"
+        return task
+
+    def vvol(self, name: str) -> JsonDict:
+        """A VVol by its full name."""
+        found: JsonDict = self.api("GET", f"/v1/vvols/{name}")
+        return found
+
+    def create(self, vm: str, name: str, **spec: Any) -> JsonDict:
+        """Create a VVol and wait until it is served; return it."""
+        self.task(self.api("POST", "/v1/vvols", {"vm": vm, "name": name, **spec}))
+        self.wait_bound(f"{vm}/{name}")
+        return self.vvol(f"{vm}/{name}")
+
+    def delete(self, name: str) -> None:
+        """Delete a VVol and wait until it is gone."""
+        self.task(self.api("DELETE", f"/v1/vvols/{name}"))
+
+    def wait_bound(self, name: str, timeout_s: float = 20.0) -> JsonDict:
+        """Wait until a VVol's host confirmed its epoch; return the VVol."""
+        wait_until(f"{name} is bound", lambda: (self.vvol(name)["binding"] or {}).get("state") == "bound", timeout_s)
+        return self.vvol(name)
+
+    def cli(self, *args: str, check: bool = True, timeout_s: float = 60.0) -> Any:
+        """Run the nbdvvol command against this farm; see procs.run."""
+        from tests.lib.procs import run
+
+        return run([sys.executable, "-m", "nbdvvol", *args, "--run", self.run], timeout_s=timeout_s, check=check)
+
+
+def _module(pid: int, role: str) -> bool:
+    return any(word.startswith(f"nbdvvol.{role}") for word in command_line(pid))
+
+
+def serves(socket_path: Path, name: str) -> bool:
+    """Whether an export can be entered now."""
+    try:
+        with open_export(socket_path, name):
+            return True
+    except (OSError, Closed, OptionRefused):
+        return False
+
+
+def listed(socket_path: Path) -> dict[str, str]:
+    """LIST on a socket."""
+    with Haggle(socket_path) as haggle:
+        return haggle.begin().list_exports()
+
+
+def free_port() -> int:
+    """A TCP port of the loopback that is free now."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def plain_spec(size: str = "64MiB", vvols: JsonDict | None = None, **more: Any) -> JsonDict:
+    """A small farm: one file datastore, one profile, vm1."""
+    return {
+        "datastores": {"main": {"kind": "file", "path": "main.img", "size": size}},
+        "profiles": {"plain": {"datastore": "main"}},
+        "vms": {"vm1": {"vvols": vvols or {"root": {"size": "16MiB", "profile": "plain"}}}},
+        **more,
+    }
