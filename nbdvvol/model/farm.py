@@ -73,12 +73,14 @@ class HostConfig(Model):
     certificate: str | None = None
     """Common name of the host's client certificate, instead of a token (https only)."""
     listen: HostListen | None = None
+    remote: bool = False
+    """Its filter is started on another machine; `nbdvvol up` starts one here for every other host."""
     reactors: int = Field(default=1, ge=1, le=64)
     spin_us: int = Field(default=50, ge=0, le=10_000)
 
 
 class TlsFiles(Model):
-    """TLS identity that filters show to VMs: a directory with ca-cert.pem, server-cert.pem, server-key.pem; a PSK file."""
+    """TLS identity that filters show to VMs: a directory (ca-cert.pem, server-cert.pem, server-key.pem), a PSK file."""
 
     certs: str | None = None
     psk: str | None = None

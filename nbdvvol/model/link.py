@@ -263,7 +263,15 @@ class Work(Model):
     kind: Literal["work"] = "work"
     id: int
     what: Literal[
-        "probe", "write_meta", "read_meta", "scrub", "file_create", "file_grow", "file_remove", "file_stat", "clear_fault"
+        "probe",
+        "write_meta",
+        "read_meta",
+        "scrub",
+        "file_create",
+        "file_grow",
+        "file_remove",
+        "file_stat",
+        "clear_fault",
     ]
     args: dict[str, Any]
 
@@ -307,7 +315,5 @@ class Refused(Model):
     reason: str
 
 
-FromControl = Annotated[
-    Welcome | Snapshot | Resumed | Delta | Work | Answer | Refused, Field(discriminator="kind")
-]
+FromControl = Annotated[Welcome | Snapshot | Resumed | Delta | Work | Answer | Refused, Field(discriminator="kind")]
 from_control: TypeAdapter[FromControl] = TypeAdapter(FromControl)

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, StringConstraints
 
-_SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGTPE]?i?B?|B)\s*$", re.IGNORECASE)
+_SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*((?:[KMGTPE]i?)?B?)\s*$", re.IGNORECASE)
 _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4, "P": 5, "E": 6}
 _DURATION = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)\s*$")
 _SECONDS = {"ms": Fraction(1, 1000), "s": Fraction(1), "m": Fraction(60), "h": Fraction(3600), "d": Fraction(86400)}
@@ -63,9 +63,21 @@ def parse_duration(value: Any) -> float:
     return float(value)
 
 
-Size = Annotated[int, BeforeValidator(parse_size), Field(ge=0, description="bytes, or text such as 4GiB")]
-PositiveSize = Annotated[int, BeforeValidator(parse_size), Field(gt=0, description="bytes, or text such as 4GiB")]
-Duration = Annotated[float, BeforeValidator(parse_duration), Field(description="seconds, or text such as 30s")]
+Size = Annotated[
+    int,
+    BeforeValidator(parse_size, json_schema_input_type=int | str),
+    Field(ge=0, description="bytes, or text such as 4GiB"),
+]
+PositiveSize = Annotated[
+    int,
+    BeforeValidator(parse_size, json_schema_input_type=int | str),
+    Field(gt=0, description="bytes, or text such as 4GiB"),
+]
+Duration = Annotated[
+    float,
+    BeforeValidator(parse_duration, json_schema_input_type=float | str),
+    Field(description="seconds, or text such as 30s"),
+]
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
 Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
