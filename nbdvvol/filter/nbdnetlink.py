@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -83,10 +83,10 @@ class DeviceSettings:
 class Kernel(Protocol):
     """The driver as the keeper sees it. Every refusal is an OSError with the kernel's errno."""
 
-    async def connect(self, settings: DeviceSettings, fds: Iterable[int]) -> int:
+    async def connect(self, settings: DeviceSettings, fds: Sequence[int]) -> int:
         """Make a device of sockets that are in the transmission phase; return its index."""
 
-    async def reconfigure(self, index: int, backend: str, *, fds: Iterable[int] = (), size: int | None = None) -> None:
+    async def reconfigure(self, index: int, backend: str, *, fds: Sequence[int] = (), size: int | None = None) -> None:
         """Offer sockets in place of dead ones (none dead: they are silently dropped), or set the size in bytes."""
 
     async def disconnect(self, index: int) -> None:
@@ -135,7 +135,7 @@ class NetlinkKernel:
             raise OSError(error.code, str(error)) from error
         return kernel
 
-    async def connect(self, settings: DeviceSettings, fds: Iterable[int]) -> int:
+    async def connect(self, settings: DeviceSettings, fds: Sequence[int]) -> int:
         """See Kernel."""
         attributes: list[tuple[str, Any]] = [
             ("NBD_ATTR_SIZE_BYTES", settings.size),
@@ -154,7 +154,7 @@ class NetlinkKernel:
                 return int(index)
         raise OSError(errno.EPROTO, "the kernel did not tell which device it made")
 
-    async def reconfigure(self, index: int, backend: str, *, fds: Iterable[int] = (), size: int | None = None) -> None:
+    async def reconfigure(self, index: int, backend: str, *, fds: Sequence[int] = (), size: int | None = None) -> None:
         """See Kernel."""
         attributes: list[tuple[str, Any]] = [("NBD_ATTR_INDEX", index), ("NBD_ATTR_BACKEND_IDENTIFIER", backend)]
         if fds:
@@ -215,5 +215,5 @@ def load_driver() -> str:
     return " ".join(done.stderr.split()) or ("done" if done.returncode == 0 else f"status {done.returncode}")
 
 
-def _sockets(fds: Iterable[int]) -> tuple[str, Any]:
+def _sockets(fds: Sequence[int]) -> tuple[str, Any]:
     return "NBD_ATTR_SOCKETS", {"attrs": [("NBD_SOCK_ITEM", {"attrs": [("NBD_SOCK_FD", fd)]}) for fd in fds]}
