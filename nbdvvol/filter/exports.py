@@ -1,0 +1,341 @@
+"""The VVols of this host: brings each from what runs to what control wants, alone and again until it succeeds.
+
+One task a VVol, so that a datastore that is missing or hangs harms no other VVol. Invariants: at most one epoch
+of a VVol runs; an object is released only after no volume uses it; `released` is reported only after the data
+plane has drained the volume; what control did not confirm is not served.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import structlog
+
+from nbdvvol.dataplane.types import DataPlane
+from nbdvvol.filter.objects import HeldObject, ObjectTable
+from nbdvvol.filter.reconcile import Step, decide, describe, touched, transmission_flags
+from nbdvvol.model.errors import Code, NvError
+from nbdvvol.model.link import ExportReport, Held, HostState, VVolSpec
+from nbdvvol.nbd.constants import BLOCK_PREFERRED_BYTES, PAYLOAD_BYTES_MAX
+from nbdvvol.nbd.provider import Facts
+
+_log = structlog.get_logger("exports")
+RETRY_MIN_S = 1.0
+RETRY_MAX_S = 30.0
+
+
+class Reporter(Protocol):
+    """Where news go: the link to control."""
+
+    def export(self, report: ExportReport) -> None:
+        """A VVol came up, changed, or cannot be served."""
+
+    def released(self, uuid: str, epoch: int) -> None:
+        """Drained."""
+
+    def notice(self, event: str, subject: str, message: str) -> None:
+        """For the event list."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Running:
+    spec: VVolSpec
+    volume: int
+    objects: dict[tuple[str, str], HeldObject]
+    block_min: int
+
+
+@dataclass(eq=False, slots=True)
+class Export:
+    """One VVol on this host."""
+
+    uuid: str
+    wanted: VVolSpec | None = None
+    running: _Running | None = None
+    error: str = ""
+    highest_epoch: int = 0
+    withdrawn: bool = False
+    """Being drained or replaced: nobody enters."""
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    settled: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def volume(self) -> int | None:
+        """The data plane's volume that may be entered now."""
+        if self.running is None or self.withdrawn or self.wanted is None:
+            return None
+        return self.running.volume if self.running.spec.epoch == self.wanted.epoch else None
+
+    def full_name(self) -> str:
+        """`VM/NAME`, as control wants it."""
+        return f"{self.wanted.vm}/{self.wanted.name}" if self.wanted else ""
+
+    def facts(self, name: str) -> Facts:
+        """What clients are told; `name` is the canonical name on their socket."""
+        assert self.running is not None and self.wanted is not None
+        spec = self.running.spec
+        return Facts(
+            name=name,
+            size=spec.size,
+            flags=transmission_flags(read_only=spec.read_only),
+            description=self.wanted.description,
+            block_min=self.running.block_min,
+            block_preferred=max(BLOCK_PREFERRED_BYTES, self.running.block_min),
+            block_max=PAYLOAD_BYTES_MAX,
+        )
+
+    def report(self) -> ExportReport | None:
+        """The facts for control, or why there are none."""
+        spec = self.running.spec if self.running else self.wanted
+        if spec is None:
+            return None
+        facts = self.facts("") if self.running and self.wanted else None
+        return ExportReport(
+            uuid=self.uuid,
+            epoch=spec.epoch,
+            size=spec.size,
+            flags=facts.flags if facts else transmission_flags(read_only=spec.read_only),
+            block_min=facts.block_min if facts else 1,
+            block_preferred=facts.block_preferred if facts else BLOCK_PREFERRED_BYTES,
+            block_max=PAYLOAD_BYTES_MAX,
+            error="" if facts else self.error,
+        )
+
+
+class ExportTable:
+    """Every VVol of this host."""
+
+    def __init__(self, plane: DataPlane, objects: ObjectTable, reporter: Reporter) -> None:
+        self.state: HostState | None = None
+        """What control wants; None until it has said so."""
+        self._plane = plane
+        self._objects = objects
+        self._reporter = reporter
+        self._exports: dict[str, Export] = {}
+        self._highest: dict[str, int] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._stopping = False
+
+    def of(self, vm: str | None) -> list[Export]:
+        """The exports of one VM, or of all, in the order of their names."""
+        found = [e for e in self._exports.values() if e.wanted is not None and vm in (None, e.wanted.vm)]
+        return sorted(found, key=Export.full_name)
+
+    def take(self, state: HostState) -> list[Export]:
+        """Control wants this now; return the exports it touches (await `settled` of each)."""
+        changed = touched(self.state, state)
+        self.state = state
+        # Whatever still runs and is no longer named goes, also when an earlier state already left it out.
+        changed |= {uuid for uuid in self._exports if uuid not in state.vvols}
+        return [self._poke(uuid, state.vvols.get(uuid)) for uuid in sorted(changed)]
+
+    def get(self, uuid: str) -> Export | None:
+        """The export of a VVol."""
+        return self._exports.get(uuid)
+
+    def held(self) -> list[Held]:
+        """What the data plane still has, also while it drains."""
+        return [
+            Held(uuid=e.uuid, epoch=r.spec.epoch, generation=r.spec.generation, map_version=r.spec.map_version)
+            for e in self._exports.values()
+            if (r := e.running) is not None
+        ]
+
+    def reports(self) -> list[ExportReport]:
+        """Facts of every export that has settled."""
+        found = [export.report() for export in self._exports.values() if export.settled.is_set()]
+        return [report for report in found if report is not None]
+
+    async def stop(self) -> None:
+        """Take nothing new; leave what runs to the data plane's close."""
+        self._stopping = True
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def sync_failed(self, obj: int, error: int) -> None:
+        """The data plane latched a failed sync."""
+        held = self._objects.mark_faulty(obj)
+        where = held.spec.path if held else f"object {obj}"
+        _log.error("sync failed: FLUSH fails until the operator clears it", path=where, errno=error)
+        message = f"a sync of {where} failed (errno {error}); acknowledged writes may be lost, every FLUSH fails"
+        self._reporter.notice("sync-failed", held.datastore if held else "", message)
+
+    def _poke(self, uuid: str, wanted: VVolSpec | None) -> Export:
+        export = self._exports.get(uuid)
+        if export is None:
+            export = self._exports[uuid] = Export(uuid, highest_epoch=self._highest.get(uuid, 0))
+            task = asyncio.get_running_loop().create_task(self._keep(export))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        export.wanted = wanted
+        export.settled.clear()
+        export.changed.set()
+        return export
+
+    async def _keep(self, export: Export) -> None:
+        """Converge, forever: at once when control says something new, later when it failed."""
+        delay_s = RETRY_MIN_S
+        while not self._stopping:
+            export.changed.clear()
+            failed = await self._try(export)
+            if export.changed.is_set():
+                continue
+            export.settled.set()
+            if export.wanted is None and export.running is None:
+                self._highest[export.uuid] = export.highest_epoch
+                del self._exports[export.uuid]
+                return
+            try:
+                async with asyncio.timeout(delay_s if failed else None):
+                    await export.changed.wait()
+                delay_s = RETRY_MIN_S
+            except TimeoutError:
+                delay_s = min(2 * delay_s, RETRY_MAX_S)
+
+    async def _try(self, export: Export) -> bool:
+        """One attempt; True when it failed and is to be repeated."""
+        before = export.error
+        try:
+            await self._converge(export)
+            export.error = ""
+            return False
+        except NvError as error:
+            export.error = f"{error.message} ({error.hint})" if error.hint else error.message
+        except OSError as error:
+            export.error = str(error)
+        if export.error != before:
+            subject = export.full_name() or export.uuid
+            _log.error("VVol is not as control wants it", vvol=subject, error=export.error)
+            self._reporter.notice("vvol-failed", subject, export.error)
+            self._tell(export)
+        return True
+
+    async def _converge(self, export: Export) -> None:
+        wanted = export.wanted
+        running = export.running
+        match decide(running.spec if running else None, wanted, export.highest_epoch):
+            case Step.NOTHING:
+                if wanted is None and running is None:
+                    self._reporter.released(export.uuid, export.highest_epoch)
+            case Step.CLOSE:
+                await self._close(export)
+            case Step.REFUSE:
+                await self._close(export)
+                assert wanted is not None
+                raise NvError(
+                    Code.STALE,
+                    f"control names epoch {wanted.epoch}, but epoch {export.highest_epoch} was served here already",
+                    "control's registry is older than this host's state: restore the newer one",
+                )
+            case Step.OPEN:
+                await self._open(export)
+            case Step.REPLACE:
+                await self._close(export)
+                await self._open(export)
+            case Step.CHANGE:
+                await self._change(export)
+            case Step.RENAME:
+                assert running is not None and wanted is not None
+                export.running = _Running(wanted, running.volume, running.objects, running.block_min)
+                self._tell(export)
+
+    def _tell(self, export: Export) -> None:
+        report = export.report()
+        if report is not None:
+            self._reporter.export(report)
+
+    async def _open(self, export: Export) -> None:
+        spec = export.wanted
+        if spec is None:  # control changed its mind meanwhile
+            return
+        export.highest_epoch = max(export.highest_epoch, spec.epoch)
+        objects = await self._acquire(spec, {})
+        try:
+            block_min = _block_min(objects)
+            desc = describe(spec, _numbers(objects), block_min=block_min, map_from=0)
+            volume = self._plane.open_volume(desc)
+        except BaseException:
+            await self._release(objects)
+            raise
+        export.running = _Running(spec, volume, objects, block_min)
+        export.withdrawn = False
+        _log.info("serving", vvol=f"{spec.vm}/{spec.name}", epoch=spec.epoch, size=spec.size)
+        self._tell(export)
+
+    async def _change(self, export: Export) -> None:
+        running, spec = export.running, export.wanted
+        assert running is not None
+        if spec is None or spec.epoch != running.spec.epoch:
+            return
+        objects = await self._acquire(spec, running.objects)
+        fresh = {key: held for key, held in objects.items() if running.objects.get(key) is not held}
+        try:
+            block_min = max(running.block_min, _block_min(objects))
+            map_from = running.spec.map_version
+            desc = describe(spec, _numbers(objects), block_min=block_min, map_from=map_from)
+            await self._plane.change_volume(running.volume, desc)
+        except BaseException:
+            await self._release(fresh)
+            raise
+        export.running = _Running(spec, running.volume, objects, block_min)
+        self._tell(export)
+        await self._release({key: held for key, held in running.objects.items() if key not in objects})
+
+    async def _close(self, export: Export) -> None:
+        running = export.running
+        if running is None:
+            if export.wanted is None:
+                self._reporter.released(export.uuid, export.highest_epoch)
+            return
+        export.withdrawn = True
+        await self._plane.close_volume(running.volume)
+        export.running = None
+        self._reporter.released(export.uuid, running.spec.epoch)
+        await self._release(running.objects)
+
+    async def _acquire(
+        self, spec: VVolSpec, have: dict[tuple[str, str], HeldObject]
+    ) -> dict[tuple[str, str], HeldObject]:
+        """Open every object of a VVol, keeping those it has; nothing new stays open on failure."""
+        assert self.state is not None
+        found: dict[tuple[str, str], HeldObject] = {}
+        fresh: dict[tuple[str, str], HeldObject] = {}
+        try:
+            for leg in spec.legs:
+                key = leg.datastore, leg.object
+                if key in found:
+                    continue
+                store = self.state.datastores.get(leg.datastore)
+                if store is None:
+                    raise NvError(Code.NOT_FOUND, f"control named no datastore {leg.datastore} for this host")
+                held = have.get(key)
+                if held is None:
+                    held = fresh[key] = await self._objects.acquire(store, leg.object, may_read_only=spec.read_only)
+                found[key] = held
+                end = max((run.at + run.n for run in leg.runs if run.s == 0), default=0)
+                if end > held.spec.size and end > await self._objects.refresh(store, held):
+                    raise NvError(
+                        Code.INVALID,
+                        f"datastore {store.name}: {held.spec.path} has {held.spec.size} bytes; the map needs {end}",
+                        "it was shortened: restore its size",
+                    )
+        except BaseException:
+            await self._release(fresh)
+            raise
+        return found
+
+    async def _release(self, objects: dict[tuple[str, str], HeldObject]) -> None:
+        for held in objects.values():
+            await self._objects.release(held)
+
+
+def _block_min(objects: dict[tuple[str, str], HeldObject]) -> int:
+    return max((held.spec.align for held in objects.values()), default=1)
+
+
+def _numbers(objects: dict[tuple[str, str], HeldObject]) -> dict[tuple[str, str], int]:
+    return {key: held.number for key, held in objects.items()}

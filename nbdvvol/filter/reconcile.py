@@ -1,0 +1,132 @@
+"""What to do with what control says: pure functions from messages and held state to steps. No I/O.
+
+Rules: a VVol is served only under the epoch that control named last; a newer epoch means that the old one is
+drained and released first; an older one than this process has seen is refused (control's registry went back in
+time); within an epoch, changes are applied live.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from typing import TypeVar
+
+from nbdvvol.dataplane.types import LegDescription, LegState, Run, RunState, VolumeDescription
+from nbdvvol.model.link import Delta, HostState, LegSpec, VVolSpec
+from nbdvvol.nbd.constants import TransmissionFlag
+
+T = TypeVar("T")
+
+_LEG_STATES = {"in-sync": LegState.IN_SYNC, "stale": LegState.STALE, "syncing": LegState.SYNCING}
+
+
+class Step(enum.Enum):
+    """What one VVol needs."""
+
+    NOTHING = "nothing"
+    OPEN = "open"
+    RENAME = "rename"
+    """Only words changed (name, description): no I/O is touched."""
+    CHANGE = "change"
+    REPLACE = "replace"
+    """Drain and release the old epoch, then open under the new one."""
+    CLOSE = "close"
+    REFUSE = "refuse"
+    """Drain what runs; serve nothing: the epoch is older than one seen before."""
+
+
+def decide(running: VVolSpec | None, wanted: VVolSpec | None, highest_epoch: int) -> Step:
+    """The step from what runs to what control wants; `highest_epoch` is the highest this process has served."""
+    if wanted is None:
+        return Step.NOTHING if running is None else Step.CLOSE
+    if wanted.epoch < highest_epoch:
+        return Step.REFUSE
+    if running is None:
+        return Step.OPEN
+    if running.epoch != wanted.epoch:
+        return Step.REPLACE
+    if running == wanted:
+        return Step.NOTHING
+    return Step.CHANGE if _runs_differ(running, wanted) else Step.RENAME
+
+
+def _runs_differ(running: VVolSpec, wanted: VVolSpec) -> bool:
+    words = {"name": "", "vm": "", "description": "", "type": running.type}
+    return running.model_copy(update=words) != wanted.model_copy(update=words)
+
+
+def merge(state: HostState, delta: Delta) -> HostState:
+    """The state after a change: whole entries replaced or removed."""
+    return HostState(
+        host=state.host,
+        listen=delta.listen if delta.settings else state.listen,
+        tls=delta.tls if delta.settings else state.tls,
+        datastores=_merge(state.datastores, delta.datastores),
+        vms=_merge(state.vms, delta.vms),
+        vvols=_merge(state.vvols, delta.vvols),
+    )
+
+
+def _merge(old: Mapping[str, T], changes: Mapping[str, T | None]) -> dict[str, T]:
+    merged = dict(old)
+    for key, value in changes.items():
+        if value is None:
+            merged.pop(key, None)
+        else:
+            merged[key] = value
+    return merged
+
+
+def touched(old: HostState | None, new: HostState) -> set[str]:
+    """UUIDs whose VVol, or a datastore it lies on, differs between two states."""
+    if old is None:
+        return set(new.vvols)
+    stores = {name for name in old.datastores | new.datastores if old.datastores.get(name) != new.datastores.get(name)}
+    return {
+        uuid
+        for uuid in old.vvols | new.vvols
+        if old.vvols.get(uuid) != new.vvols.get(uuid) or (uuid in new.vvols and stores & _stores(new.vvols[uuid]))
+    }
+
+
+def _stores(spec: VVolSpec) -> set[str]:
+    return {leg.datastore for leg in spec.legs}
+
+
+def describe(
+    spec: VVolSpec, objects: Mapping[tuple[str, str], int], *, block_min: int, map_from: int
+) -> VolumeDescription:
+    """The data plane's description of a VVol; `objects` maps (datastore, object name) to the plane's numbers."""
+    return VolumeDescription(
+        uuid=bytes.fromhex(spec.uuid.replace("-", "")),
+        size=spec.size,
+        epoch=spec.epoch,
+        generation=spec.generation,
+        map_from=map_from,
+        map_to=spec.map_version,
+        legs=tuple(_leg(leg, objects[leg.datastore, leg.object]) for leg in spec.legs),
+        read_only=spec.read_only,
+        block_min=block_min,
+    )
+
+
+def _leg(leg: LegSpec, number: int) -> LegDescription:
+    runs = tuple(Run(run.o, run.n, number, run.at, RunState(run.s)) for run in leg.runs)
+    return LegDescription(leg.id, _LEG_STATES[leg.state], runs)
+
+
+def transmission_flags(*, read_only: bool) -> int:
+    """What an export offers a client with structured replies; the one place that decides it."""
+    flags = (
+        TransmissionFlag.HAS_FLAGS
+        | TransmissionFlag.SEND_FLUSH
+        | TransmissionFlag.SEND_FUA
+        | TransmissionFlag.SEND_DF
+        | TransmissionFlag.SEND_CACHE
+        | TransmissionFlag.CAN_MULTI_CONN
+    )
+    if read_only:
+        return int(flags | TransmissionFlag.READ_ONLY)
+    return int(
+        flags | TransmissionFlag.SEND_TRIM | TransmissionFlag.SEND_WRITE_ZEROES | TransmissionFlag.SEND_FAST_ZERO
+    )
