@@ -45,6 +45,7 @@ class Order(Model):
     """What `attach` was asked for, as the keeper's process gets it."""
 
     uri: str
+    name: str
     identity: str
     device: str | None
     connections: int
@@ -70,9 +71,11 @@ def run_attach(
     request_timeout_s: int,
     run_dir: Path,
     foreground: bool,
+    name: str = "",
     on_attached: Callable[[Attachment], None] = lambda attachment: None,
 ) -> Attachment:
-    """Attach the export at `uri`; `identity` is its VVol's UUID, the kernel's backend identifier.
+    """Attach the export at `uri`; `identity` is its VVol's UUID, the kernel's backend identifier, and `name` the
+    VVol's full name, by which `detach` finds it (default: the export's name in the URI).
 
     `device`: /dev/nbdN, or None for a free one. The device's I/O waits `dead_timeout_s` for a server that is
     away and fails then; a request without an answer for `request_timeout_s` is sent again on another connection.
@@ -81,8 +84,8 @@ def run_attach(
     An attachment whose keeper died is taken over. Raises NvError: NO_KERNEL_NBD with the lines that work
     instead, EXISTS, BUSY, DENIED, INVALID, UNSUPPORTED, UNAVAILABLE, NOT_FOUND, TIMEOUT."""
     order = Order(
-        uri=uri, identity=identity, device=device, connections=connections, dead_timeout_s=dead_timeout_s,
-        request_timeout_s=request_timeout_s, run_dir=run_dir.absolute(),
+        uri=uri, name=name or parse_uri(uri).name, identity=identity, device=device, connections=connections,
+        dead_timeout_s=dead_timeout_s, request_timeout_s=request_timeout_s, run_dir=run_dir.absolute(),
     )  # fmt: skip
     _check(order)
     if foreground:
@@ -184,7 +187,7 @@ async def _begin(keeper: Keeper, kernel: NetlinkKernel, store: Attachments, orde
     if record is not None and await kernel.connected(record.index) and _backend(record.index) == order.identity:
         return keeper.take_over(record.model_copy(update={"uri": order.uri}))
     store.remove(order.identity)
-    for other in Path("/sys/block").glob("nbd*"):
+    for other in _devices():
         if _backend(int(other.name[3:])) == order.identity:
             raise NvError(
                 Code.EXISTS, f"{order.uri} is already attached as /dev/{other.name}, from another run directory",
@@ -192,7 +195,7 @@ async def _begin(keeper: Keeper, kernel: NetlinkKernel, store: Attachments, orde
             )  # fmt: skip
     return await keeper.attach(
         Wanted(
-            identity=order.identity, vvol=parse_uri(order.uri).name, uri=order.uri, index=_index(order.device),
+            identity=order.identity, vvol=order.name, uri=order.uri, index=_index(order.device),
             connections=order.connections, dead_timeout_s=order.dead_timeout_s,
             request_timeout_s=order.request_timeout_s,
         )
@@ -213,6 +216,10 @@ async def _keep(keeper: Keeper, store: Attachments) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)
         keeper.close()
+
+
+def _devices() -> list[Path]:
+    return list(Path("/sys/block").glob("nbd*"))
 
 
 def _backend(index: int) -> str:

@@ -7,6 +7,7 @@ it up. Nothing here reads a byte after the haggling.
 from __future__ import annotations
 
 import asyncio
+import os
 import select
 import socket
 import struct
@@ -103,8 +104,12 @@ class NbdDialer:
             ) from error
         except OSError as error:
             raise NvError(
-                Code.UNAVAILABLE, f"{self.uri.where}: {error.strerror or error}", "is the filter running there?"
+                Code.UNAVAILABLE, f"{self.uri.where}: {_reason(error)}", "is the filter running there?"
             ) from error
+
+
+def _reason(error: OSError) -> str:
+    return os.strerror(error.errno) if error.errno else error.strerror or str(error)
 
 
 async def _connect(uri: NbdUri) -> socket.socket:

@@ -206,7 +206,8 @@ class Keeper:
             try:
                 return await self._dialer.enter()
             except NvError as error:
-                log.info("no server yet", device=self.attachment.device, error=str(error))
+                if pause_s == BACKOFF_FIRST_S:
+                    log.warning("no server", device=self.attachment.device, error=str(error))
             await self._sleep(pause_s)
             pause_s = min(2 * pause_s, BACKOFF_MAX_S)
 

@@ -42,14 +42,13 @@ def parse_uri(text: str) -> NbdUri:
         parts = urlsplit(text)
         port = parts.port or NBD_PORT
         name = unquote(parts.path.removeprefix("/"), errors="strict")
+        length = len(name.encode())
     except ValueError as error:
         raise _invalid(text, str(error)) from error
     if parts.scheme not in SCHEMES:
         raise _invalid(text, f"scheme {parts.scheme!r} is not one of {', '.join(SCHEMES)}")
-    if len(name.encode()) > STRING_BYTES_MAX:
-        raise _invalid(
-            text[:80] + "…", f"the name has {len(name.encode())} bytes, at most {STRING_BYTES_MAX} are allowed"
-        )
+    if length > STRING_BYTES_MAX:
+        raise _invalid(text[:80] + "…", f"its name has {length} bytes, the limit is {STRING_BYTES_MAX}")
     parameters = dict(parse_qsl(parts.query, keep_blank_values=True))
     socket = parameters.pop("socket", None)
     unknown = [key for key in parameters if key not in TLS_PARAMETERS]

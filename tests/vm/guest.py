@@ -2,7 +2,7 @@
 
 The guest sees the host's file tree read-only over virtio-fs with a copy-on-write layer on top, so that every
 program of the host (and the project's own Python) runs in it. It reaches the host's loopback as 10.0.2.2.
-Everything a guest starts on the host is ended, by its process handle, when `stop` returns.
+Everything a guest starts on the host is ended, by its pid, when `stop` returns.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import shlex
 import shutil
 import socket
 import subprocess
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from tests.lib.procs import Process, short_dir
 from tests.vm.kernel import Kernel, find_kernel, module_files, program, virtiofsd
 
 HOST = "10.0.2.2"
@@ -81,7 +81,7 @@ class LineSocket:
 
 def build_initramfs(kernel: Kernel, target: Path) -> None:
     """Write a compression-free initramfs with busybox, the guest's modules and init.sh to `target`."""
-    root = Path(tempfile.mkdtemp(dir="/tmp", prefix="nvinit"))
+    root = short_dir()
     try:
         (root / "bin").mkdir()
         (root / "modules").mkdir()
@@ -107,12 +107,12 @@ class Guest:
 
     def __init__(self, initramfs: Path, *, drives: Sequence[str] = (), memory_mib: int = 512, cpus: int = 2) -> None:
         """`drives`: values of QEMU's -drive option; the first is /dev/vda."""
-        self.dir = Path(tempfile.mkdtemp(dir="/tmp", prefix="nvvm"))
+        self.dir = short_dir()
         self._initramfs = initramfs
         self._drives = tuple(drives)
         self._memory_mib = memory_mib
         self._cpus = cpus
-        self._children: list[subprocess.Popen[bytes]] = []
+        self._children: list[Process] = []
         self._command: LineSocket | None = None
         self._qmp: LineSocket | None = None
         self._serial = 0
@@ -154,12 +154,7 @@ class Guest:
             if channel is not None:
                 channel.close()
         for child in reversed(self._children):
-            child.terminate()
-            try:
-                child.wait(5)
-            except subprocess.TimeoutExpired:
-                child.kill()
-                child.wait(5)
+            child.kill_group()
         self._children.clear()
         shutil.rmtree(self.dir, ignore_errors=True)
 
@@ -231,14 +226,12 @@ class Guest:
         return command
 
     def _spawn(self, name: str, command: Sequence[str]) -> None:
-        with (self.dir / f"{name}.log").open("wb") as log:
-            child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/")
-        self._children.append(child)
+        self._children.append(Process(command, self.dir / f"{name}.log"))
 
     def _wait_for(self, path: Path, limit_s: float = 10.0) -> None:
         deadline = time.monotonic() + limit_s
         while not path.exists():
-            if time.monotonic() > deadline or self._children[-1].poll() is not None:
+            if time.monotonic() > deadline or not self._children[-1].alive():
                 raise self._failure(f"{path.name} did not appear within {limit_s:.0f} s")
             time.sleep(0.02)
 
