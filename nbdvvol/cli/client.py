@@ -1,0 +1,254 @@
+"""The API's client: the only way the command line talks to a farm.
+
+Finds control's unix socket (or the https address in $NBDVVOL_CONTROL), turns every failure into an NvError,
+and repeats what is safe to repeat while control restarts: each change carries an idempotency key.
+"""
+
+from __future__ import annotations
+
+import os
+import ssl
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import httpx
+from pydantic import TypeAdapter, ValidationError
+
+from nbdvvol.cli.options import SYSTEM_RUN
+from nbdvvol.model.errors import Code, ErrorBody, NvError
+from nbdvvol.model.farm import Farm
+from nbdvvol.model.resources import (
+    ApplyRequest,
+    ApplyResult,
+    BindVVol,
+    CreateVVol,
+    Event,
+    ExportUri,
+    ResizeVVol,
+    Status,
+    Task,
+    TaskRef,
+    TaskState,
+    VVol,
+)
+
+TIMEOUT_S = 30.0
+RETRY_S = 15.0
+"""How long a request is repeated while control is away in the middle of something."""
+POLL_S = 0.1
+DONE = frozenset({TaskState.SUCCESS, TaskState.ERROR, TaskState.CANCELLED})
+
+
+def find_socket(run: Path | None) -> Path:
+    """Control's unix socket: in `run`, $NBDVVOL_RUN, ./run or the system's. Raises NvError(NOT_RUNNING)."""
+    named = run or (Path(os.environ["NBDVVOL_RUN"]) if os.environ.get("NBDVVOL_RUN") else None)
+    candidates = [named] if named else [Path("run"), SYSTEM_RUN]
+    for candidate in candidates:
+        if (candidate / "control.sock").is_socket():
+            return candidate / "control.sock"
+    looked = " and ".join(str(candidate / "control.sock") for candidate in candidates)
+    raise NvError(
+        Code.NOT_RUNNING,
+        f"no farm runs here (no {looked})",
+        "start one with `nbdvvol up -f FILE`, or name it: --run DIR",
+    )
+
+
+class Client:
+    """A connection to one farm's control."""
+
+    def __init__(self, http: httpx.Client, where: str, *, retry_s: float = RETRY_S) -> None:
+        self._http = http
+        self._where = where
+        self._retry_s = retry_s
+
+    @classmethod
+    def connect(cls, run: Path | None = None) -> Client:
+        """The farm that --run or the environment names. Raises NvError(NOT_RUNNING)."""
+        url = os.environ.get("NBDVVOL_CONTROL", "")
+        if run is None and url.startswith("https://"):
+            return cls(_https(url), url)
+        return cls.unix(find_socket(run))
+
+    @classmethod
+    def unix(cls, socket: Path, *, retry_s: float = RETRY_S) -> Client:
+        """The farm behind a unix socket, which need not answer yet."""
+        transport = httpx.HTTPTransport(uds=str(socket))
+        http = httpx.Client(transport=transport, base_url="http://nbdvvol", timeout=TIMEOUT_S)
+        return cls(http, str(socket), retry_s=retry_s)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._http.close()
+
+    # ---- reading ----
+
+    def status(self) -> Status:
+        """Everything in one look."""
+        return Status.model_validate(self._call("GET", "/v1/status"))
+
+    def all(self, kind: str, model: Any) -> list[Any]:
+        """All resources of a kind (`vvols`, `datastores`, ...), as `model`."""
+        adapter: TypeAdapter[list[Any]] = TypeAdapter(list[model])
+        return adapter.validate_python(self._call("GET", f"/v1/{kind}"))
+
+    def vvol(self, name: str) -> VVol:
+        """A VVol by its full or unique short name. Raises NvError(NOT_FOUND or CONFLICT)."""
+        return VVol.model_validate(self._call("GET", f"/v1/vvols/{self.resolve(name)}"))
+
+    def uri(self, name: str) -> ExportUri:
+        """Where to attach a VVol."""
+        return ExportUri.model_validate(self._call("GET", f"/v1/vvols/{self.resolve(name)}/uri"))
+
+    def resolve(self, name: str) -> str:
+        """`VM/NAME` of a short name. Raises NvError(NOT_FOUND, or CONFLICT with the candidates)."""
+        if "/" in name:
+            return name
+        answer = self._call("GET", "/v1/resolve", params={"name": name})
+        return str(answer["name"] if isinstance(answer, dict) else answer)
+
+    def events(self, *, after: int = 0, limit: int = 1000, wait_s: float = 0.0) -> list[Event]:
+        """Events after an id; with `wait_s`, waits that long for the first."""
+        params = {"after": after, "limit": limit, "wait": wait_s}
+        answer = self._call("GET", "/v1/events", params=params, timeout=TIMEOUT_S + wait_s)
+        return TypeAdapter(list[Event]).validate_python(answer)
+
+    def task(self, number: int) -> Task:
+        """A task by its number."""
+        return Task.model_validate(self._call("GET", f"/v1/tasks/{number}"))
+
+    # ---- changing ----
+
+    def apply(self, farm: Farm, *, dry_run: bool = False) -> ApplyResult:
+        """Make the farm what its file says."""
+        body = ApplyRequest(farm=farm, dry_run=dry_run)
+        return ApplyResult.model_validate(self._call("POST", "/v1/apply", body=body))
+
+    def create(self, wanted: CreateVVol) -> TaskRef:
+        """Create or adopt a VVol."""
+        return TaskRef.model_validate(self._call("POST", "/v1/vvols", body=wanted))
+
+    def delete(self, name: str) -> TaskRef:
+        """Delete a VVol."""
+        return TaskRef.model_validate(self._call("DELETE", f"/v1/vvols/{self.resolve(name)}"))
+
+    def resize(self, name: str, size: int) -> TaskRef:
+        """Grow a VVol to `size` bytes."""
+        return self._act(name, "resize", ResizeVVol(size=size))
+
+    def bind(self, name: str, host: str | None, *, force: bool = False) -> TaskRef:
+        """Let a host serve a VVol."""
+        return self._act(name, "bind", BindVVol(host=host, force=force))
+
+    def unbind(self, name: str, *, force: bool = False) -> TaskRef:
+        """Stop serving a VVol."""
+        return self._act(name, "unbind", BindVVol(force=force))
+
+    def cancel(self, number: int) -> Task:
+        """Cancel a task."""
+        answer = self._call("POST", f"/v1/tasks/{number}/cancel")
+        return Task.model_validate(answer.get("task", answer))
+
+    def clear_fault(self, datastore: str) -> Any:
+        """Accept what a failed sync may have lost, so that FLUSH works again."""
+        return self._call("POST", f"/v1/datastores/{datastore}/clear-fault")
+
+    def wait(self, number: int, on_change: Callable[[Task], None] = lambda task: None) -> Task:
+        """Wait until a task is over; outlives restarts of control. Raises NvError when it did not succeed."""
+        for task in self.watch(number):
+            on_change(task)
+            if task.state in DONE:
+                return _succeeded(task)
+        raise AssertionError("watch ended before its task")
+
+    def watch(self, number: int) -> Iterator[Task]:
+        """A task each time it changed, until it is over."""
+        before: Task | None = None
+        while True:
+            task = self.task(number)
+            if task != before:
+                yield task
+            if task.state in DONE:
+                return
+            before = task
+            time.sleep(POLL_S)
+
+    def _act(self, name: str, verb: str, body: ResizeVVol | BindVVol) -> TaskRef:
+        return TaskRef.model_validate(self._call("POST", f"/v1/vvols/{self.resolve(name)}/{verb}", body=body))
+
+    def _call(
+        self,
+        method: str,
+        path: str,
+        *,
+        body: Any = None,
+        params: dict[str, Any] | None = None,
+        timeout: float = TIMEOUT_S,
+    ) -> Any:
+        content = None if body is None else body.model_dump_json(by_alias=True)
+        headers = {"Content-Type": "application/json"} if content is not None else {}
+        if method != "GET":
+            headers["Idempotency-Key"] = str(uuid.uuid4())
+        deadline = time.monotonic() + self._retry_s
+        while True:
+            try:
+                answer = self._http.request(
+                    method, path, content=content, params=params, headers=headers, timeout=timeout
+                )
+            except httpx.TimeoutException:
+                raise NvError(
+                    Code.TIMEOUT, f"control at {self._where} did not answer within {timeout:g} s", "see its log"
+                ) from None
+            except httpx.TransportError as error:
+                if time.monotonic() > deadline:
+                    raise self._away(error) from None
+                time.sleep(POLL_S)
+                continue
+            return _content(answer, self._where)
+
+    def _away(self, error: Exception) -> NvError:
+        hint = "is it running? `nbdvvol up -f FILE` starts a farm"
+        return NvError(Code.NOT_RUNNING, f"control at {self._where} does not answer: {error}", hint)
+
+
+def _https(url: str) -> httpx.Client:
+    """A client of an https control: $NBDVVOL_TOKEN_FILE, $NBDVVOL_CA, $NBDVVOL_CERT and $NBDVVOL_KEY."""
+    context = ssl.create_default_context(cafile=os.environ.get("NBDVVOL_CA"))
+    if os.environ.get("NBDVVOL_CERT"):
+        context.load_cert_chain(os.environ["NBDVVOL_CERT"], os.environ.get("NBDVVOL_KEY"))
+    headers = {}
+    if os.environ.get("NBDVVOL_TOKEN_FILE"):
+        try:
+            token = Path(os.environ["NBDVVOL_TOKEN_FILE"]).read_text().strip()
+        except OSError as error:
+            raise NvError(Code.DENIED, f"cannot read the token file {error.filename}: {error.strerror}") from None
+        headers["Authorization"] = f"Bearer {token}"
+    return httpx.Client(base_url=url, verify=context, headers=headers, timeout=TIMEOUT_S)
+
+
+def _content(answer: httpx.Response, where: str) -> Any:
+    try:
+        content: Any = answer.json() if answer.content else None
+        if answer.is_success:
+            return content
+        error = ErrorBody.model_validate(content["error"])
+    except (ValueError, KeyError, TypeError, ValidationError):
+        raise NvError(
+            Code.INTERNAL, f"control at {where} answered HTTP {answer.status_code} without a reason"
+        ) from None
+    raise NvError(error.code, error.message, error.hint)
+
+
+def _succeeded(task: Task) -> Task:
+    if task.state is TaskState.SUCCESS:
+        return task
+    what = f"task {task.id} ({task.kind} {task.subject})"
+    if task.state is TaskState.CANCELLED:
+        raise NvError(Code.CONFLICT, f"{what} was cancelled")
+    raise NvError(Code.INTERNAL, f"{what} failed: {task.error}", "see `nbdvvol status`")

@@ -1,0 +1,34 @@
+"""Options that many verbs share."""
+
+from __future__ import annotations
+
+import enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+SYSTEM_RUN = Path("/run/nbdvvol")
+"""Run directory of the farm that root's service runs."""
+
+
+class Output(enum.StrEnum):
+    """How a reading command prints."""
+
+    TABLE = "table"
+    JSON = "json"
+    YAML = "yaml"
+
+
+OutputOption = Annotated[Output, typer.Option("-o", "--output", help="How to print.", show_default=True)]
+RunOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--run",
+        metavar="DIR",
+        help="Run directory of the farm. Else $NBDVVOL_RUN, ./run, /run/nbdvvol; or $NBDVVOL_CONTROL=https://...",
+        show_default=False,
+    ),
+]
+NoWait = Annotated[bool, typer.Option("--no-wait", help="Do not wait for the task; print its number.")]
+VVolArgument = Annotated[str, typer.Argument(metavar="VVOL", help="VM/NAME, or NAME where that is unique.")]

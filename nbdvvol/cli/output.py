@@ -1,0 +1,79 @@
+"""Printing: tables for people, JSON and YAML with the same words for scripts, progress of tasks."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from nbdvvol.cli.options import Output
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    from nbdvvol.cli.client import Client
+    from nbdvvol.model.resources import Task, TaskRef
+
+Row = Sequence[object]
+
+
+def emit(value: BaseModel | Sequence[BaseModel], output: Output) -> None:
+    """Print a model or a list of them as JSON or YAML."""
+    data: Any
+    if isinstance(value, Sequence):
+        data = [item.model_dump(mode="json", by_alias=True) for item in value]
+    else:
+        data = value.model_dump(mode="json", by_alias=True)
+    if output is Output.YAML:
+        import yaml
+
+        print(yaml.safe_dump(data, sort_keys=False, allow_unicode=True), end="")
+    else:
+        print(json.dumps(data, indent=2, ensure_ascii=False))
+
+
+def table(heads: Sequence[str], rows: Iterable[Row]) -> None:
+    """Print aligned columns; a terminal's width folds them, a pipe's never."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
+    for head in heads:
+        grid.add_column(head.upper(), no_wrap=not sys.stdout.isatty(), overflow="fold")
+    for row in rows:
+        grid.add_row(*(Text(str(cell) if cell not in (None, "") else "-") for cell in row))
+    Console(width=None if sys.stdout.isatty() else 1000, highlight=False).print(grid, crop=False, end="")
+
+
+def pairs(items: Iterable[tuple[str, object]]) -> None:
+    """Print `name  value` lines."""
+    shown = [(name, str(value)) for name, value in items if value not in (None, "", [])]
+    width = max((len(name) for name, _ in shown), default=0)
+    for name, value in shown:
+        print(f"{name:<{width}}  {value}")
+
+
+def follow(client: Client, ref: TaskRef, done: str, *, no_wait: bool) -> None:
+    """Wait for a task with its progress shown on a terminal, then print `done`; or just print its number."""
+    if no_wait:
+        print(f"task {ref.task.id}")
+        return
+    wait_task(client, ref.task.id)
+    print(done)
+
+
+def wait_task(client: Client, number: int) -> Task:
+    """Wait for a task, showing progress on a terminal. Raises NvError when it does not succeed."""
+    return client.wait(number, _progress_line() if sys.stderr.isatty() else lambda task: None)
+
+
+def _progress_line() -> Callable[[Task], None]:
+    def show(task: Any) -> None:
+        text = f"task {task.id} {task.kind} {task.subject}: {task.state} {task.progress:4.0%} {task.detail}"
+        over = task.state not in ("queued", "running")
+        sys.stderr.write(f"\r\x1b[K{'' if over else text[:120]}")
+        sys.stderr.flush()
+
+    return show

@@ -1,0 +1,256 @@
+"""VVols: `create|delete|resize vvol`, `adopt`, `bind`, `unbind`, `describe vvol`, `uri`."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from nbdvvol.cli.options import NoWait, Output, OutputOption, RunOption, VVolArgument
+
+if TYPE_CHECKING:
+    from nbdvvol.model.resources import CreateVVol, ExportUri, VVol
+
+FullName = Annotated[str, typer.Argument(metavar="VM/NAME", help="The VM and the new VVol's name.")]
+Profile = Annotated[str | None, typer.Option(help="Its profile.")]
+Type = Annotated[str, typer.Option("--type", help="data, config, swap, memory or other.")]
+Description = Annotated[str, typer.Option(help="Words for people; clients see them too.")]
+ReadOnly = Annotated[bool, typer.Option("--read-only", help="Refuse writes.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add this noun's commands."""
+    for verb, command, text in (
+        ("create", create, "Create a VVol."),
+        ("delete", delete, "Delete a VVol; its space is overwritten with zeros before anybody gets it."),
+        ("resize", resize, "Grow a VVol, also while it is in use."),
+        ("describe", describe, "Everything about a VVol."),
+    ):
+        noun = typer.Typer(help=text, no_args_is_help=True)
+        noun.callback()(_nothing)
+        noun.command("vvol", help=text)(command)
+        app.add_typer(noun, name=verb)
+    app.command()(adopt)
+    app.command()(bind)
+    app.command()(unbind)
+    app.command()(uri)
+
+
+def _nothing() -> None:
+    """Keep `vvol` a word of its own, for nouns to come."""
+
+
+def create(
+    name: FullName,
+    size: Annotated[str, typer.Option(help="Bytes, or text such as 10GiB.")],
+    profile: Profile = None,
+    datastore: Annotated[str | None, typer.Option(help="Where it lives, when no profile says so.")] = None,
+    type_: Type = "data",
+    description: Description = "",
+    read_only: ReadOnly = False,
+    no_wait: NoWait = False,
+    run: RunOption = None,
+) -> None:
+    """Create a VVol."""
+    vm, short = _split(name)
+    wanted = {"vm": vm, "name": short, "size": size, "profile": profile, "datastore": datastore, "type": type_}
+    _create({**wanted, "description": description, "read_only": read_only}, "created", no_wait, run)
+
+
+def adopt(
+    name: FullName,
+    datastore: Annotated[str, typer.Option(help="The datastore whose bytes are taken over.")],
+    offset: Annotated[str, typer.Option(help="Where they start.")] = "0",
+    length: Annotated[str | None, typer.Option(help="How many; left out, to the end.")] = None,
+    file: Annotated[str | None, typer.Option(help="Datastores of kind dir: the file.")] = None,
+    profile: Profile = None,
+    type_: Type = "data",
+    description: Description = "",
+    read_only: ReadOnly = False,
+    no_wait: NoWait = False,
+    run: RunOption = None,
+) -> None:
+    """Serve bytes that are already there as a VVol; they stay where and as they are."""
+    vm, short = _split(name)
+    part = {"datastore": datastore, "offset": offset, "length": length, "file": file}
+    wanted = {"vm": vm, "name": short, "adopt": part, "profile": profile, "type": type_}
+    _create({**wanted, "description": description, "read_only": read_only}, "adopted", no_wait, run)
+
+
+def delete(
+    name: VVolArgument,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    no_wait: NoWait = False,
+    run: RunOption = None,
+) -> None:
+    """Delete a VVol."""
+    from nbdvvol.cli.client import Client
+    from nbdvvol.cli.output import follow
+
+    with Client.connect(run) as client:
+        full = client.resolve(name)
+        if not yes and sys.stdin.isatty():
+            typer.confirm(f"Delete {full} and everything on it?", abort=True)
+        follow(client, client.delete(full), f"{full} deleted", no_wait=no_wait)
+
+
+def resize(
+    name: VVolArgument,
+    size: Annotated[str, typer.Argument(metavar="SIZE", help="The new size; larger than now.")],
+    no_wait: NoWait = False,
+    run: RunOption = None,
+) -> None:
+    """Grow a VVol."""
+    from nbdvvol.cli.client import Client
+    from nbdvvol.cli.output import follow
+    from nbdvvol.model.units import format_size
+
+    size_bytes = _size(size)
+    with Client.connect(run) as client:
+        full = client.resolve(name)
+        follow(client, client.resize(full, size_bytes), f"{full} is {format_size(size_bytes)} now", no_wait=no_wait)
+
+
+def bind(
+    name: VVolArgument,
+    host: Annotated[str | None, typer.Option(help="The host that serves it from now on; left out, the VM's.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Do not wait for a host that is away.")] = False,
+    no_wait: NoWait = False,
+    run: RunOption = None,
+) -> None:
+    """Let a host serve a VVol, under a new epoch."""
+    from nbdvvol.cli.client import Client
+    from nbdvvol.cli.output import follow
+
+    with Client.connect(run) as client:
+        full = client.resolve(name)
+        follow(client, client.bind(full, host, force=force), f"{full} bound", no_wait=no_wait)
+
+
+def unbind(
+    name: VVolArgument,
+    force: Annotated[bool, typer.Option("--force", help="Do not wait for a host that is away.")] = False,
+    no_wait: NoWait = False,
+    run: RunOption = None,
+) -> None:
+    """Stop serving a VVol, once everything in flight is done."""
+    from nbdvvol.cli.client import Client
+    from nbdvvol.cli.output import follow
+
+    with Client.connect(run) as client:
+        full = client.resolve(name)
+        follow(client, client.unbind(full, force=force), f"{full} unbound", no_wait=no_wait)
+
+
+def uri(
+    name: VVolArgument,
+    lines: Annotated[bool, typer.Option("--lines", help="Also print command lines to paste, per tool.")] = False,
+    output: OutputOption = Output.TABLE,
+    run: RunOption = None,
+) -> None:
+    """Print where a VM attaches a VVol."""
+    from nbdvvol.cli.client import Client
+    from nbdvvol.cli.output import emit
+
+    with Client.connect(run) as client:
+        found = client.uri(name)
+    if output is not Output.TABLE:
+        emit(found, output)
+        return
+    print(found.uri)
+    if lines:
+        _print_lines(found)
+
+
+def describe(name: VVolArgument, output: OutputOption = Output.TABLE, run: RunOption = None) -> None:
+    """Print everything about a VVol."""
+    from nbdvvol.cli.client import Client
+    from nbdvvol.cli.output import emit
+
+    with Client.connect(run) as client:
+        found = client.vvol(name)
+        if output is not Output.TABLE:
+            emit(found, output)
+            return
+        _describe(found)
+        if found.uri:
+            _print_lines(client.uri(found.full_name))
+
+
+def _describe(vvol: VVol) -> None:
+    from nbdvvol.cli.output import pairs
+    from nbdvvol.model.units import format_size
+
+    binding = vvol.binding
+    pairs(
+        [
+            ("vvol", vvol.full_name),
+            ("uuid", vvol.uuid),
+            ("size", f"{format_size(vvol.size)} ({vvol.size} bytes)"),
+            ("type", vvol.type),
+            ("profile", vvol.profile),
+            ("state", vvol.state),
+            ("read_only", "yes" if vvol.read_only else "no"),
+            ("description", vvol.description),
+            ("binding", f"{binding.state} to {binding.host}, epoch {binding.epoch}" if binding else "unbound"),
+            ("generation", vvol.generation),
+            ("map_version", vvol.map_version),
+            *((f"leg {leg.id}", _leg(leg)) for leg in vvol.legs),
+            ("uri", vvol.uri),
+        ]
+    )
+
+
+def _leg(leg: object) -> str:
+    from nbdvvol.model.resources import Leg
+
+    assert isinstance(leg, Leg)
+    where = f" file {leg.object}" if leg.object else ""
+    adopted = ", adopted" if leg.adopted else ""
+    return f"{leg.state} on {leg.datastore}{where}, {len(leg.regions)} regions{adopted}"
+
+
+def _print_lines(found: ExportUri) -> None:
+    print("\nto attach it:")
+    for tool, line in found.lines.items():
+        print(f"  # {tool}\n  {line}")
+
+
+def _split(name: str) -> tuple[str, str]:
+    vm, slash, short = name.partition("/")
+    if not (vm and slash and short):
+        raise typer.BadParameter(f"{name} is not VM/NAME, such as vm1/data")
+    return vm, short
+
+
+def _size(text: str) -> int:
+    from nbdvvol.model.units import parse_size
+
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def _create(wanted: dict[str, object], done: str, no_wait: bool, run: RunOption) -> None:
+    from nbdvvol.cli.client import Client
+    from nbdvvol.cli.output import follow
+
+    order = _order(wanted)
+    with Client.connect(run) as client:
+        follow(client, client.create(order), f"{order.vm}/{order.name} {done}", no_wait=no_wait)
+
+
+def _order(wanted: dict[str, object]) -> CreateVVol:
+    from pydantic import ValidationError
+
+    from nbdvvol.model.resources import CreateVVol
+
+    try:
+        return CreateVVol.model_validate(wanted)
+    except ValidationError as error:
+        told = (
+            f"{'.'.join(map(str, one['loc']))}: {one['msg'].removeprefix('Value error, ')}" for one in error.errors()
+        )
+        raise typer.BadParameter("; ".join(told)) from None
