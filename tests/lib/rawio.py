@@ -115,8 +115,11 @@ class Transmission:
         """Send a request without waiting; return its cookie. A payload sets PAYLOAD_LEN in the extended style."""
         number = next(self._cookies) if cookie is None else cookie
         request = Request(command, flags, offset, length)
-        self._asked.setdefault(number, []).append(request)
         head = self.header(request, number, payload=payload is not None)
+        if command == w.CMD_BLOCK_STATUS and payload is not None and len(payload) >= 8:
+            (effect,) = struct.unpack_from(">Q", payload)  # the answer is judged by the length that the payload names
+            request = Request(command, flags, offset, effect)
+        self._asked.setdefault(number, []).append(request)
         if payload is not None and len(payload) > 65536:
             self.stream.send(head)
             self.stream.send(payload)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import socket
 import ssl
 import struct
@@ -32,11 +33,16 @@ class Closed(Exception):
 
 
 class Stream:
-    """Exact sends and receives over one socket, plain or TLS."""
+    """Exact sends and receives over one socket, plain or TLS.
+
+    A `polite` stream takes in replies while a send has to wait, so that client and server never wait for each other;
+    it is for one thread. Set it False to send from one thread and receive in another, or never to receive at all."""
 
     def __init__(self, sock: socket.socket, timeout_s: float = TIMEOUT_S) -> None:
         self.sock = sock
         self.sock.settimeout(timeout_s)
+        self.polite = not isinstance(sock, ssl.SSLSocket)
+        self._early = bytearray()
 
     @classmethod
     def connect(cls, address: Address, timeout_s: float = TIMEOUT_S) -> Stream:
@@ -53,15 +59,33 @@ class Stream:
     def send(self, data: bytes | bytearray | memoryview) -> None:
         """Send all of it. Raises Closed when the server is gone."""
         try:
-            self.sock.sendall(data)
+            if self.polite:
+                self._send_politely(memoryview(data))
+            else:
+                self.sock.sendall(data)
         except (BrokenPipeError, ConnectionResetError, ssl.SSLEOFError) as error:
             raise Closed from error
+
+    def _send_politely(self, data: memoryview) -> None:
+        while data:
+            reading, writing, _ = select.select([self.sock], [self.sock], [], self.sock.gettimeout())
+            if writing:
+                data = data[self.sock.send(data, socket.MSG_DONTWAIT) :]
+            elif reading:
+                more = self.sock.recv(1 << 20)
+                if not more:
+                    raise BrokenPipeError
+                self._early += more
+            else:
+                raise TimeoutError(f"the server took none of {len(data)} bytes")
 
     def recv(self, length: int) -> bytes:
         """Receive exactly `length` bytes. Raises Closed at the end of the stream."""
         got = bytearray(length)
         view = memoryview(got)
-        have = 0
+        have = min(length, len(self._early))
+        view[:have] = self._early[:have]
+        del self._early[:have]
         while have < length:
             try:
                 count = self.sock.recv_into(view[have:])
@@ -76,7 +100,7 @@ class Stream:
 
     def wait_closed(self, timeout_s: float = TIMEOUT_S) -> bytes:
         """Wait until the server closes; return the bytes that still came. Raises TimeoutError if it does not."""
-        rest = bytearray()
+        rest, self._early = self._early, bytearray()
         end = time.monotonic() + timeout_s
         while True:
             left = end - time.monotonic()
@@ -95,6 +119,7 @@ class Stream:
 
     def expect_silence(self, seconds: float) -> None:
         """Fail if the server sends or closes within `seconds`."""
+        assert not self._early, f"expected silence, got {bytes(self._early[:64]).hex()}"
         before = self.sock.gettimeout()
         self.sock.settimeout(seconds)
         try:

@@ -12,7 +12,7 @@ from tests.lib.bystander import Bystander
 from tests.lib.facts import memory_kib, open_files
 from tests.lib.pattern import difference, pattern
 from tests.lib.procs import wait_until
-from tests.lib.rawio import STYLES, Request, Style, Transmission
+from tests.lib.rawio import STYLES, Request, Style, Transmission, open_export
 from tests.lib.rawnbd import Closed
 from tests.lib.shared import SharedFarm
 
@@ -67,8 +67,6 @@ def test_t22_half_close_while_replying(shared: SharedFarm, unharmed: Bystander, 
 
 @pytest.mark.parametrize("tcp", [False, True], ids=["unix", "tcp"])
 def test_t23_reset_while_replying(shared: SharedFarm, unharmed: Bystander, tcp: bool) -> None:
-    from tests.lib.rawio import open_export
-
     pid = shared.filter_pid()
     before = open_files(pid)
     address, name = (shared.tcp, "vm1/root") if tcp else (shared.socket(), "root")
@@ -89,6 +87,7 @@ def test_t23_reset_while_replying(shared: SharedFarm, unharmed: Bystander, tcp: 
 
 def pump(nbd: Transmission, count: int, length: int, stop: threading.Event) -> threading.Thread:
     """Send `count` reads from a thread, which blocks as soon as the server pushes back."""
+    nbd.stream.polite = False
 
     def loop() -> None:
         for number in range(count):
@@ -155,6 +154,7 @@ def test_t25_client_that_never_reads(shared: SharedFarm, unharmed: Bystander, le
 
 
 def _reads(nbd: Transmission, count: int, length: int) -> None:
+    nbd.stream.polite = False
     for number in range(count):
         try:
             nbd.send(w.CMD_READ, number % 16 * length, length, cookie=number)
