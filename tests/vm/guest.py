@@ -1,7 +1,7 @@
 """A real guest for tests: a Debian cloud kernel under QEMU's software emulation, driven command by command.
 
-The guest sees the host's file tree read-only over virtio-fs with a copy-on-write layer on top, so that every
-program of the host (and the project's own Python) runs in it. It reaches the host's loopback as 10.0.2.2.
+Its tree is the host's, read-only over virtio-fs with a copy-on-write layer on top, so that every program of the
+host (and the project's own Python) runs in it; or a disk's. It reaches the host's loopback as 10.0.2.2.
 Everything a guest starts on the host is ended, by its pid, when `stop` returns.
 """
 
@@ -105,11 +105,15 @@ def build_initramfs(kernel: Kernel, target: Path) -> None:
 class Guest:
     """One guest. Use it as a context manager; `run` and `check` execute shell scripts inside it as root."""
 
-    def __init__(self, initramfs: Path, *, drives: Sequence[str] = (), memory_mib: int = 512, cpus: int = 2) -> None:
-        """`drives`: values of QEMU's -drive option; the first is /dev/vda."""
+    def __init__(
+        self, initramfs: Path, *, drives: Sequence[str] = (), root: str = "", memory_mib: int = 512, cpus: int = 2
+    ) -> None:
+        """`drives`: values of QEMU's -drive option; the first is /dev/vda. `root`: the disk that is the guest's tree,
+        instead of the host's; it has busybox, or better, and empty proc, sys, dev, tmp, run and mnt."""
         self.dir = short_dir()
         self._initramfs = initramfs
         self._drives = tuple(drives)
+        self._root = root
         self._memory_mib = memory_mib
         self._cpus = cpus
         self._children: list[Process] = []
@@ -132,11 +136,15 @@ class Guest:
 
     def start(self) -> None:
         """Boot, and return once the guest takes commands; raises GuestError with the console's end."""
-        self._spawn(
-            "virtiofsd",
-            [str(virtiofsd()), f"--socket-path={self.dir}/fs.sock", "-o", "source=/,sandbox=chroot,cache=always"],
-        )
-        self._wait_for(self.dir / "fs.sock")
+        if not self._root:
+            share = [
+                str(virtiofsd()),
+                f"--socket-path={self.dir}/fs.sock",
+                "-o",
+                "source=/,sandbox=chroot,cache=always",
+            ]
+            self._spawn("virtiofsd", share)
+            self._wait_for(self.dir / "fs.sock")
         self._spawn("qemu", self._qemu_command())
         deadline = time.monotonic() + BOOT_LIMIT_S
         try:
@@ -188,6 +196,13 @@ class Guest:
         """Wait until a shell script ends with 0, tried five times a second; raises GuestError."""
         self.check(f"until {{ {script}\n}} >/dev/null 2>&1; do sleep 0.2; done", timeout_s)
 
+    def power_off(self) -> None:
+        """Flush everything and switch the guest off, as its own administrator would; then `stop`."""
+        self.check("sync")
+        self._children[-1].popen.terminate()  # QEMU ends in order: its disks are flushed and closed
+        self._children[-1].popen.wait(20)
+        self.stop()
+
     def qmp(self, execute: str, **arguments: Any) -> Any:
         """Run a QEMU monitor command and return its value; raises GuestError when QEMU refuses."""
         assert self._qmp is not None, "the guest is not running"
@@ -213,14 +228,16 @@ class Guest:
             "-object", f"memory-backend-memfd,id=ram,size={self._memory_mib}M,share=on",
             "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none",
             "-kernel", str(kernel.image), "-initrd", str(self._initramfs),
-            "-append", "console=ttyS0 quiet loglevel=4 panic=-1 tsc=reliable rdinit=/init",
+            "-append", f"console=ttyS0 quiet loglevel=4 panic=-1 tsc=reliable nv.root={self._root}",
             "-serial", f"file:{self.dir}/console.log",
             "-qmp", f"unix:{self.dir}/qmp.sock,server=on,wait=off",
             "-chardev", f"socket,id=command,path={self.dir}/command.sock,server=on,wait=off",
             "-device", "virtio-serial", "-device", "virtserialport,chardev=command,name=nv.command",
             "-netdev", "user,id=net", "-device", "virtio-net-pci,netdev=net,romfile=",
-            "-chardev", f"socket,id=fs,path={self.dir}/fs.sock", "-device", "vhost-user-fs-pci,chardev=fs,tag=host",
         ]  # fmt: skip
+        if not self._root:
+            command += ["-chardev", f"socket,id=fs,path={self.dir}/fs.sock"]
+            command += ["-device", "vhost-user-fs-pci,chardev=fs,tag=host"]
         for drive in self._drives:
             command += ["-drive", drive]
         return command

@@ -1,6 +1,7 @@
 #!/bin/busybox sh
-# The guest's first process: loads the drivers, makes a writable copy-on-write view of the host's tree,
-# and runs the commands that the host sends over the virtio-serial port "nv.command".
+# The guest's first process: loads the drivers, makes its tree, and runs the commands that the host sends over
+# the virtio-serial port "nv.command". The tree is the disk that the kernel's argument nv.root names, or else a
+# writable copy-on-write view of the host's tree.
 #
 # A command is one line "ID LIMIT_S SCRIPT", SCRIPT in base64; its answer is "ID STATUS", the output in
 # base64 lines, and a line "." . Commands run one after the other, inside the tree, with stdin empty.
@@ -20,10 +21,15 @@ ip addr add 10.0.2.15/24 dev eth0
 ip link set eth0 up
 ip route add default via 10.0.2.2
 
-mount -t virtiofs -o ro host /host
-mount -t tmpfs tmpfs /copy
-mkdir /copy/upper /copy/work
-mount -t overlay -o lowerdir=/host,upperdir=/copy/upper,workdir=/copy/work overlay /tree
+root=$(sed -n 's/.*nv\.root=\([^ ]*\).*/\1/p' /proc/cmdline)
+if [ "$root" ]; then
+    mount "$root" /tree
+else
+    mount -t virtiofs -o ro host /host
+    mount -t tmpfs tmpfs /copy
+    mkdir /copy/upper /copy/work
+    mount -t overlay -o lowerdir=/host,upperdir=/copy/upper,workdir=/copy/work overlay /tree
+fi
 mount -t proc proc /tree/proc
 mount -t sysfs sysfs /tree/sys
 mount -t devtmpfs dev /tree/dev
