@@ -310,6 +310,15 @@ def free_port() -> int:
         return int(sock.getsockname()[1])
 
 
+def tls_spec(pki: Path, port: int, tls: str = "required") -> JsonDict:
+    """Two VMs behind a TCP listener with x509 and PSK."""
+    spec = plain_spec("96MiB", {"root": {"size": "48MiB", "profile": "plain"}})
+    spec["vms"]["vm2"] = {"vvols": {"root": {"size": "8MiB", "profile": "plain"}}}
+    spec["hosts"] = {"local": {"listen": {"address": f"127.0.0.1:{port}", "tls": tls}}}
+    spec["tls"] = {"certs": str(pki), "psk": str(pki / "psk.keys")}
+    return spec
+
+
 def plain_spec(size: str = "64MiB", vvols: JsonDict | None = None, **more: Any) -> JsonDict:
     """A small farm: one file datastore, one profile, vm1."""
     return {

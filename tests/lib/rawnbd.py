@@ -364,7 +364,7 @@ class Haggle:
     def starttls(self, context: ssl.SSLContext, hostname: str = "localhost") -> ssl.SSLSocket:
         """STARTTLS and the TLS handshake. Raises OptionRefused, or ssl.SSLError."""
         assert self.demand(w.OPT_STARTTLS) == []
-        secure = context.wrap_socket(self.stream.sock, server_hostname=hostname)
+        secure = context.wrap_socket(self.stream.sock, server_hostname=hostname, suppress_ragged_eofs=False)
         self.stream = Stream(secure)
         self.agreed = Haggled()
         return secure
