@@ -1,0 +1,1 @@
+"""The suite that measures: peers side by side, interleaved, as ratios within one run."""

@@ -1,0 +1,105 @@
+"""What a run yields: the result file's model. Ratios are computed from it, never stored in it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+FORMAT: Literal[1] = 1
+
+Backend = Literal["tmpfs", "disk", "null"]
+Transport = Literal["unix", "tcp", "tls"]
+Generator = Literal["loadgen", "fio"]
+
+
+class Strict(BaseModel):
+    """Unknown keys are an error: a misspelt option must not silently measure something else."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Latency(Strict):
+    """Of one sample, all operations together, microseconds."""
+
+    mean_us: float
+    p50_us: float
+    p90_us: float
+    p99_us: float
+    p999_us: float
+    max_us: float
+
+
+class Sample(Strict):
+    """One peer, one point, one round."""
+
+    peer: str
+    round: int
+    requests: int
+    iops: float
+    bytes_per_s: float
+    latency: Latency
+    server_cpu_us: float | None = None
+    """Server CPU time (user + system, every thread and child) per request; None: there is no server."""
+    server_cpus: float | None = None
+    """Processors the server kept busy: 1.0 is one core."""
+    client_cpu_us: float | None = None
+    rss_bytes: int | None = None
+    rss_anon_bytes: int | None = None
+    threads: int | None = None
+    switches_per_request: float | None = None
+
+
+class PointResult(Strict):
+    """All samples of one point of one suite."""
+
+    suite: str
+    point: str
+    generator: Generator
+    backend: Backend
+    transport: Transport
+    spec: dict[str, str]
+    samples: tuple[Sample, ...]
+    failures: tuple[str, ...] = ()
+
+
+class Machine(Strict):
+    """Where it ran: figures of two machines are never compared as such."""
+
+    cpu: str
+    cpus: int
+    memory_bytes: int
+    kernel: str
+    mitigations: str
+    governor: str
+    virtual: str
+    disk: str
+    versions: dict[str, str]
+
+
+class Count(Strict):
+    """An exact figure, which no noise touches: compared without tolerance worth the name."""
+
+    peer: str
+    work: str
+    name: str
+    per_request: float
+    requests: int
+
+
+class Result(Strict):
+    """One run of the suite."""
+
+    format: Literal[1] = FORMAT
+    started: str
+    commit: str
+    quick: bool
+    rounds: int
+    seconds: float
+    load_before: float
+    """One-minute load average before the run: above ~0.2 somebody else was measured too."""
+    machine: Machine
+    points: tuple[PointResult, ...]
+    counts: tuple[Count, ...] = ()
+    skipped: dict[str, str] = {}
+    """Peers that could not run, and why."""

@@ -1,0 +1,152 @@
+"""The servers we compare: how each is started so that cache modes match, and what it cannot do.
+
+"Matched" means: on tmpfs everybody uses the page cache; on disk everybody who can opens with O_DIRECT.
+nbdkit and nbd-server cannot, so on disk nbdkit drops its cache behind itself (cache=none) and nbd-server
+is left out.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from perf.model import Backend, Transport
+from perf.servers import Place, Plan
+from perf.usage import children
+
+ROOT = Path(__file__).parent.parent
+OURS = "nbdvvol"
+CEILING = "ceiling"
+STORAGE = "storage"
+"""Not a server: fio's io_uring engine on the same kind of file."""
+CLIENTS_MAX = 1100
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One way to run one server."""
+
+    name: str
+    backends: frozenset[Backend]
+    transports: frozenset[Transport]
+    plan: Callable[[Place], Plan]
+    program: str
+    """What must be installed; a path in the tree, or a name on PATH."""
+
+    def serves(self, backend: Backend, transport: Transport) -> bool:
+        """Whether it takes part."""
+        return backend in self.backends and transport in self.transports
+
+    def missing(self) -> str | None:
+        """Why it cannot run here, or None."""
+        return None if shutil.which(self.program) else f"{self.program} is not installed"
+
+
+def _ceiling(place: Place, threads: int = 1) -> Plan:
+    where = ["--unix", str(place.socket)] if place.transport == "unix" else ["--tcp", str(place.port)]
+    command = [str(place.build / "ceiling"), *where, "--size", str(place.size), "--spin-us", "50"]
+    return Plan([*command, "--threads", str(threads)])
+
+
+def _nbdkit(place: Place, plugin: list[str]) -> Plan:
+    where = {
+        "unix": ["-U", str(place.socket)],
+        "tcp": ["-p", str(place.port), "-i", "127.0.0.1"],
+        "tls": ["-p", str(place.port), "-i", "127.0.0.1"],
+    }[place.transport]
+    if place.transport == "tls":
+        where += ["--tls=require", f"--tls-psk={place.write_psk()}"]
+    return Plan(["nbdkit", "-f", *where, *plugin])
+
+
+def _nbdkit_file(place: Place) -> Plan:
+    return _nbdkit(place, ["file", str(place.file), *(["cache=none"] if place.direct else [])])
+
+
+def _nbdkit_memory(place: Place) -> Plan:
+    return _nbdkit(place, ["memory", str(place.size)])
+
+
+def _nbdkit_null(place: Place) -> Plan:
+    return _nbdkit(place, ["null", str(place.size)])
+
+
+def _qemu_nbd(place: Place, aio: str) -> Plan:
+    where = ["-k", str(place.socket)] if place.transport == "unix" else ["-b", "127.0.0.1", "-p", str(place.port)]
+    if place.transport == "tls":
+        folder = place.write_psk().parent
+        where += ["--object", f"tls-creds-psk,id=tls0,endpoint=server,dir={folder}", "--tls-creds", "tls0"]
+    command = ["qemu-nbd", "-t", "-e", str(CLIENTS_MAX), *where]
+    if place.backend == "null":
+        image = f"driver=null-co,size={place.size},read-zeroes=off"
+        return Plan([*command, "--image-opts", image])
+    cache = "none" if place.direct else "writeback"
+    return Plan([*command, "-f", "raw", f"--cache={cache}", f"--aio={aio}", "--discard=unmap", str(place.file)])
+
+
+def _storage_daemon(place: Place) -> Plan:
+    if place.transport == "unix":
+        address = f"addr.type=unix,addr.path={place.socket}"
+    else:
+        address = f"addr.type=inet,addr.host=127.0.0.1,addr.port={place.port}"
+    options = ["--nbd-server", f"{address},max-connections=0"]
+    if place.transport == "tls":
+        folder = place.write_psk().parent
+        options = ["--object", f"tls-creds-psk,id=tls0,endpoint=server,dir={folder}", options[0]]
+        options.append(f"{address},max-connections=0,tls-creds=tls0")
+    direct = "on" if place.direct else "off"
+    disk = f"driver=file,node-name=disk,filename={place.file},aio=io_uring,cache.direct={direct},discard=unmap"
+    if place.backend == "null":
+        disk = f"driver=null-co,node-name=disk,size={place.size},read-zeroes=off"
+    export = ["--export", "type=nbd,id=export0,node-name=disk,name=disk,writable=on"]
+    return Plan(["qemu-storage-daemon", "--blockdev", disk, *options, *export], export="disk")
+
+
+def _nbd_server(place: Place) -> Plan:
+    where = f"unixsock = {place.socket}\nport = {place.port}\n"
+    if place.transport == "tcp":
+        where = f"listenaddr = 127.0.0.1\nport = {place.port}\n"
+    config = place.folder / "nbd-server.conf"
+    export = f"[disk]\nexportname = {place.file}\nflush = true\nfua = true\ntrim = true\n"
+    config.write_text(f"[generic]\nallowlist = true\n{where}{export}")
+    pid_file = place.folder / "pid"
+    return Plan(["nbd-server", "-C", str(config), "-p", str(pid_file)], export="disk", pid_file=pid_file)
+
+
+def _ours_standalone(place: Place) -> Plan:
+    """The filter alone on one file, adopted in place: one process, the real data path, no control daemon."""
+    command = [sys.executable, "-m", "nbdvvol", "filter", "--serve", str(place.file)]
+    return Plan(command, listen_fd=True, environment={"PYTHONPATH": str(ROOT)})
+
+
+def _filter_of(pid: int) -> int:
+    """`up` runs control and a filter as children: data passes through the filter alone."""
+    for child in children(pid):
+        if b"filter" in Path(f"/proc/{child}/cmdline").read_bytes():
+            return child
+    raise LookupError(f"no filter among the children of {pid}")
+
+
+_EVERYWHERE: frozenset[Transport] = frozenset({"unix", "tcp", "tls"})
+_PLAIN: frozenset[Transport] = frozenset({"unix", "tcp"})
+_FILES: frozenset[Backend] = frozenset({"tmpfs", "disk"})
+_ALL: frozenset[Backend] = frozenset({"tmpfs", "disk", "null"})
+_PAGE_CACHE: frozenset[Backend] = frozenset({"tmpfs"})
+
+PEERS: tuple[Peer, ...] = (
+    Peer(OURS, _FILES, _PLAIN, _ours_standalone, sys.executable),
+    Peer(CEILING, _ALL, _PLAIN, _ceiling, "cc"),
+    Peer("nbdkit-file", _FILES, _EVERYWHERE, _nbdkit_file, "nbdkit"),
+    Peer("nbdkit-memory", _PAGE_CACHE, _EVERYWHERE, _nbdkit_memory, "nbdkit"),
+    Peer("nbdkit-null", frozenset({"null"}), _EVERYWHERE, _nbdkit_null, "nbdkit"),
+    Peer("qemu-nbd-uring", _ALL, _EVERYWHERE, lambda p: _qemu_nbd(p, "io_uring"), "qemu-nbd"),
+    Peer("qemu-nbd-threads", _FILES, _EVERYWHERE, lambda p: _qemu_nbd(p, "threads"), "qemu-nbd"),
+    Peer("qemu-storage-daemon", _ALL, _EVERYWHERE, _storage_daemon, "qemu-storage-daemon"),
+    Peer("nbd-server", _PAGE_CACHE, _PLAIN, _nbd_server, "nbd-server"),
+)
+BY_NAME = {peer.name: peer for peer in PEERS}
+RIVALS = tuple(peer.name for peer in PEERS if peer.name not in (OURS, CEILING))
+QEMU_NBD = ("qemu-nbd-uring", "qemu-nbd-threads")

@@ -1,0 +1,99 @@
+"""Statistics for noisy machines: medians, spread, and ratios paired within a round.
+
+A small virtual machine drifts up to fivefold within minutes, but a round (A B C in a row) takes
+seconds: a ratio of two samples of the same round survives what an absolute figure does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from perf.model import Sample
+
+Metric = Callable[[Sample], float | None]
+
+
+def iops(sample: Sample) -> float | None:
+    """Requests answered per second."""
+    return sample.iops
+
+
+def cpu_us(sample: Sample) -> float | None:
+    """Server CPU microseconds per request."""
+    return sample.server_cpu_us
+
+
+def iops_per_cpu(sample: Sample) -> float | None:
+    """Requests per second of server CPU."""
+    return 1e6 / sample.server_cpu_us if sample.server_cpu_us else None
+
+
+def mean_us(sample: Sample) -> float | None:
+    """Mean latency, microseconds."""
+    return sample.latency.mean_us
+
+
+def p99_us(sample: Sample) -> float | None:
+    """99th percentile of latency, microseconds."""
+    return sample.latency.p99_us
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The middle of some values and how far they spread."""
+
+    median: float
+    low: float
+    """First quartile."""
+    high: float
+    """Third quartile."""
+    count: int
+
+    @property
+    def spread(self) -> float:
+        """Interquartile range relative to the median: 0.1 means the middle half lies within 10 %."""
+        return (self.high - self.low) / self.median if self.median else 0.0
+
+
+def quantile(ordered: Sequence[float], fraction: float) -> float:
+    """Linear interpolation between the closest ranks of sorted values."""
+    if not ordered:
+        raise ValueError("no values")
+    position = fraction * (len(ordered) - 1)
+    below = int(position)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (ordered[above] - ordered[below]) * (position - below)
+
+
+def summarise(values: Iterable[float]) -> Summary | None:
+    """None when there is nothing to summarise."""
+    ordered = sorted(values)
+    if not ordered:
+        return None
+    return Summary(median(ordered), quantile(ordered, 0.25), quantile(ordered, 0.75), len(ordered))
+
+
+def by_round(samples: Iterable[Sample], peers: Iterable[str], metric: Metric, best: str = "max") -> dict[int, float]:
+    """Per round the metric of a peer; of several peers the best one of that round ("max" or "min")."""
+    wanted = set(peers)
+    rounds: dict[int, float] = {}
+    pick = {"max": max, "min": min}[best]
+    for sample in samples:
+        value = metric(sample)
+        if sample.peer in wanted and value is not None:
+            rounds[sample.round] = pick(rounds[sample.round], value) if sample.round in rounds else value
+    return rounds
+
+
+def paired(above: Mapping[int, float], below: Mapping[int, float]) -> Summary | None:
+    """Ratios above / below of the rounds that both have."""
+    return summarise(above[r] / below[r] for r in above.keys() & below.keys() if below[r] > 0)
+
+
+def ratio(
+    samples: Sequence[Sample], peer: str, others: Iterable[str], metric: Metric, best: str = "max"
+) -> Summary | None:
+    """`peer` against the best of `others`, round by round."""
+    return paired(by_round(samples, [peer], metric, best), by_round(samples, others, metric, best))

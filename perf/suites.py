@@ -1,0 +1,119 @@
+"""The suites: YAML files beside their fio job files, read into points."""
+
+from __future__ import annotations
+
+import configparser
+from pathlib import Path
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from perf.model import Backend, Generator, Transport
+
+FOLDER = Path(__file__).with_name("suites")
+SPIN_US = 50
+"""The load generator spins that long before it sleeps, in points that measure rate and not latency."""
+
+
+class SuiteError(Exception):
+    """A suite file that cannot be used, with the reason."""
+
+
+class Load(BaseModel):
+    """One point of the load generator: its command line without the leading dashes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    mix: str
+    block: str
+    depth: int = Field(ge=1, le=1024)
+    connections: int = Field(default=1, ge=1, le=4096)
+    sequential: bool = False
+    structured: bool = False
+    fua: bool = False
+    verify: bool = False
+    lockstep: bool = False
+    batch: int | None = None
+    spin_us: int = SPIN_US
+
+    def arguments(self) -> list[str]:
+        """For perf/native/loadgen."""
+        out: list[str] = []
+        for name, value in self.model_dump(exclude_none=True).items():
+            flag = f"--{name.replace('_', '-')}"
+            if value is True:
+                out.append(flag)
+            elif value is not False:
+                out += [flag, str(value)]
+        return out
+
+    @property
+    def block_bytes(self) -> int:
+        """The block size in bytes."""
+        return bytes_of(self.block)
+
+
+class Suite(BaseModel):
+    """One suite file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    generator: Generator
+    backend: Backend
+    transport: Transport
+    points: dict[str, Load] = {}
+    jobs: str | None = None
+    name: str = ""
+
+    @property
+    def job_file(self) -> Path:
+        """The fio job file of a fio suite."""
+        if self.jobs is None:
+            raise SuiteError(f"suite {self.name}: generator fio needs `jobs:`, a file in {FOLDER}")
+        return FOLDER / self.jobs
+
+    def point_names(self) -> list[str]:
+        """In file order."""
+        return list(self.points) if self.generator == "loadgen" else sections(self.job_file)
+
+    def spec(self, point: str) -> dict[str, str]:
+        """What the result file says about a point."""
+        if self.generator == "loadgen":
+            return {k: str(v) for k, v in self.points[point].model_dump(exclude_defaults=True).items()}
+        return {**_jobs(self.job_file)[point]}
+
+
+def bytes_of(text: str) -> int:
+    """`4k`, `256k`, `1m`, `2g` or plain bytes; binary multiples. Raises SuiteError."""
+    shift = {"k": 10, "m": 20, "g": 30}.get(text[-1:].lower(), 0)
+    digits = text[:-1] if shift else text
+    if not digits.isdecimal():
+        raise SuiteError(f"not a size: {text!r}; write digits and k, m or g")
+    return int(digits) << shift
+
+
+def _jobs(path: Path) -> configparser.ConfigParser:
+    parser = configparser.ConfigParser(interpolation=None, allow_no_value=True, comment_prefixes=("#", ";"))
+    parser.read_string(path.read_text(), str(path))
+    return parser
+
+
+def sections(path: Path) -> list[str]:
+    """The jobs of a fio job file, `global` left out."""
+    return [section for section in _jobs(path).sections() if section != "global"]
+
+
+def names() -> list[str]:
+    """Every suite there is."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def load(name: str) -> Suite:
+    """Read one suite. Raises SuiteError, which names the suites there are."""
+    path = FOLDER / f"{name}.yaml"
+    if not path.is_file():
+        raise SuiteError(f"no suite {name!r}; there are: {', '.join(names())}")
+    try:
+        return Suite.model_validate({**yaml.safe_load(path.read_text()), "name": name})
+    except (ValidationError, yaml.YAMLError, TypeError) as error:
+        raise SuiteError(f"{path}: {error}") from error
