@@ -17,7 +17,7 @@ from nbdvvol.dataplane.types import DataPlane
 from nbdvvol.filter.objects import HeldObject, ObjectTable
 from nbdvvol.filter.reconcile import Step, decide, describe, touched, transmission_flags
 from nbdvvol.model.errors import Code, NvError
-from nbdvvol.model.link import ExportReport, Held, HostState, VVolSpec
+from nbdvvol.model.link import DatastoreSpec, ExportReport, Held, HostState, VVolSpec
 from nbdvvol.nbd.constants import BLOCK_PREFERRED_BYTES, PAYLOAD_BYTES_MAX
 from nbdvvol.nbd.provider import Facts
 
@@ -116,6 +116,7 @@ class ExportTable:
         self._exports: dict[str, Export] = {}
         self._highest: dict[str, int] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._missing: set[str] = set()
         self._stopping = False
 
     def of(self, vm: str | None) -> list[Export]:
@@ -149,12 +150,16 @@ class ExportTable:
         return [report for report in found if report is not None]
 
     async def stop(self) -> None:
-        """Take nothing new; leave what runs to the data plane's close."""
+        """Take nothing new from control; what runs goes on."""
         self._stopping = True
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def close_all(self) -> None:
+        """At a clean stop: drain every volume and release it, so that another host may take it at once."""
+        await asyncio.gather(*(self._close(export) for export in self._exports.values()), return_exceptions=True)
 
     def sync_failed(self, obj: int, error: int) -> None:
         """The data plane latched a failed sync."""
@@ -162,7 +167,7 @@ class ExportTable:
         where = held.spec.path if held else f"object {obj}"
         _log.error("sync failed: FLUSH fails until the operator clears it", path=where, errno=error)
         message = f"a sync of {where} failed (errno {error}); acknowledged writes may be lost, every FLUSH fails"
-        self._reporter.notice("sync-failed", held.datastore if held else "", message)
+        self._reporter.notice("sync_failed", held.datastore if held else "", message)
 
     def _poke(self, uuid: str, wanted: VVolSpec | None) -> Export:
         export = self._exports.get(uuid)
@@ -210,7 +215,7 @@ class ExportTable:
         if export.error != before:
             subject = export.full_name() or export.uuid
             _log.error("VVol is not as control wants it", vvol=subject, error=export.error)
-            self._reporter.notice("vvol-failed", subject, export.error)
+            self._reporter.notice("vvol_failed", subject, export.error)
             self._tell(export)
         return True
 
@@ -314,8 +319,9 @@ class ExportTable:
                     raise NvError(Code.NOT_FOUND, f"control named no datastore {leg.datastore} for this host")
                 held = have.get(key)
                 if held is None:
-                    held = fresh[key] = await self._objects.acquire(store, leg.object, may_read_only=spec.read_only)
+                    held = fresh[key] = await self._open_object(store, leg.object, spec.read_only)
                 found[key] = held
+                self._missing.discard(store.name)
                 end = max((run.at + run.n for run in leg.runs if run.s == 0), default=0)
                 if end > held.spec.size and end > await self._objects.refresh(store, held):
                     raise NvError(
@@ -327,6 +333,15 @@ class ExportTable:
             await self._release(fresh)
             raise
         return found
+
+    async def _open_object(self, store: DatastoreSpec, name: str, read_only: bool) -> HeldObject:
+        try:
+            return await self._objects.acquire(store, name, may_read_only=read_only)
+        except NvError as error:
+            if error.code is Code.UNAVAILABLE and store.name not in self._missing:
+                self._missing.add(store.name)
+                self._reporter.notice("datastore_missing", store.name, error.message)
+            raise
 
     async def _release(self, objects: dict[tuple[str, str], HeldObject]) -> None:
         for held in objects.values():

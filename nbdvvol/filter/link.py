@@ -8,9 +8,9 @@ connect; facts of exports are too. What control says is interpreted elsewhere (`
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ssl
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -48,6 +48,7 @@ QUERY_S = 2.0
 _RETRY_MIN_S, _RETRY_MAX_S = 0.1, 5.0
 _OPEN_S = 5.0
 _PING_S = 5.0
+_FLUSH_S = 0.5
 _NOTICES_MAX = 1000
 
 
@@ -58,12 +59,12 @@ class LinkOptions:
     host: str
     control: str
     """`unix:PATH` or `https://ADDRESS:PORT`."""
-    token_file: str
     run_dir: str
-    ca_file: str | None = None
+    token_file: Path | None = None
+    ca_file: Path | None = None
     """Certificate authority of control's https certificate; None: the system's."""
-    cert_file: str | None = None
-    key_file: str | None = None
+    cert_file: Path | None = None
+    key_file: Path | None = None
     """Client certificate of this host, instead of a token."""
 
 
@@ -158,6 +159,13 @@ class ControlLink:
         if self.up:
             self._outbox.put_nowait(message)
 
+    async def flush(self) -> None:
+        """Give what was said last a moment to leave."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_FLUSH_S):
+                if self.up:
+                    await self._outbox.join()
+
     # ---- queries (Control) ----
 
     async def query(
@@ -184,7 +192,7 @@ class ControlLink:
 
     # ---- one connection ----
 
-    @asynccontextmanager
+    @contextlib.asynccontextmanager
     async def _dial(self) -> AsyncIterator[ClientConnection]:
         headers = {"X-Nbdvvol-Host": self.options.host, **self._credential()}
         settings: dict[str, Any] = {
@@ -208,10 +216,10 @@ class ControlLink:
             raise NvError(Code.USAGE, f"control's address {where!r} is neither unix:PATH nor https://ADDRESS:PORT")
 
     def _credential(self) -> dict[str, str]:
-        if not self.options.token_file:
+        if self.options.token_file is None:
             return {}
         try:
-            token = Path(self.options.token_file).read_text(encoding="ascii").strip()
+            token = self.options.token_file.read_text(encoding="ascii").strip()
         except OSError as error:
             raise NvError(Code.DENIED, f"the host's token: {error}", "control makes it; see the farm file") from error
         return {"Authorization": f"Bearer {token}"}
@@ -248,7 +256,10 @@ class ControlLink:
     async def _send_all(self, socket: ClientConnection) -> None:
         while True:
             message = await self._outbox.get()
-            await socket.send(message.model_dump_json())
+            try:
+                await socket.send(message.model_dump_json())
+            finally:
+                self._outbox.task_done()
 
     def _take(self, control: str, message: BaseModel) -> None:
         match message:
@@ -291,6 +302,7 @@ class ControlLink:
         self.up = False
         while not self._outbox.empty():
             lost = self._outbox.get_nowait()
+            self._outbox.task_done()
             if isinstance(lost, Notice):
                 self._notices.append(lost)
         for future in self._queries.values():

@@ -49,12 +49,10 @@ class View:
     async def info(self, name: str) -> Facts:
         """Facts of an export."""
         answer = await self._control.query("info", self._vm, name, ())
-        if answer is not None:
-            _raise_error(answer)
         export = self._find(name)
-        if export is not None and export.volume is not None:
-            return export.facts(self._name(export))
-        if answer is not None and answer.info is not None:
+        if answer is not None and (export is None or answer.error == "UNKNOWN"):
+            _raise_error(answer)
+        if export is None and answer is not None and answer.info is not None:
             info = answer.info
             sizes = info.block_min, info.block_preferred, info.block_max
             return Facts(info.name, info.size, info.flags, info.description, *sizes)

@@ -74,6 +74,7 @@ class Server:
     limits: Limits = field(default_factory=Limits)
     _talks: set[_Conversation] = field(default_factory=set, init=False)
     _connections: int = field(default=0, init=False)
+    _came: asyncio.Event = field(default_factory=asyncio.Event, init=False)
     _left: asyncio.Event = field(default_factory=asyncio.Event, init=False)
     _stopping: bool = field(default=False, init=False)
 
@@ -107,6 +108,7 @@ class Server:
         talk = _Conversation(Haggle(visit.provider, visit.tls))
         talk.haggle.stopping = self._stopping
         self._connections += 1
+        self._came.set()
         self._talks.add(talk)
         talk.task = asyncio.get_running_loop().create_task(self._converse(sock, talk, visit))
         return talk.task
@@ -125,6 +127,10 @@ class Server:
         for task in late:
             task.cancel()
         await asyncio.gather(*late, return_exceptions=True)
+
+    async def visited(self) -> None:
+        """Wait until a first client came."""
+        await self._came.wait()
 
     async def idle(self) -> None:
         """Wait until no connection is left."""

@@ -1,0 +1,180 @@
+"""The filter daemon: puts link, exports, listeners, work and data plane together; starts and stops them in order.
+
+It keeps no state of its own on disk: after a kill and a restart control says again what to serve, under fresh
+epochs, and the sockets are replaced. One filter a run directory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+
+from nbdvvol.dataplane.types import DataPlane, PlaneConfig
+from nbdvvol.filter.activation import take_sockets
+from nbdvvol.filter.exports import Export, ExportTable
+from nbdvvol.filter.link import ControlLink, LinkOptions
+from nbdvvol.filter.listener import Listeners
+from nbdvvol.filter.objects import ObjectTable
+from nbdvvol.filter.reconcile import merge
+from nbdvvol.filter.view import View
+from nbdvvol.filter.work import WorkShop
+from nbdvvol.model.errors import Code, NvError
+from nbdvvol.model.link import Delta, Held, HostState, Snapshot, Work
+
+_log = structlog.get_logger("filter")
+
+
+@dataclass(frozen=True, slots=True)
+class FilterOptions:
+    """How to run a filter."""
+
+    host: str
+    control: str
+    """`unix:PATH` or `https://ADDRESS:PORT`."""
+    run_dir: Path
+    """Sockets appear in run_dir/vms."""
+    token_file: Path | None = None
+    ca_file: Path | None = None
+    """Certificate authority of control's https certificate; None: the system's."""
+    cert_file: Path | None = None
+    key_file: Path | None = None
+    """Client certificate of this host, instead of a token."""
+    reactors: int = 1
+    spin_us: int = 50
+
+
+class Filter:
+    """One running filter over a data plane. Implements the link's Handler."""
+
+    def __init__(self, options: FilterOptions, plane: DataPlane) -> None:
+        self._plane = plane
+        self._link = ControlLink(
+            LinkOptions(
+                host=options.host,
+                control=options.control,
+                token_file=options.token_file,
+                run_dir=str(options.run_dir.absolute()),
+                ca_file=options.ca_file,
+                cert_file=options.cert_file,
+                key_file=options.key_file,
+            ),
+            self,
+        )
+        self._objects = ObjectTable(plane)
+        self._table = ExportTable(plane, self._objects, self._link)
+        self._work = WorkShop(plane, self._objects, self._link.send)
+        self._listeners = Listeners(
+            options.run_dir.absolute(), plane, lambda vm: View(self._table, self._link, vm), self._link
+        )
+        self._reports: asyncio.Queue[tuple[int, list[Export]]] = asyncio.Queue()
+        plane.on_sync_failed = self._table.sync_failed
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Serve until `stop` is set, then end in order: nobody new, haggling told, I/O in flight finished."""
+        self._listeners.adopt(take_sockets())
+        tasks = [asyncio.create_task(self._link.run()), asyncio.create_task(self._say_applied())]
+        stopped = asyncio.create_task(stop.wait())
+        try:
+            done, _ = await asyncio.wait([*tasks, stopped], return_when=asyncio.FIRST_COMPLETED)
+            for task in done - {stopped}:
+                task.result()
+        finally:
+            _log.info("stopping")
+            stopped.cancel()
+            await self._listeners.stop()
+            await self._work.stop()
+            await self._table.stop()
+            await self._table.close_all()
+            await self._plane.close()
+            await self._link.flush()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            self._objects.shutdown()
+            _log.info("stopped")
+
+    # ---- the link's Handler ----
+
+    def held(self) -> list[Held]:
+        """What the data plane still has."""
+        return self._table.held()
+
+    def address(self) -> str:
+        """Address of the TCP listener, or ""."""
+        return self._listeners.address
+
+    def snapshot(self, control: str, message: Snapshot) -> None:
+        """The whole state."""
+        self._objects.farm = control
+        self._take(message.revision, message.state)
+
+    def change(self, message: Delta) -> None:
+        """An ordered change."""
+        assert self._table.state is not None
+        self._take(message.revision, merge(self._table.state, message))
+
+    def connected(self) -> None:
+        """Say again what control may have missed."""
+        for report in self._table.reports():
+            self._link.export(report)
+
+    def work(self, message: Work) -> None:
+        """A work order."""
+        self._work.order(self._link.control, message)
+
+    def _take(self, revision: int, state: HostState) -> None:
+        exports = self._table.take(state)
+        self._listeners.follow(state)
+        self._reports.put_nowait((revision, exports))
+
+    async def _say_applied(self) -> None:
+        """Report revisions in order, each once what it touched has come up, gone, or failed."""
+        while True:
+            revision, exports = await self._reports.get()
+            for export in exports:
+                await export.settled.wait()
+            self._link.applied(revision)
+
+
+async def run_filter(options: FilterOptions) -> None:
+    """Run a filter until SIGTERM or SIGINT. Raises NvError when another one has the run directory."""
+    from nbdvvol.dataplane.plane import NativePlane
+
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    options.run_dir.mkdir(parents=True, exist_ok=True)
+    with locked(options.run_dir):
+        plane = NativePlane(PlaneConfig(reactors=options.reactors, spin_us=options.spin_us))
+        _log.info("filter starts", host=options.host, control=options.control, pid=os.getpid())
+        await Filter(options, plane).run(stop)
+
+
+@contextlib.contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Hold the run directory; it is given back by the kernel however the process ends."""
+    fd = os.open(run_dir / "filter.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            holder = os.pread(fd, 32, 0).decode("ascii", "replace").strip()
+            raise NvError(
+                Code.BUSY,
+                f"another filter (pid {holder or 'unknown'}) runs in {run_dir}",
+                "stop it, or give another --run directory",
+            ) from None
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(fd)
