@@ -1,0 +1,64 @@
+"""Routes that change something. A repeated `Idempotency-Key` has the same answer and no second effect."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Header
+
+from nbdvvol.control.registry import farm, stores, tasks, vvols
+from nbdvvol.control.service import Control
+from nbdvvol.model.resources import ApplyRequest, ApplyResult, BindVVol, CreateVVol, ResizeVVol, Task, TaskRef
+
+Key = Annotated[str | None, Header(alias="Idempotency-Key", min_length=1, max_length=256)]
+
+
+def write_routes(control: Control) -> APIRouter:
+    """POST and DELETE routes."""
+    router = APIRouter(prefix="/v1")
+    once = control.registry.run_once
+
+    @router.post("/vvols", status_code=202)
+    async def create(body: CreateVVol, key: Key = None) -> TaskRef:
+        """Create a VVol, or adopt bytes as one."""
+        return await once(key, TaskRef, vvols.begin_create, body)
+
+    @router.delete("/vvols/{vm}/{name}", status_code=202)
+    async def delete(vm: str, name: str, force: bool = False, key: Key = None) -> TaskRef:
+        """Delete a VVol; adopted bytes stay as they are."""
+        return await once(key, TaskRef, vvols.begin_delete, vm, name, force)
+
+    @router.post("/vvols/{vm}/{name}/resize", status_code=202)
+    async def resize(vm: str, name: str, body: ResizeVVol, key: Key = None) -> TaskRef:
+        """Grow a VVol, also while it is in use."""
+        return await once(key, TaskRef, vvols.begin_resize, vm, name, body)
+
+    @router.post("/vvols/{vm}/{name}/bind", status_code=202)
+    async def bind(vm: str, name: str, body: BindVVol, key: Key = None) -> TaskRef:
+        """Bind a VVol to a host under the next epoch."""
+        return await once(key, TaskRef, vvols.begin_bind, vm, name, body)
+
+    @router.post("/vvols/{vm}/{name}/unbind", status_code=202)
+    async def unbind(vm: str, name: str, body: BindVVol, key: Key = None) -> TaskRef:
+        """Take a VVol from its host."""
+        return await once(key, TaskRef, vvols.begin_unbind, vm, name, body)
+
+    @router.post("/apply")
+    async def apply(body: ApplyRequest, key: Key = None) -> ApplyResult:
+        """Bring the farm to what a farm file declares; nothing is deleted by its absence."""
+        result = await once(key, ApplyResult, farm.apply, body)
+        if not body.dry_run:
+            await control.settings_changed()
+        return result
+
+    @router.post("/tasks/{task_id}/cancel")
+    async def cancel(task_id: int, key: Key = None) -> Task:
+        """Ask a task to stop."""
+        return await once(key, Task, tasks.cancel, task_id)
+
+    @router.post("/datastores/{name}/clear-fault", status_code=202)
+    async def clear_fault(name: str, key: Key = None) -> TaskRef:
+        """Accept what a failed sync may have lost: FLUSH works again."""
+        return await once(key, TaskRef, stores.begin_clear_fault, name)
+
+    return router

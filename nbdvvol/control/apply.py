@@ -1,0 +1,316 @@
+"""What a farm file changes: pure comparison of what is declared with what is there. Nothing is deleted by absence."""
+
+from __future__ import annotations
+
+import posixpath
+from dataclasses import dataclass, field
+from typing import Literal
+
+from nbdvvol.control import policy
+from nbdvvol.datastores.format import check_extent_size
+from nbdvvol.model.base import Model
+from nbdvvol.model.errors import Code, NvError
+from nbdvvol.model.farm import (
+    AdoptConfig,
+    ControlConfig,
+    DatastoreConfig,
+    Farm,
+    HostConfig,
+    ProfileConfig,
+    SocketConfig,
+    TlsFiles,
+    VVolConfig,
+)
+from nbdvvol.model.resources import Change, CreateVVol
+from nbdvvol.model.units import format_size
+
+Kind = Literal["control", "host", "tls", "datastore", "profile", "vm", "vvol"]
+
+
+@dataclass(frozen=True, slots=True)
+class HaveDatastore:
+    """A datastore as the registry has it."""
+
+    config: DatastoreConfig
+    use: str
+
+
+@dataclass(frozen=True, slots=True)
+class HaveVm:
+    """A VM as the registry has it."""
+
+    host: str
+    socket: SocketConfig
+
+
+@dataclass(frozen=True, slots=True)
+class HaveVVol:
+    """A VVol as the registry has it."""
+
+    uuid: str
+    size: int
+    type: str
+    profile: str
+    read_only: bool
+    description: str
+    datastore: str
+    adopt: AdoptConfig | None
+    state: str
+    host: str | None
+
+
+@dataclass(slots=True)
+class Have:
+    """The registry's side of the comparison."""
+
+    control: ControlConfig | None = None
+    tls: TlsFiles | None = None
+    hosts: dict[str, HostConfig] = field(default_factory=dict)
+    datastores: dict[str, HaveDatastore] = field(default_factory=dict)
+    profiles: dict[str, ProfileConfig] = field(default_factory=dict)
+    vms: dict[str, HaveVm] = field(default_factory=dict)
+    vvols: dict[tuple[str, str], HaveVVol] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Plan:
+    """What is to be written, and the lines that say so."""
+
+    changes: list[Change] = field(default_factory=list)
+    control: ControlConfig | None = None
+    tls: bool = False
+    hosts: dict[str, HostConfig] = field(default_factory=dict)
+    datastores: dict[str, DatastoreConfig] = field(default_factory=dict)
+    profiles: dict[str, ProfileConfig] = field(default_factory=dict)
+    vms: dict[str, HaveVm] = field(default_factory=dict)
+    create: list[CreateVVol] = field(default_factory=list)
+    retry: list[str] = field(default_factory=list)
+    resize: list[tuple[str, int]] = field(default_factory=list)
+    describe: list[tuple[str, str, str, bool]] = field(default_factory=list)
+    """(uuid, type, description, read_only)."""
+    bind: list[tuple[str, str]] = field(default_factory=list)
+
+    def say(
+        self, kind: Kind, name: str, action: Literal["create", "update", "keep", "absent"], detail: str = ""
+    ) -> None:
+        """Add a line."""
+        self.changes.append(Change(action=action, kind=kind, name=name, detail=detail))
+
+
+def _different(old: Model, new: Model) -> str:
+    """Names of the fields that differ."""
+    before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
+    return ", ".join(f"{key}: {before[key]} → {after[key]}" for key in after if before[key] != after[key])
+
+
+def compare(have: Have, farm: Farm) -> Plan:
+    """The plan from `have` to `farm`. Raises NvError that lists everything that is refused."""
+    plan = Plan()
+    refused: list[NvError] = []
+    _compare_settings(plan, have, farm)
+    _compare_hosts(plan, have, farm)
+    for name, store in farm.datastores.items():
+        _try(refused, _compare_datastore, plan, have, name, store)
+    _try(refused, _check_paths, have, farm)
+    for name, profile in farm.profiles.items():
+        _try(refused, _compare_profile, plan, have, farm, name, profile)
+    for vm in farm.vms:
+        _try(refused, _compare_vm, plan, have, farm, vm)
+        for short, vvol in farm.vms[vm].vvols.items():
+            _try(refused, _compare_vvol, plan, have, farm, vm, short, vvol)
+    _say_absent(plan, have, farm)
+    if len(refused) == 1:
+        raise refused[0]
+    if refused:
+        text = "; ".join(error.message for error in refused)
+        raise NvError(refused[0].code, text, "; ".join(dict.fromkeys(e.hint for e in refused if e.hint)))
+    return plan
+
+
+def _try(refused: list[NvError], check: object, *args: object) -> None:
+    try:
+        check(*args)  # type: ignore[operator]
+    except NvError as error:
+        refused.append(error)
+
+
+def _compare_settings(plan: Plan, have: Have, farm: Farm) -> None:
+    if have.control is None:
+        plan.control = farm.control
+    elif have.control != farm.control:
+        plan.control = farm.control
+        plan.say("control", "control", "update", _different(have.control, farm.control))
+    if have.tls != farm.tls:
+        plan.tls = True
+        plan.say("tls", "tls", "create" if have.tls is None else "update")
+
+
+def _compare_hosts(plan: Plan, have: Have, farm: Farm) -> None:
+    for name, host in farm.hosts.items():
+        old = have.hosts.get(name)
+        if old == host:
+            plan.say("host", name, "keep")
+            continue
+        plan.hosts[name] = host
+        plan.say("host", name, "update" if old else "create", _different(old, host) if old else "")
+
+
+def _compare_datastore(plan: Plan, have: Have, name: str, new: DatastoreConfig) -> None:
+    policy.check_datastore(name, new)
+    check_extent_size(new.extent_size)
+    old = have.datastores.get(name)
+    if old is None:
+        plan.datastores[name] = new
+        plan.say("datastore", name, "create")
+        return
+    if old.config == new:
+        plan.say("datastore", name, "keep")
+        return
+    if old.use != "unused":
+        for key in ("kind", "path", "extent_size", "format"):
+            before, after = getattr(old.config, key), getattr(new, key)
+            if before != after and key != "format":
+                raise NvError(
+                    Code.CONFLICT,
+                    f"datastore {name} is in use: {key} cannot change from {before} to {after}",
+                    "declare a new datastore under another name",
+                )
+    if old.config.size is not None and (new.size or 0) < old.config.size and old.use != "unused":
+        raise NvError(
+            Code.CONFLICT,
+            f"datastore {name} is in use: size cannot shrink from {format_size(old.config.size)} to "
+            f"{format_size(new.size or 0)}",
+            "a datastore only grows",
+        )
+    plan.datastores[name] = new
+    plan.say("datastore", name, "update", _different(old.config, new))
+
+
+def _check_paths(have: Have, farm: Farm) -> None:
+    """Two datastores may not be one place. (Symbolic links are for the reader of the farm file, who sees the disk.)"""
+    seen: dict[str, str] = {}
+    declared = {name: store.config for name, store in have.datastores.items()} | farm.datastores
+    for name, config in declared.items():
+        path = posixpath.normpath(config.path or "")
+        if path in seen:
+            raise NvError(
+                Code.CONFIG, f"datastores {seen[path]} and {name} are the same place: {path}", "declare it once"
+            )
+        seen[path] = name
+
+
+def _compare_profile(plan: Plan, have: Have, farm: Farm, name: str, profile: ProfileConfig) -> None:
+    policy.check_profile(name, profile)
+    if profile.datastore is not None and profile.datastore not in {*have.datastores, *farm.datastores}:
+        raise NvError(
+            Code.NOT_FOUND, f"profile {name}: no datastore {profile.datastore}", "declare it under datastores"
+        )
+    old = have.profiles.get(name)
+    if old == profile:
+        plan.say("profile", name, "keep")
+        return
+    plan.profiles[name] = profile
+    plan.say("profile", name, "update" if old else "create", _different(old, profile) if old else "")
+
+
+def vm_host(have: Have, farm: Farm, vm: str) -> str:
+    """The host of a VM: its own word, else the only one there is. Raises CONFIG or NOT_FOUND."""
+    hosts = sorted({*have.hosts, *farm.hosts})
+    wanted = farm.vms[vm].host
+    if wanted is None:
+        only = list(farm.hosts) if len(farm.hosts) == 1 else hosts
+        if len(only) == 1:
+            return only[0]
+        raise NvError(Code.CONFIG, f"VM {vm} names no host and there are {len(hosts)}: {', '.join(hosts)}", "add host")
+    if wanted not in hosts:
+        raise NvError(Code.NOT_FOUND, f"VM {vm}: no host {wanted}; there are: {', '.join(hosts)}", "declare it")
+    return wanted
+
+
+def _compare_vm(plan: Plan, have: Have, farm: Farm, vm: str) -> None:
+    new = HaveVm(vm_host(have, farm, vm), farm.vms[vm].socket)
+    old = have.vms.get(vm)
+    if old == new:
+        plan.say("vm", vm, "keep")
+        return
+    plan.vms[vm] = new
+    plan.say("vm", vm, "update" if old else "create", f"host {old.host} → {new.host}" if old else f"on host {new.host}")
+
+
+def _compare_vvol(plan: Plan, have: Have, farm: Farm, vm: str, short: str, new: VVolConfig) -> None:
+    name = f"{vm}/{short}"
+    stores = sorted({*have.datastores, *farm.datastores})
+    profiles = have.profiles | farm.profiles
+    if new.profile is not None and new.profile not in profiles:
+        raise NvError(Code.NOT_FOUND, f"VVol {name}: no profile {new.profile}", "declare it under profiles")
+    profile = (new.profile, profiles[new.profile]) if new.profile is not None else None
+    named = new.adopt.datastore if new.adopt is not None else new.datastore
+    where = policy.choose_datastore(name, named, profile, stores)
+    if new.size is not None and new.adopt is None:
+        policy.check_size(name, new.size)
+    old = have.vvols.get((vm, short))
+    if old is None:
+        body = {key: getattr(new, key) for key in ("size", "profile", "type", "adopt", "read_only", "description")}
+        plan.create.append(CreateVVol(vm=vm, name=short, datastore=None if new.adopt else where, **body))
+        size = format_size(new.size) if new.size is not None else "adopted"
+        plan.say("vvol", name, "create", f"{size} on datastore {where}")
+        return
+    _check_same_place(name, old, new, where)
+    read_only = new.read_only or (profile is not None and profile[1].read_only)
+    done = _update_vvol(plan, name, old, new, read_only, vm_host(have, farm, vm), have.vms.get(vm))
+    plan.say("vvol", name, "update" if done else "keep", ", ".join(done))
+
+
+def _check_same_place(name: str, old: HaveVVol, new: VVolConfig, where: str) -> None:
+    if old.state == "deleting":
+        raise NvError(Code.CONFLICT, f"VVol {name} is being deleted", "apply again when it is gone")
+    if old.datastore != where:
+        raise NvError(
+            Code.UNSUPPORTED,
+            f"VVol {name} lies on datastore {old.datastore}; moving it to {where} is not built yet",
+            "make a new VVol and copy",
+        )
+    if old.adopt != new.adopt:
+        raise NvError(
+            Code.CONFLICT, f"VVol {name}: what it adopts cannot change", "delete it (adopted bytes stay), apply again"
+        )
+    if new.size is not None and new.size < old.size and old.adopt is None:
+        raise NvError(
+            Code.INVALID,
+            f"VVol {name}: {format_size(new.size)} is less than the {format_size(old.size)} it has; a VVol only grows",
+            "make a smaller VVol and copy",
+        )
+
+
+def _update_vvol(
+    plan: Plan, name: str, old: HaveVVol, new: VVolConfig, read_only: bool, host: str, vm: HaveVm | None
+) -> list[str]:
+    done: list[str] = []
+    if old.state == "failed":
+        plan.retry.append(old.uuid)
+        done.append("try again to create it")
+    elif new.size is not None and new.size > old.size and old.adopt is None:
+        plan.resize.append((old.uuid, new.size))
+        done.append(f"grow from {format_size(old.size)} to {format_size(new.size)}")
+    elif old.state == "ready" and (old.host is None or (vm is not None and vm.host != host and old.host != host)):
+        plan.bind.append((old.uuid, host))
+        done.append(f"bind to host {host}")
+    words = (new.type.value, new.description, read_only)
+    if words != (old.type, old.description, old.read_only):
+        plan.describe.append((old.uuid, *words))
+        done.append("description, type or read_only")
+    return done
+
+
+def _say_absent(plan: Plan, have: Have, farm: Farm) -> None:
+    for kind, mine, theirs in (
+        ("host", have.hosts, farm.hosts),
+        ("datastore", have.datastores, farm.datastores),
+        ("profile", have.profiles, farm.profiles),
+        ("vm", have.vms, farm.vms),
+    ):
+        for name in sorted(set(mine) - set(theirs)):
+            plan.say(kind, name, "absent", "not in the file; left alone")  # type: ignore[arg-type]
+    for vm, short in sorted(have.vvols):
+        if vm not in farm.vms or short not in farm.vms[vm].vvols:
+            plan.say("vvol", f"{vm}/{short}", "absent", "not in the file; left alone")

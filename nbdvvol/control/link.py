@@ -1,0 +1,264 @@
+"""The server side of the link: one WebSocket a host, messages of `nbdvvol.model.link`.
+
+Invariants: one live filter a host; changes go out in revision order, after the snapshot (or `resumed`) that they
+follow; an order's answer is acted on only after its row is settled. It does not decide what a host serves: that
+is the registry's feed. A link that answers no ping for 8 seconds is dead (the server's ping, see api/server.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+import structlog
+from pydantic import ValidationError
+
+from nbdvvol.control import queries
+from nbdvvol.control.registry import Registry, bindings, feed, orders, stores
+from nbdvvol.control.registry.orders import Order
+from nbdvvol.control.signal import Signal
+from nbdvvol.model import link
+from nbdvvol.model.errors import Code, NvError
+
+log = structlog.get_logger()
+HELLO_TIMEOUT_S = 10.0
+EPHEMERAL = 1 << 52
+EPOCH_ANY = (1 << 63) - 1
+
+Progress = Callable[[float], None]
+
+
+class Channel(Protocol):
+    """A WebSocket, as far as the link needs one."""
+
+    async def receive(self) -> str:
+        """The next text message. Raises ConnectionError when the peer is gone."""
+
+    async def send(self, text: str) -> None:
+        """Send a text message. Raises ConnectionError when the peer is gone."""
+
+    async def close(self) -> None:
+        """Close it; harmless when it is closed."""
+
+
+class HostLink:
+    """One filter's connection."""
+
+    def __init__(self, host: str, channel: Channel) -> None:
+        self.host = host
+        self.channel = channel
+        self.dirty = asyncio.Event()
+        self.told: set[str] = set()
+        self.sent = 0
+
+    async def send(self, message: link.FromControl) -> None:
+        """Send one message."""
+        await self.channel.send(message.model_dump_json())
+
+
+class Links:
+    """Every connected filter, and the orders that are out."""
+
+    def __init__(self, registry: Registry, changed: Signal) -> None:
+        self.registry = registry
+        self.changed = changed
+        self.connected: dict[str, HostLink] = {}
+        self._waiting: dict[int, tuple[Order, asyncio.Future[link.WorkDone], Progress | None]] = {}
+        self._closing = False
+
+    def poke(self, hosts: Iterable[str]) -> None:
+        """The state of these hosts moved."""
+        for host in hosts:
+            if host in self.connected:
+                self.connected[host].dirty.set()
+
+    async def close(self) -> None:
+        """End every link; orders stay written down."""
+        self._closing = True
+        for host_link in list(self.connected.values()):
+            await host_link.channel.close()
+        for _, future, _ in self._waiting.values():
+            future.cancel()
+
+    async def serve(self, host: str, channel: Channel) -> None:
+        """Serve the filter of an authenticated host until its connection ends."""
+        refusal = await self._hello(host, channel)
+        if isinstance(refusal, str):
+            log.warning("filter refused", host=host, reason=refusal)
+            try:
+                await channel.send(link.Refused(reason=refusal).model_dump_json())
+                await channel.close()
+            except ConnectionError:
+                log.debug("refused filter is gone already", host=host)
+            return
+        me = refusal
+        log.info("filter connected", host=host)
+        self.changed.fire()
+        helpers = [asyncio.create_task(self._push(me)), asyncio.create_task(self._probe_all(me))]
+        try:
+            while True:
+                await self._take(me, await channel.receive())
+        except ConnectionError as error:
+            log.info("filter disconnected", host=host, reason=str(error))
+        except ValidationError as error:
+            log.error("filter speaks nonsense", host=host, error=str(error))
+        finally:
+            for helper in helpers:
+                helper.cancel()
+            if self.connected.get(host) is me:
+                del self.connected[host]
+            await channel.close()
+            self.changed.fire()
+
+    async def _hello(self, host: str, channel: Channel) -> HostLink | str:
+        """Take the hello and send what follows. Returns the link, or why the filter is refused."""
+        try:
+            async with asyncio.timeout(HELLO_TIMEOUT_S):
+                hello = link.from_filter.validate_json(await channel.receive())
+        except (TimeoutError, ConnectionError):
+            return "no hello came"
+        except ValidationError as error:
+            return f"the first message is not a hello: {error.errors()[0]['msg']}"
+        if not isinstance(hello, link.Hello):
+            return f"the first message is {hello.kind}, not hello"
+        if hello.protocol != link.PROTOCOL:
+            return f"the filter speaks version {hello.protocol} of the link, control speaks {link.PROTOCOL}"
+        if hello.host != host:
+            return f"the credential is host {host}'s; it may not claim to be host {hello.host}"
+        if host in self.connected or self._closing:
+            return f"a filter of host {host} is connected already; it counts as gone after 8 s without an answer"
+        me = HostLink(host, channel)
+        self.connected[host] = me
+        try:
+            await self._welcome(me, hello)
+        except BaseException as error:
+            del self.connected[host]
+            if isinstance(error, ConnectionError):
+                return "it is gone"
+            raise
+        me.dirty.set()
+        return me
+
+    async def _welcome(self, me: HostLink, hello: link.Hello) -> None:
+        """Snapshot or resume, then every order whose outcome is unknown."""
+        first = await self.registry.run(bindings.connect, hello)
+        await me.send(link.Welcome(control=self.registry.identity, instance=hello.instance))
+        await me.send(first)
+        me.sent = first.revision
+        me.told = {held.uuid for held in hello.held}
+        if isinstance(first, link.Snapshot):
+            me.told |= set(first.state.vvols)
+        for order in await self.registry.run(orders.of_host, me.host):
+            await self._send_order(me, order)
+        for order, _, _ in list(self._waiting.values()):
+            if order.host == me.host and order.id >= EPHEMERAL:
+                await self._send_order(me, order)
+
+    async def _push(self, me: HostLink) -> None:
+        """Send every change, in order."""
+        try:
+            while True:
+                await me.dirty.wait()
+                me.dirty.clear()
+                delta = await self.registry.run(feed.changes, me.host, me.sent)
+                if delta is None:
+                    continue
+                unknown = [uuid for uuid, spec in delta.vvols.items() if spec is None and uuid not in me.told]
+                me.told |= {uuid for uuid, spec in delta.vvols.items() if spec is not None}
+                await me.send(delta)
+                me.sent = delta.revision
+                for uuid in unknown:
+                    await self.registry.run(bindings.released, me.host, uuid, EPOCH_ANY)
+        except ConnectionError:
+            await me.channel.close()
+        except NvError as error:
+            log.error("the change feed stopped", host=me.host, error=str(error))
+            await me.channel.close()
+
+    async def _probe_all(self, me: HostLink) -> None:
+        """Look at every datastore the host sees."""
+        try:
+            for name in await self.registry.run(stores.seen_by, me.host):
+                await self.probe(name, me.host)
+        except NvError as error:
+            log.info("probing stopped", host=me.host, error=str(error))
+
+    async def _take(self, me: HostLink, text: str) -> None:
+        message = link.from_filter.validate_json(text)
+        match message:
+            case link.Hello():
+                raise ConnectionError("a second hello on one connection")
+            case link.Applied():
+                await self.registry.run(feed.applied, me.host, min(message.revision, me.sent))
+            case link.Exports():
+                await self.registry.run(bindings.report, me.host, message.exports)
+            case link.Released():
+                await self.registry.run(bindings.released, me.host, message.uuid, message.epoch)
+                me.told.discard(message.uuid)
+            case link.Notice():
+                await self._notice(me.host, message)
+            case link.WorkProgress():
+                entry = self._waiting.get(message.id)
+                if entry is not None and entry[2] is not None:
+                    entry[2](message.progress)
+            case link.WorkDone():
+                await self._done(message)
+            case link.Query():
+                await me.send(await queries.answer(self.registry, me.host, message))
+
+    async def _notice(self, host: str, message: link.Notice) -> None:
+        await self.registry.run(bindings.notice, host, message.event, message.subject, message.message)
+        if message.event == "sync_failed":
+            await self.registry.run(stores.faulty, message.subject, message.message)
+        elif message.event == "datastore_missing":
+            await self.registry.run(stores.missing, message.subject, host, message.message)
+
+    async def _done(self, message: link.WorkDone) -> None:
+        if message.id < EPHEMERAL:
+            await self.registry.run(orders.settle, message.id)
+        entry = self._waiting.pop(message.id, None)
+        if entry is not None and not entry[1].done():
+            entry[1].set_result(message)
+
+    async def _send_order(self, me: HostLink, order: Order) -> None:
+        await me.send(link.Work.model_validate({"id": order.id, "what": order.what, "args": order.args}))
+
+    async def carry_out(self, order: Order, progress: Progress | None = None) -> dict[str, Any]:
+        """Send an order (again, when its host reconnects) and wait for its result. Raises its NvError."""
+        future: asyncio.Future[link.WorkDone] = asyncio.get_running_loop().create_future()
+        self._waiting[order.id] = (order, future, progress)
+        try:
+            me = self.connected.get(order.host)
+            if me is not None:
+                try:
+                    await self._send_order(me, order)
+                except ConnectionError:
+                    log.info("order waits for the filter", host=order.host, order=order.id)
+            done = await future
+        finally:
+            self._waiting.pop(order.id, None)
+        if done.error:
+            code = Code(done.code) if done.code in Code.__members__ else Code.IO
+            raise NvError(code, f"host {order.host}: {done.error}", "look at its filter's log")
+        return done.result
+
+    async def probe(self, name: str, host: str) -> dict[str, Any]:
+        """Have a host look at a datastore now, and remember what it found. Raises its NvError."""
+        store = await self.registry.run(stores.store, name)
+        args: dict[str, Any] = {"store": store.spec.model_dump(mode="json")}
+        if store.config.size is not None:
+            args["create_size"] = store.config.size
+        order = Order(EPHEMERAL | secrets.randbits(51), host, "probe", args)
+        try:
+            result = await self.carry_out(order)
+        except NvError as error:
+            await self.registry.run(stores.missing, name, host, error.message)
+            raise NvError(error.code, f"datastore {name}: {error.message}", error.hint) from None
+        wrong = await self.registry.run(stores.probed, name, host, result)
+        if wrong:
+            raise NvError(
+                Code.CONFLICT, f"datastore {name} is not what it was: {wrong}", "check its path; nothing was changed"
+            )
+        return result

@@ -1,0 +1,95 @@
+"""What a profile means: which datastore holds a new VVol, and what is refused because it is not built yet."""
+
+from __future__ import annotations
+
+from nbdvvol.model.errors import Code, NvError
+from nbdvvol.model.farm import DatastoreConfig, DatastoreKind, IoMode, ProfileConfig
+from nbdvvol.model.units import format_size
+
+SECTOR = 512
+SIZE_MAX = 1 << 62
+
+
+def check_profile(name: str, profile: ProfileConfig) -> None:
+    """Raise UNSUPPORTED, by name, for what is not built yet."""
+    asks = {
+        "mirror": profile.mirror is not None,
+        "cache": profile.cache is not None and profile.cache.mode != "none",
+        "qos": profile.qos is not None,
+    }
+    for what, asked in asks.items():
+        if asked:
+            raise NvError(
+                Code.UNSUPPORTED,
+                f"profile {name}: {what} is not built yet",
+                f"take {what} out of the profile",
+            )
+
+
+def check_datastore(name: str, config: DatastoreConfig) -> None:
+    """Raise UNSUPPORTED for kinds that are not built yet, INVALID for a declaration that makes no sense."""
+    if config.kind is DatastoreKind.NBD:
+        raise NvError(
+            Code.UNSUPPORTED, f"datastore {name}: kind nbd is not built yet", "use kind file, dir or block for now"
+        )
+    if not config.path or not config.path.startswith("/"):
+        raise NvError(
+            Code.CONFIG,
+            f"datastore {name}: path {config.path!r} is not absolute",
+            "write the whole path; the farm file reader resolves relative ones",
+        )
+    if config.size is not None and config.kind is not DatastoreKind.FILE:
+        raise NvError(
+            Code.CONFIG,
+            f"datastore {name}: size is for kind file; kind {config.kind} has the size it has",
+            "take size out",
+        )
+
+
+def choose_datastore(
+    vvol: str, named: str | None, profile: tuple[str, ProfileConfig] | None, datastores: list[str]
+) -> str:
+    """The datastore of a new VVol: its own word, else its profile's, else the only one there is.
+
+    Raises CONFIG when that leaves a choice, NOT_FOUND when it names none of `datastores`."""
+    if profile is not None:
+        check_profile(*profile)
+    wanted = named or (profile[1].datastore if profile is not None else None)
+    if wanted is None and len(datastores) == 1:
+        return datastores[0]
+    if wanted is None:
+        raise NvError(
+            Code.CONFIG,
+            f"VVol {vvol} names no datastore and there are {len(datastores)}: {', '.join(datastores) or 'none'}",
+            "give it a datastore, or a profile that has one",
+        )
+    if wanted not in datastores:
+        raise NvError(
+            Code.NOT_FOUND,
+            f"VVol {vvol}: no datastore {wanted}; there are: {', '.join(datastores) or 'none'}",
+            "declare it in the farm file and apply",
+        )
+    return wanted
+
+
+def check_size(vvol: str, size: int, step: int = SECTOR) -> None:
+    """Raise INVALID unless `size` is a positive multiple of `step` bytes that the allocator can hold."""
+    if not 0 < size <= SIZE_MAX:
+        raise NvError(
+            Code.INVALID, f"VVol {vvol}: {size} bytes are outside 1..{SIZE_MAX}", "give another size, such as 1GiB"
+        )
+    if size % step:
+        above = -(-size // step) * step
+        raise NvError(
+            Code.INVALID,
+            f"VVol {vvol}: {size} bytes are not a multiple of {step}",
+            f"the next one is {above} ({format_size(above)})",
+        )
+
+
+def opens_direct(config: DatastoreConfig, host_count: int, direct_ok: bool | None) -> bool:
+    """Whether filters open the datastore with O_DIRECT: asked for, or other hosts can write it too."""
+    if config.io is not IoMode.AUTO:
+        return config.io is IoMode.DIRECT
+    seen_by = host_count if config.hosts is None else len(config.hosts)
+    return seen_by > 1 and direct_ok is not False

@@ -1,0 +1,232 @@
+"""Which host serves a VVol, under which epoch; which hosts may still hold one.
+
+Epochs only grow, by compare-and-swap. A VVol is given to a host only when no other host may hold it: the
+others released it, or the operator took it from them by force and said so.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import delete, insert, select, update
+
+from nbdvvol.control.registry import feed, orders
+from nbdvvol.control.registry import schema as s
+from nbdvvol.control.registry.tx import Tx, transaction
+from nbdvvol.control.registry.views import HELD, vvol_row
+from nbdvvol.model.errors import Code, NvError
+from nbdvvol.model.link import ExportReport, Hello, Resumed, Snapshot
+
+
+def advance_epoch(tx: Tx, uuid: str, epoch: int) -> None:
+    """Compare-and-swap: raise the VVol's epoch from `epoch` to the next. Raises STALE when it is another."""
+    query = update(s.vvols).where(s.vvols.c.uuid == uuid, s.vvols.c.epoch == epoch).values(epoch=epoch + 1)
+    if tx.db.execute(query).rowcount != 1:
+        raise NvError(Code.STALE, f"VVol {uuid} is no longer at epoch {epoch}", "somebody else bound it; look again")
+
+
+def advance_generation(tx: Tx, uuid: str, generation: int, **values: object) -> None:
+    """Compare-and-swap: raise the generation from `generation` to the next and set `values`. Raises STALE."""
+    query = update(s.vvols).where(s.vvols.c.uuid == uuid, s.vvols.c.generation == generation)
+    if tx.db.execute(query.values(generation=generation + 1, **values)).rowcount != 1:
+        raise NvError(
+            Code.STALE, f"VVol {uuid} is no longer at generation {generation}", "somebody else changed it; look again"
+        )
+
+
+def touch_holder(tx: Tx, host: str, uuid: str, vm: str) -> None:
+    """A binding on this host changed: its VVol, and whether it needs the VM's socket."""
+    tx.touch(host, "vvol", uuid)
+    tx.touch(host, "vm", vm)
+
+
+def touch_holders(tx: Tx, uuid: str) -> None:
+    """The VVol itself changed: every host that serves it must hear of it."""
+    for host in tx.db.execute(
+        select(s.holders.c.host).where(s.holders.c.vvol == uuid, s.holders.c.state.in_(HELD))
+    ).scalars():
+        tx.touch(host, "vvol", uuid)
+
+
+def _move(tx: Tx, uuid: str, host: str, state: str) -> None:
+    tx.db.execute(update(s.holders).where(s.holders.c.vvol == uuid, s.holders.c.host == host).values(state=state))
+
+
+@transaction
+def bind(tx: Tx, uuid: str, host: str, force: bool = False) -> str:
+    """Bind to `host` under the next epoch, once nobody else may hold the VVol. Returns what it waits for, or "".
+
+    `force` takes it from hosts that do not answer: the operator's word that they no longer serve it."""
+    row = vvol_row(tx, uuid)
+    if row.state != "ready":
+        raise NvError(Code.CONFLICT, f"VVol {row.vm}/{row.name} is {row.state}, not ready", "wait for its task")
+    holders = tx.db.execute(select(s.holders).where(s.holders.c.vvol == uuid)).all()
+    if any(h.host == host and h.state in HELD for h in holders):
+        return ""
+    for holder in holders:
+        if holder.state in HELD:
+            _move(tx, uuid, holder.host, "releasing")
+            touch_holder(tx, holder.host, uuid, row.vm)
+    waiting = [h.host for h in holders if h.state in (*HELD, "releasing")]
+    if waiting and not force:
+        return f"host {', '.join(waiting)} to release it"
+    for name in waiting:
+        _force(tx, uuid, name, f"{row.vm}/{row.name}")
+    tx.db.execute(delete(s.holders).where(s.holders.c.vvol == uuid, s.holders.c.host == host))
+    advance_epoch(tx, uuid, row.epoch)
+    tx.db.execute(insert(s.holders).values(vvol=uuid, host=host, epoch=row.epoch + 1, state="binding"))
+    touch_holder(tx, host, uuid, row.vm)
+    tx.event("vvol.binding", f"{row.vm}/{row.name}", f"bound to host {host} under epoch {row.epoch + 1}")
+    return ""
+
+
+def _force(tx: Tx, uuid: str, host: str, name: str) -> None:
+    _move(tx, uuid, host, "forced")
+    risk = (
+        f"taken from host {host} by force: if its filter still runs, it may go on writing until it hears of this; "
+        "its extents stay unused until it confirms"
+    )
+    tx.event("vvol.forced", name, risk)
+
+
+@transaction
+def unbind(tx: Tx, uuid: str, force: bool = False) -> str:
+    """Take the VVol from its host. Returns what it waits for, or "" once no host serves it."""
+    row = vvol_row(tx, uuid)
+    holders = tx.db.execute(select(s.holders).where(s.holders.c.vvol == uuid, s.holders.c.state != "forced")).all()
+    for holder in holders:
+        if holder.state in HELD:
+            _move(tx, uuid, holder.host, "releasing")
+            touch_holder(tx, holder.host, uuid, row.vm)
+        if force:
+            _force(tx, uuid, holder.host, f"{row.vm}/{row.name}")
+    if holders and not force:
+        return f"host {', '.join(holder.host for holder in holders)} to release it"
+    return ""
+
+
+@transaction
+def unreleased(tx: Tx, uuid: str) -> list[str]:
+    """Hosts that may still hold the VVol, those it was taken from by force too."""
+    return list(tx.db.execute(select(s.holders.c.host).where(s.holders.c.vvol == uuid)).scalars())
+
+
+@transaction
+def home(tx: Tx, uuid: str) -> str:
+    """The host of the VVol's VM."""
+    query = select(s.vms.c.host).join(s.vvols, s.vvols.c.vm == s.vms.c.name).where(s.vvols.c.uuid == uuid)
+    host: str = tx.db.execute(query).scalar_one()
+    return host
+
+
+@transaction
+def state(tx: Tx, uuid: str, host: str) -> tuple[str, str]:
+    """(binding, bound, releasing, forced or "", why it is not served) of a VVol on a host."""
+    mine = select(s.holders.c.state, s.holders.c.error).where(s.holders.c.vvol == uuid, s.holders.c.host == host)
+    row = tx.db.execute(mine).one_or_none()
+    return (row.state, row.error) if row is not None else ("", "")
+
+
+@transaction
+def give_up_holders(tx: Tx, uuid: str) -> None:
+    """The operator's word that no host holds the VVol any more."""
+    row = vvol_row(tx, uuid)
+    hosts = unreleased(tx, uuid)
+    if hosts:
+        tx.event(
+            "vvol.forced", f"{row.vm}/{row.name}", f"no longer waits for {', '.join(hosts)}, by the operator's word"
+        )
+        tx.db.execute(delete(s.holders).where(s.holders.c.vvol == uuid))
+        for host in hosts:
+            touch_holder(tx, host, uuid, row.vm)
+
+
+@transaction
+def released(tx: Tx, host: str, uuid: str, epoch: int) -> None:
+    """The host drained what it held of a VVol up to this epoch. A newer binding to the same host stands."""
+    query = select(s.holders, s.vvols.c.vm, s.vvols.c.name).join(s.vvols, s.vvols.c.uuid == s.holders.c.vvol)
+    row = tx.db.execute(query.where(s.holders.c.vvol == uuid, s.holders.c.host == host)).one_or_none()
+    if row is None or row.state in HELD or epoch < row.epoch:
+        return
+    tx.db.execute(delete(s.holders).where(s.holders.c.vvol == uuid, s.holders.c.host == host))
+    tx.touch(host, "vm", row.vm)
+    tx.event("vvol.released", f"{row.vm}/{row.name}", f"released by host {host}, epoch {row.epoch}")
+
+
+@transaction
+def report(tx: Tx, host: str, exports: list[ExportReport]) -> None:
+    """What the host's filter says of its exports; those of an older epoch say nothing any more."""
+    for export in exports:
+        query = select(s.holders, s.vvols.c.vm, s.vvols.c.name).join(s.vvols, s.vvols.c.uuid == s.holders.c.vvol)
+        row = tx.db.execute(query.where(s.holders.c.vvol == export.uuid, s.holders.c.host == host)).one_or_none()
+        if row is None or row.epoch != export.epoch or row.state not in HELD:
+            continue
+        state = "binding" if export.error else "bound"
+        mine = update(s.holders).where(s.holders.c.vvol == export.uuid, s.holders.c.host == host)
+        tx.db.execute(mine.values(state=state, facts=export.model_dump_json(), error=export.error))
+        name = f"{row.vm}/{row.name}"
+        if export.error and export.error != row.error:
+            tx.event("vvol.not_served", name, f"host {host} cannot serve it: {export.error}")
+        elif state != row.state:
+            tx.event("vvol.bound", name, f"served by host {host} under epoch {row.epoch}")
+        tx.changed = True
+
+
+@transaction
+def connect(tx: Tx, hello: Hello) -> Snapshot | Resumed:
+    """A host's filter is here. What it no longer holds is released; a new process gets new epochs.
+
+    It resumes when it is the same process and has what the feed may have forgotten; else it gets a snapshot."""
+    host = tx.db.execute(select(s.hosts).where(s.hosts.c.name == hello.host)).one()
+    fresh = host.instance != hello.instance
+    if fresh:
+        orders.drop_dead(tx, hello.host)
+    holding = {held.uuid: held.epoch for held in hello.held}
+    query = select(s.holders, s.vvols.c.vm, s.vvols.c.epoch.label("newest")).join(
+        s.vvols, s.vvols.c.uuid == s.holders.c.vvol
+    )
+    for row in tx.db.execute(query.where(s.holders.c.host == hello.host)).all():
+        if row.state not in HELD:
+            if row.vvol not in holding:
+                released(tx, hello.host, row.vvol, row.epoch)
+        elif fresh:
+            advance_epoch(tx, row.vvol, row.newest)
+            mine = update(s.holders).where(s.holders.c.vvol == row.vvol, s.holders.c.host == hello.host)
+            tx.db.execute(mine.values(epoch=row.newest + 1, state="binding", facts="", error=""))
+            touch_holder(tx, hello.host, row.vvol, row.vm)
+    if (host.instance, host.run_dir, host.address) != (hello.instance, hello.run_dir, hello.address):
+        values = {"instance": hello.instance, "run_dir": hello.run_dir, "address": hello.address}
+        tx.db.execute(update(s.hosts).where(s.hosts.c.name == hello.host).values(**values))
+        tx.event("host.filter", hello.host, f"a filter runs in {hello.run_dir or 'an unknown directory'}")
+    known = hello.control == tx.identity and not fresh and host.floor <= hello.revision <= tx.revision
+    if known and hello.revision > 0:
+        return Resumed(revision=hello.revision)
+    return feed.snapshot(tx, hello.host)
+
+
+@transaction
+def facts(tx: Tx, host: str, vm: str | None) -> list[tuple[str, str, str, ExportReport | None]]:
+    """(VM, name, description, facts) of the VVols a host serves: of one VM, or of all."""
+    query = select(s.vvols.c.vm, s.vvols.c.name, s.vvols.c.description, s.holders.c.facts)
+    query = query.join(s.holders, s.holders.c.vvol == s.vvols.c.uuid)
+    query = query.where(s.holders.c.host == host, s.holders.c.state.in_(HELD), s.vvols.c.state == "ready")
+    if vm is not None:
+        query = query.where(s.vvols.c.vm == vm)
+    rows = tx.db.execute(query.order_by(s.vvols.c.vm, s.vvols.c.name)).all()
+    return [(r.vm, r.name, r.description, ExportReport.model_validate_json(r.facts) if r.facts else None) for r in rows]
+
+
+@transaction
+def all_facts(tx: Tx) -> list[tuple[str, str, str, str, ExportReport | None]]:
+    """(VM, name, description, host or "", facts) of every VVol, for control's own target."""
+    held = (s.holders.c.vvol == s.vvols.c.uuid) & s.holders.c.state.in_(HELD)
+    query = select(s.vvols.c.vm, s.vvols.c.name, s.vvols.c.description, s.holders.c.host, s.holders.c.facts)
+    rows = tx.db.execute(query.join(s.holders, held, isouter=True).order_by(s.vvols.c.vm, s.vvols.c.name)).all()
+    return [
+        (r.vm, r.name, r.description, r.host or "", ExportReport.model_validate_json(r.facts) if r.facts else None)
+        for r in rows
+    ]
+
+
+@transaction
+def notice(tx: Tx, host: str, event: str, subject: str, message: str) -> None:
+    """Something a filter tells the event list."""
+    tx.event(event, subject, f"host {host}: {message}")

@@ -1,0 +1,202 @@
+"""Tables of the registry. Extent runs and areas are rows; declared things keep their model as JSON beside keys.
+
+A change here needs a new SCHEMA_VERSION and a step in migrations.py.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import Boolean, Column, ForeignKey, Index, Integer, MetaData, String, Table, Text, UniqueConstraint
+
+SCHEMA_VERSION = 1
+APPLICATION_ID = 0x4E564256
+"""Marks the SQLite file as ours (`NVBV`)."""
+
+schema = MetaData()
+
+meta = Table("meta", schema, Column("key", String, primary_key=True), Column("value", Text, nullable=False))
+"""schema_version, identity, revision."""
+
+settings = Table("settings", schema, Column("key", String, primary_key=True), Column("doc", Text, nullable=False))
+"""`control` and `tls` of the farm file."""
+
+hosts = Table(
+    "hosts",
+    schema,
+    Column("name", String, primary_key=True),
+    Column("config", Text, nullable=False),
+    Column("instance", String, nullable=False, default=""),
+    Column("run_dir", String, nullable=False, default=""),
+    Column("address", String, nullable=False, default=""),
+    Column("floor", Integer, nullable=False, default=0),
+)
+"""`floor`: changes up to this revision may have been forgotten; a filter that has less gets a snapshot."""
+
+datastores = Table(
+    "datastores",
+    schema,
+    Column("name", String, primary_key=True),
+    Column("config", Text, nullable=False),
+    Column("uuid", String, nullable=False, default=""),
+    Column("size", Integer, nullable=False, default=0),
+    Column("use", String, nullable=False, default="unused"),
+    Column("state", String, nullable=False, default="unknown"),
+    Column("detail", Text, nullable=False, default=""),
+    Column("block_size", Integer, nullable=False, default=0),
+    Column("direct_ok", Boolean, nullable=True),
+    Column("grown_from", Integer, nullable=True),
+    Column("header", Text, nullable=False, default=""),
+)
+"""`header`: hex of the header that was (or is being) written; `grown_from`: zeros lie from there on, if known."""
+
+profiles = Table("profiles", schema, Column("name", String, primary_key=True), Column("spec", Text, nullable=False))
+
+vms = Table(
+    "vms",
+    schema,
+    Column("name", String, primary_key=True),
+    Column("host", String, ForeignKey("hosts.name"), nullable=False),
+    Column("socket", Text, nullable=False),
+)
+
+vvols = Table(
+    "vvols",
+    schema,
+    Column("uuid", String, primary_key=True),
+    Column("vm", String, ForeignKey("vms.name"), nullable=False),
+    Column("name", String, nullable=False),
+    Column("size", Integer, nullable=False),
+    Column("type", String, nullable=False),
+    Column("profile", String, nullable=False, default=""),
+    Column("state", String, nullable=False),
+    Column("read_only", Boolean, nullable=False, default=False),
+    Column("description", Text, nullable=False, default=""),
+    Column("epoch", Integer, nullable=False, default=0),
+    Column("generation", Integer, nullable=False, default=1),
+    Column("map_version", Integer, nullable=False, default=1),
+    Column("datastore", String, ForeignKey("datastores.name"), nullable=False),
+    Column("adopt", Text, nullable=True),
+    Column("task", Integer, ForeignKey("tasks.id"), nullable=True),
+    Column("error", Text, nullable=False, default=""),
+    UniqueConstraint("vm", "name"),
+)
+"""`task`: the one task that may change it now."""
+
+holders = Table(
+    "holders",
+    schema,
+    Column("vvol", String, ForeignKey("vvols.uuid", ondelete="CASCADE"), primary_key=True),
+    Column("host", String, ForeignKey("hosts.name"), primary_key=True),
+    Column("epoch", Integer, nullable=False),
+    Column("state", String, nullable=False),
+    Column("facts", Text, nullable=False, default=""),
+    Column("error", Text, nullable=False, default=""),
+)
+"""Hosts that may hold a VVol: `binding`, `bound` (at most one host is either), `releasing`, or `forced`: the
+operator took it away without the host's word; its extents are not handed out again before the host speaks."""
+
+legs = Table(
+    "legs",
+    schema,
+    Column("vvol", String, ForeignKey("vvols.uuid", ondelete="CASCADE"), primary_key=True),
+    Column("id", Integer, primary_key=True),
+    Column("datastore", String, ForeignKey("datastores.name"), nullable=False),
+    Column("state", String, nullable=False, default="in-sync"),
+    Column("object", String, nullable=False, default=""),
+    Column("adopted", Boolean, nullable=False, default=False),
+    Column("slot", Integer, nullable=True),
+    Column("meta_offset", Integer, nullable=False, default=0),
+    Column("meta_length", Integer, nullable=False, default=0),
+    Column("stamp", Integer, nullable=False, default=0),
+    UniqueConstraint("datastore", "slot"),
+)
+"""`slot`: its directory entry; `stamp`: sequence of its last label."""
+
+runs = Table(
+    "runs",
+    schema,
+    Column("vvol", String, ForeignKey("vvols.uuid", ondelete="CASCADE"), primary_key=True),
+    Column("leg", Integer, primary_key=True),
+    Column("offset", Integer, primary_key=True),
+    Column("length", Integer, nullable=False),
+    Column("at", Integer, nullable=False),
+    Column("state", Integer, nullable=False, default=0),
+)
+"""The map. Runs beyond the VVol's size are reserved for a growth that is going on."""
+
+areas = Table(
+    "areas",
+    schema,
+    Column("datastore", String, ForeignKey("datastores.name"), primary_key=True),
+    Column("object", String, primary_key=True, default=""),
+    Column("offset", Integer, primary_key=True),
+    Column("length", Integer, nullable=False),
+    Column("state", String, nullable=False),
+    Column("owner", String, nullable=False, default=""),
+)
+
+tasks = Table(
+    "tasks",
+    schema,
+    Column("id", Integer, primary_key=True),
+    Column("kind", String, nullable=False),
+    Column("subject", String, nullable=False),
+    Column("vvol", String, nullable=False, default=""),
+    Column("args", Text, nullable=False, default="{}"),
+    Column("state", String, nullable=False),
+    Column("progress", Integer, nullable=False, default=0),
+    Column("detail", Text, nullable=False, default=""),
+    Column("error", Text, nullable=False, default=""),
+    Column("cancel", Boolean, nullable=False, default=False),
+    Column("created", String, nullable=False),
+    Column("updated", String, nullable=False),
+    sqlite_autoincrement=True,
+)
+"""`progress` in thousandths."""
+
+orders = Table(
+    "orders",
+    schema,
+    Column("id", Integer, primary_key=True),
+    Column("task", Integer, ForeignKey("tasks.id"), nullable=False),
+    Column("vvol", String, nullable=False),
+    Column("key", String, nullable=False),
+    Column("host", String, ForeignKey("hosts.name"), nullable=False),
+    Column("what", String, nullable=False),
+    Column("args", Text, nullable=False),
+    UniqueConstraint("task", "key"),
+    sqlite_autoincrement=True,
+)
+"""Work orders whose outcome is unknown. What they write on is not handed out before they are settled."""
+
+events = Table(
+    "events",
+    schema,
+    Column("id", Integer, primary_key=True),
+    Column("time", String, nullable=False),
+    Column("kind", String, nullable=False),
+    Column("subject", String, nullable=False),
+    Column("message", Text, nullable=False),
+    sqlite_autoincrement=True,
+)
+
+touched = Table(
+    "touched",
+    schema,
+    Column("host", String, primary_key=True),
+    Column("kind", String, primary_key=True),
+    Column("key", String, primary_key=True),
+    Column("revision", Integer, nullable=False),
+)
+"""The change feed: when an entry of a host's state last changed. Its value is always read afresh."""
+
+idempotency = Table(
+    "idempotency",
+    schema,
+    Column("key", String, primary_key=True),
+    Column("request", Text, nullable=False),
+    Column("answer", Text, nullable=False),
+    Column("created", String, nullable=False),
+)
+
+Index("touched_by_revision", touched.c.host, touched.c.revision)
+Index("holders_by_host", holders.c.host)

@@ -1,0 +1,317 @@
+"""Rows as the API's models, and the reading transactions that answer GET."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from sqlalchemy import Row, func, select
+
+from nbdvvol.control.registry import schema as s
+from nbdvvol.control.registry.tx import Tx, transaction
+from nbdvvol.control.uris import attach_lines, socket_path, tcp_uri, unix_uri
+from nbdvvol.model.errors import Code, NvError
+from nbdvvol.model.farm import DatastoreConfig, HostConfig, ProfileConfig, SocketConfig, VVolType
+from nbdvvol.model.resources import (
+    Binding,
+    Datastore,
+    Event,
+    ExportUri,
+    Leg,
+    Profile,
+    Region,
+    Task,
+    TaskState,
+    Vm,
+    VVol,
+    VVolState,
+)
+
+HELD = ("binding", "bound")
+REGION_STATES: tuple[Literal["mapped", "zero", "write-protected"], ...] = ("mapped", "zero", "write-protected")
+
+
+def vvol_row(tx: Tx, uuid: str) -> Row[Any]:
+    """A VVol's row. Raises NOT_FOUND."""
+    row = tx.db.execute(select(s.vvols).where(s.vvols.c.uuid == uuid)).one_or_none()
+    if row is None:
+        raise NvError(Code.NOT_FOUND, f"no VVol {uuid}", "list them: nbdvvol get vvols")
+    return row
+
+
+def find_vvol(tx: Tx, vm: str, name: str) -> Row[Any]:
+    """A VVol's row by its full name. Raises NOT_FOUND."""
+    row = tx.db.execute(select(s.vvols).where(s.vvols.c.vm == vm, s.vvols.c.name == name)).one_or_none()
+    if row is None:
+        raise NvError(Code.NOT_FOUND, f"no VVol {vm}/{name}", "list them: nbdvvol get vvols")
+    return row
+
+
+def clipped_runs(rows: Iterable[Row[Any]], size: int) -> list[tuple[int, int, int, int]]:
+    """(offset, length, at, state) of the runs that lie inside the VVol's size."""
+    return [(r.offset, min(r.length, size - r.offset), r.at, r.state) for r in rows if r.offset < size]
+
+
+def leg_runs(tx: Tx, uuid: str, leg: int, size: int) -> list[tuple[int, int, int, int]]:
+    """The visible runs of one leg, sorted."""
+    rows = tx.db.execute(select(s.runs).where(s.runs.c.vvol == uuid, s.runs.c.leg == leg).order_by(s.runs.c.offset))
+    return clipped_runs(rows.all(), size)
+
+
+def vvol_view(tx: Tx, row: Row[Any]) -> VVol:
+    """A VVol as the API shows it."""
+    legs = []
+    for leg in tx.db.execute(select(s.legs).where(s.legs.c.vvol == row.uuid).order_by(s.legs.c.id)):
+        regions = [
+            Region(offset=o, length=n, object_offset=at, state=REGION_STATES[state])
+            for o, n, at, state in leg_runs(tx, row.uuid, leg.id, row.size)
+        ]
+        legs.append(
+            Leg(
+                id=leg.id,
+                datastore=leg.datastore,
+                state=leg.state,
+                object=leg.object,
+                adopted=leg.adopted,
+                regions=regions,
+            )
+        )
+    binding, uri = None, ""
+    query = select(s.holders, s.hosts.c.run_dir).join(s.hosts, s.hosts.c.name == s.holders.c.host)
+    for holder in tx.db.execute(query.where(s.holders.c.vvol == row.uuid, s.holders.c.state != "forced")):
+        if binding is None or holder.state in HELD:
+            binding = Binding(host=holder.host, epoch=holder.epoch, state=holder.state)
+            uri = unix_uri(holder.run_dir, row.vm, row.name) if holder.state in HELD else ""
+    return VVol(
+        uuid=row.uuid,
+        vm=row.vm,
+        name=row.name,
+        size=row.size,
+        type=VVolType(row.type),
+        profile=row.profile,
+        state=VVolState(row.state),
+        read_only=row.read_only,
+        description=row.description,
+        epoch=row.epoch,
+        generation=row.generation,
+        map_version=row.map_version,
+        binding=binding,
+        legs=legs,
+        uri=uri,
+    )
+
+
+def task_view(row: Row[Any]) -> Task:
+    """A task as the API shows it."""
+    return Task(
+        id=row.id,
+        kind=row.kind,
+        subject=row.subject,
+        state=TaskState(row.state),
+        progress=row.progress / 1000,
+        detail=row.detail,
+        error=row.error,
+        created=row.created,
+        updated=row.updated,
+    )
+
+
+def _datastore_view(tx: Tx, row: Row[Any]) -> Datastore:
+    config = DatastoreConfig.model_validate_json(row.config)
+    areas = s.areas.c
+    total = select(func.coalesce(func.sum(areas.length), 0)).where(areas.datastore == row.name)
+    if row.use == "formatted":
+        free = tx.db.execute(total.where(areas.state.in_(("clean", "dirty")))).scalar_one()
+    elif row.use == "adopted":
+        free = row.size - tx.db.execute(total).scalar_one() if config.kind != "dir" else row.size
+    else:
+        free = row.size
+    return Datastore(
+        name=row.name,
+        kind=config.kind,
+        path=config.path or "",
+        uuid=row.uuid,
+        size=row.size,
+        free=max(free, 0),
+        extent_size=config.extent_size,
+        hosts=config.hosts,
+        use=row.use,
+        state=row.state,
+        detail=row.detail,
+    )
+
+
+@transaction
+def vvols(tx: Tx) -> list[VVol]:
+    """Every VVol, by name."""
+    rows = tx.db.execute(select(s.vvols).order_by(s.vvols.c.vm, s.vvols.c.name)).all()
+    return [vvol_view(tx, row) for row in rows]
+
+
+@transaction
+def vvol(tx: Tx, vm: str, name: str) -> VVol:
+    """One VVol. Raises NOT_FOUND."""
+    return vvol_view(tx, find_vvol(tx, vm, name))
+
+
+@transaction
+def resolve(tx: Tx, name: str) -> VVol:
+    """A VVol by `VM/NAME`, UUID or a short name that only one has. Raises NOT_FOUND, or CONFLICT with the choices."""
+    vm, slash, short = name.partition("/")
+    if slash:
+        return vvol_view(tx, find_vvol(tx, vm, short))
+    rows = tx.db.execute(select(s.vvols).where((s.vvols.c.name == name) | (s.vvols.c.uuid == name.lower()))).all()
+    if not rows:
+        raise NvError(Code.NOT_FOUND, f"no VVol {name}", "list them: nbdvvol get vvols")
+    if len(rows) > 1:
+        names = ", ".join(sorted(f"{row.vm}/{row.name}" for row in rows))
+        raise NvError(Code.CONFLICT, f"{name} names {len(rows)} VVols: {names}", "write VM/NAME")
+    return vvol_view(tx, rows[0])
+
+
+@transaction
+def datastores(tx: Tx) -> list[Datastore]:
+    """Every datastore, by name."""
+    return [_datastore_view(tx, row) for row in tx.db.execute(select(s.datastores).order_by(s.datastores.c.name)).all()]
+
+
+@transaction
+def profiles(tx: Tx) -> list[Profile]:
+    """Every profile, by name."""
+    rows = tx.db.execute(select(s.profiles).order_by(s.profiles.c.name)).all()
+    return [Profile(name=row.name, spec=ProfileConfig.model_validate_json(row.spec)) for row in rows]
+
+
+@transaction
+def vms(tx: Tx) -> list[Vm]:
+    """Every VM, by name."""
+    query = select(s.vms, s.hosts.c.run_dir).join(s.hosts, s.hosts.c.name == s.vms.c.host).order_by(s.vms.c.name)
+    out = []
+    for row in tx.db.execute(query).all():
+        names = tx.db.execute(select(s.vvols.c.name).where(s.vvols.c.vm == row.name).order_by(s.vvols.c.name)).scalars()
+        out.append(
+            Vm(
+                name=row.name,
+                host=row.host,
+                socket=socket_path(row.run_dir, row.name) if row.run_dir else "",
+                socket_config=SocketConfig.model_validate_json(row.socket),
+                vvols=list(names),
+            )
+        )
+    return out
+
+
+@dataclass(frozen=True, slots=True)
+class HostRow:
+    """A host as the registry knows it; whether it is connected, the link knows."""
+
+    name: str
+    config: HostConfig
+    instance: str
+    run_dir: str
+    address: str
+    vvols: int
+
+
+@transaction
+def hosts(tx: Tx) -> list[HostRow]:
+    """Every host, by name."""
+    here = select(s.holders.c.host, func.count()).where(s.holders.c.state.in_(HELD)).group_by(s.holders.c.host)
+    counts: dict[str, int] = dict(tx.db.execute(here).all())
+    return [
+        HostRow(
+            row.name,
+            HostConfig.model_validate_json(row.config),
+            row.instance,
+            row.run_dir,
+            row.address,
+            counts.get(row.name, 0),
+        )
+        for row in tx.db.execute(select(s.hosts).order_by(s.hosts.c.name)).all()
+    ]
+
+
+@transaction
+def tasks(tx: Tx, limit: int = 1000) -> list[Task]:
+    """The newest tasks, oldest of them first."""
+    rows = tx.db.execute(select(s.tasks).order_by(s.tasks.c.id.desc()).limit(limit)).all()
+    return [task_view(row) for row in reversed(rows)]
+
+
+@transaction
+def task(tx: Tx, task_id: int) -> Task:
+    """One task. Raises NOT_FOUND."""
+    row = tx.db.execute(select(s.tasks).where(s.tasks.c.id == task_id)).one_or_none()
+    if row is None:
+        raise NvError(Code.NOT_FOUND, f"no task {task_id}", "list them: nbdvvol get tasks")
+    return task_view(row)
+
+
+@transaction
+def events(tx: Tx, after: int, limit: int) -> list[Event]:
+    """Events with ids above `after`, oldest first."""
+    rows = tx.db.execute(select(s.events).where(s.events.c.id > after).order_by(s.events.c.id).limit(limit)).all()
+    return [
+        Event.model_validate(
+            {"id": row.id, "time": row.time, "kind": row.kind, "subject": row.subject, "message": row.message}
+        )
+        for row in rows
+    ]
+
+
+@transaction
+def revision(tx: Tx) -> int:
+    """The revision of the last change."""
+    return tx.revision
+
+
+@transaction
+def export_uri(tx: Tx, vm: str, name: str) -> ExportUri:
+    """Where to attach a VVol. Raises NOT_FOUND, or UNAVAILABLE while no host serves it."""
+    view = vvol_view(tx, find_vvol(tx, vm, name))
+    if view.binding is None or view.binding.state not in HELD:
+        raise NvError(
+            Code.UNAVAILABLE, f"VVol {view.full_name} is bound to no host", f"bind it: nbdvvol bind {view.full_name}"
+        )
+    host = tx.db.execute(select(s.hosts).where(s.hosts.c.name == view.binding.host)).one()
+    tcp = tcp_uri(HostConfig.model_validate_json(host.config).listen, host.address, vm, name)
+    if not view.uri:
+        raise NvError(
+            Code.UNAVAILABLE, f"the filter of host {host.name} was never here", f"start it: nbdvvol filter {host.name}"
+        )
+    lines = attach_lines(view.uri, tcp, view.full_name, host.run_dir, vm, name)
+    return ExportUri(vvol=view.full_name, uri=view.uri, host=host.name, identity=view.uuid, lines=lines)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """A VVol's troubles, for the status."""
+
+    vvol: str
+    state: str
+    error: str
+    host: str
+    export_error: str
+
+
+@transaction
+def findings(tx: Tx) -> list[Finding]:
+    """VVols that failed, or whose host reports that it cannot serve them."""
+    held = s.holders.c.state.in_(HELD)
+    query = select(s.vvols, s.holders.c.host, s.holders.c.error.label("export_error")).join(
+        s.holders, (s.holders.c.vvol == s.vvols.c.uuid) & held, isouter=True
+    )
+    query = query.where((s.vvols.c.state == "failed") | (s.holders.c.error != "") | (s.vvols.c.error != ""))
+    return [
+        Finding(f"{row.vm}/{row.name}", row.state, row.error, row.host or "", row.export_error or "")
+        for row in tx.db.execute(query).all()
+    ]
+
+
+@transaction
+def setting(tx: Tx, key: str) -> dict[str, Any] | None:
+    """`control` or `tls` of the farm file as last applied."""
+    doc = tx.db.execute(select(s.settings.c.doc).where(s.settings.c.key == key)).scalar_one_or_none()
+    return json.loads(doc) if doc is not None else None

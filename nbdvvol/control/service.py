@@ -1,0 +1,114 @@
+"""Control's parts in one place: registry, links, tasks, and what the API asks of them together."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from nbdvvol import __version__
+from nbdvvol.control.credentials import HostTokens, read_tokens
+from nbdvvol.control.lifecycle import BODIES, UNDO
+from nbdvvol.control.link import Links
+from nbdvvol.control.registry import Committed, Registry, farm, views
+from nbdvvol.control.signal import Signal
+from nbdvvol.control.status import host_view, problems
+from nbdvvol.control.tasks import Tasks
+from nbdvvol.model.farm import ControlConfig
+from nbdvvol.model.resources import Event, Host, Status, Task, TaskState
+
+TASKS_SHOWN = 50
+
+
+class Control:
+    """One running control, without its sockets."""
+
+    def __init__(self, registry: Registry, state_dir: Path) -> None:
+        self.registry = registry
+        self.changed = Signal()
+        self.moved = Signal()
+        """Also fires for a task's progress."""
+        self.links = Links(registry, self.changed)
+        self.tasks = Tasks(registry, self.links, self.changed, BODIES, UNDO)
+        self.host_tokens = HostTokens(state_dir)
+        self.tokens: dict[str, str] = {}
+        self.config = ControlConfig()
+        self.on_settings: Callable[[ControlConfig], Awaitable[None]] | None = None
+        self._running: asyncio.Task[None] | None = None
+        registry.on_commit = self._committed
+
+    def _committed(self, committed: Committed) -> None:
+        self.links.poke(committed.hosts)
+        if not committed.progress_only:
+            self.changed.fire()
+        self.moved.fire()
+
+    async def start(self) -> None:
+        """Read what was applied last and go on with every task."""
+        await self.settings_changed()
+        self._running = asyncio.create_task(self.tasks.run(), name="tasks")
+
+    async def stop(self) -> None:
+        """End the links, leave the tasks where they are, close the registry."""
+        if self._running is not None:
+            self._running.cancel()
+            await asyncio.gather(self._running, return_exceptions=True)
+        await self.links.close()
+        await self.registry.close()
+
+    async def settings_changed(self) -> None:
+        """The farm file was applied: credentials of new hosts, API tokens, listeners."""
+        doc = await self.registry.run(views.setting, "control")
+        self.config = ControlConfig.model_validate(doc) if doc is not None else ControlConfig()
+        for host, config in (await self.registry.run(farm.host_names)).items():
+            self.host_tokens.ensure(host, config)
+        self.tokens = read_tokens(self.config.tokens) if self.config.tokens is not None else {}
+        if self.on_settings is not None:
+            await self.on_settings(self.config)
+
+    async def hosts(self) -> list[Host]:
+        """Every host, and whether its filter is connected."""
+        rows = await self.registry.run(views.hosts)
+        return [host_view(row, row.name in self.links.connected) for row in rows]
+
+    async def status(self) -> Status:
+        """The farm at a glance."""
+        run = self.registry.run
+        hosts, stores, vvols = await self.hosts(), await run(views.datastores), await run(views.vvols)
+        tasks = await run(views.tasks)
+        found = problems(hosts, stores, vvols, tasks, await run(views.findings))
+        live = [task for task in tasks if task.state in (TaskState.QUEUED, TaskState.RUNNING)]
+        return Status(
+            version=__version__,
+            instance=self.registry.identity,
+            revision=await run(views.revision),
+            hosts=hosts,
+            datastores=stores,
+            vvols=vvols,
+            tasks=live[:TASKS_SHOWN],
+            problems=found,
+        )
+
+    async def watch_task(self, task_id: int, wait_s: float) -> Task:
+        """A task now, or as soon as it moves on within `wait_s`. Raises NOT_FOUND."""
+        ticket = self.moved.ticket
+        first = task = await self.registry.run(views.task, task_id)
+        end = time.monotonic() + wait_s
+        while task == first and task.state in (TaskState.QUEUED, TaskState.RUNNING):
+            left = end - time.monotonic()
+            if left <= 0 or not await self.moved.after(ticket, left):
+                break
+            ticket = self.moved.ticket
+            task = await self.registry.run(views.task, task_id)
+        return task
+
+    async def watch_events(self, after: int, limit: int, wait_s: float) -> list[Event]:
+        """Events after an id, as soon as there are any within `wait_s`."""
+        end = time.monotonic() + wait_s
+        while True:
+            ticket = self.changed.ticket
+            events = await self.registry.run(views.events, after, limit)
+            left = end - time.monotonic()
+            if events or left <= 0 or not await self.changed.after(ticket, left):
+                return events
