@@ -1,0 +1,199 @@
+"""Exports follow control: order of drain and release, failures of one that harm no other, live changes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+import nbdvvol.filter.exports as exports_module
+from nbdvvol.filter.exports import ExportTable
+from nbdvvol.filter.objects import ObjectTable
+from nbdvvol.model.errors import NvError
+from tests.unit.fake_plane import FakePlane
+from tests.unit.filter_words import MIB, Reports, dir_store, file_store, host_state, until, uuid_of, vvol
+
+
+class Bench:
+    """A table over a fake plane."""
+
+    def __init__(self) -> None:
+        self.plane = FakePlane()
+        self.reports = Reports()
+        self.objects = ObjectTable(self.plane)
+        self.objects.farm = "farm"
+        self.table = ExportTable(self.plane, self.objects, self.reports)
+
+    async def take(self, *parts: object) -> None:
+        for export in self.table.take(host_state(*parts)):  # type: ignore[arg-type]
+            await asyncio.wait_for(export.settled.wait(), 5)
+
+
+@pytest.fixture
+async def bench(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Bench]:
+    monkeypatch.setattr(exports_module, "RETRY_MIN_S", 0.05)
+    bench = Bench()
+    yield bench
+    await bench.table.stop()
+    await bench.table.close_all()
+    assert bench.plane.volumes == {} and bench.plane.objects == {}
+    bench.objects.shutdown()
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> Path:
+    path = tmp_path / "local.img"
+    path.write_bytes(bytes(8 * MIB))
+    return path
+
+
+async def test_up_and_down(bench: Bench, local: Path) -> None:
+    await bench.take(vvol(1), vvol(2, at=MIB), file_store(local))
+    assert len(bench.plane.objects) == 1 and len(bench.plane.volumes) == 2
+    assert sorted(bench.reports.lines) == ["export 1 epoch 1 ok", "export 2 epoch 1 ok"]
+    report = bench.reports.exports[uuid_of(1)]
+    assert (report.size, report.block_min, report.block_preferred, report.block_max) == (MIB, 1, 4096, 32 * MIB)
+    assert [held.uuid for held in bench.table.held()] == [uuid_of(1), uuid_of(2)]
+    await bench.take(vvol(2, at=MIB), file_store(local))
+    assert bench.reports.lines[-1] == "released 1 epoch 1" and len(bench.plane.objects) == 1
+    await bench.take(file_store(local))
+    assert bench.reports.lines[-1] == "released 2 epoch 1" and bench.plane.objects == {}
+
+
+async def test_a_newer_epoch_drains_and_releases_the_old_one_first(bench: Bench, local: Path) -> None:
+    await bench.take(vvol(1), file_store(local))
+    bench.plane.closing = asyncio.Event()
+    taking = asyncio.create_task(bench.take(vvol(1, epoch=2), file_store(local)))
+    await asyncio.sleep(0.05)
+    export = bench.table.get(uuid_of(1))
+    assert export is not None and export.volume is None  # withdrawn: nobody enters
+    assert [held.epoch for held in bench.table.held()] == [1]  # but still held: it drains
+    assert bench.reports.lines == ["export 1 epoch 1 ok"]
+    bench.plane.closing.set()
+    await taking
+    assert bench.reports.lines[1:] == ["released 1 epoch 1", "export 1 epoch 2 ok"]
+    assert [line.split()[0] for line in bench.plane.log] == ["open", "close", "open"]
+    assert export.volume is not None
+
+
+async def test_an_older_epoch_is_refused(bench: Bench, local: Path) -> None:
+    await bench.take(vvol(1, epoch=5), file_store(local))
+    await bench.take(vvol(1, epoch=4), file_store(local))
+    export = bench.table.get(uuid_of(1))
+    assert export is not None and export.volume is None and "epoch 5" in export.error
+    assert bench.plane.volumes == {}
+    await bench.take(file_store(local))
+    await bench.take(vvol(1, epoch=4), file_store(local))  # it is remembered although the VVol was gone
+    assert bench.plane.volumes == {}
+    await bench.take(vvol(1, epoch=6), file_store(local))
+    assert len(bench.plane.volumes) == 1
+
+
+async def test_a_missing_datastore_is_reported_and_tried_again(bench: Bench, local: Path, tmp_path: Path) -> None:
+    late = tmp_path / "late.img"
+    await bench.take(vvol(1), vvol(2, store="late"), file_store(local), file_store(late, "late"))
+    assert bench.reports.exports[uuid_of(1)].error == ""
+    assert "late.img is missing" in bench.reports.exports[uuid_of(2)].error
+    assert "notice datastore_missing late" in bench.reports.lines
+    assert "notice vvol_failed vm1/disk2" in bench.reports.lines
+    late.write_bytes(bytes(MIB))
+    await until(lambda: bench.reports.exports[uuid_of(2)].error == "")
+    assert bench.reports.lines.count("notice datastore_missing late") == 1
+    assert len(bench.plane.volumes) == 2
+
+
+async def test_a_vvol_that_never_came_up_is_released_too(bench: Bench, tmp_path: Path) -> None:
+    store = file_store(tmp_path / "nothing.img")
+    await bench.take(vvol(1, epoch=7), store)
+    await bench.take(store)
+    assert bench.reports.lines[-1] == "released 1 epoch 7"
+
+
+async def test_a_map_beyond_the_object_is_refused(bench: Bench, local: Path) -> None:
+    await bench.take(vvol(1, at=8 * MIB), file_store(local))
+    assert f"the map needs {9 * MIB}" in bench.reports.exports[uuid_of(1)].error
+    with local.open("ab") as file:
+        file.truncate(9 * MIB)
+    await until(lambda: bench.plane.volumes)
+
+
+async def test_growing_live(bench: Bench, local: Path) -> None:
+    await bench.take(vvol(1, size=8 * MIB), file_store(local))
+    export = bench.table.get(uuid_of(1))
+    assert export is not None
+    volume = export.volume
+    with local.open("ab") as file:
+        file.truncate(16 * MIB)
+    await bench.take(vvol(1, size=16 * MIB, map_version=2, generation=2), file_store(local))
+    assert export.volume == volume and bench.plane.log[-1] == f"change {volume}"
+    assert bench.reports.exports[uuid_of(1)].size == 16 * MIB and export.facts("x").size == 16 * MIB
+    assert bench.plane.objects[2].size == 16 * MIB
+
+
+async def test_a_change_onto_another_object_keeps_the_old_one_until_it_is_done(bench: Bench, tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / name).write_bytes(bytes(MIB))
+    await bench.take(vvol(1, store="nas", obj="a"), dir_store(tmp_path))
+    await bench.take(vvol(1, store="nas", obj="b", map_version=2), dir_store(tmp_path))
+    assert len(bench.plane.objects) == 1 and bench.plane.log[-1].startswith("change")
+
+
+async def test_a_failed_change_leaves_what_runs(bench: Bench, local: Path) -> None:
+    await bench.take(vvol(1), file_store(local))
+    await bench.take(vvol(1, size=64 * MIB, map_version=2), file_store(local))
+    export = bench.table.get(uuid_of(1))
+    assert export is not None and export.volume is not None and export.facts("x").size == MIB
+    assert "notice vvol_failed vm1/disk1" in bench.reports.lines
+    assert bench.reports.exports[uuid_of(1)].error == ""
+
+
+async def test_a_description_changes_no_io(bench: Bench, local: Path) -> None:
+    await bench.take(vvol(1), file_store(local))
+    await bench.take(vvol(1, description="words"), file_store(local))
+    export = bench.table.get(uuid_of(1))
+    assert export is not None and export.facts("x").description == "words"
+    assert [line.split()[0] for line in bench.plane.log] == ["open"]
+
+
+async def test_control_changes_its_mind_while_one_hangs(bench: Bench, local: Path) -> None:
+    await bench.take(vvol(1), vvol(2, at=MIB), file_store(local))
+    bench.plane.closing = asyncio.Event()
+    bench.table.take(host_state(vvol(2, at=MIB), file_store(local)))
+    await asyncio.sleep(0.02)
+    [two] = bench.table.take(host_state(vvol(2, at=MIB, map_version=2), file_store(local)))[1:]
+    await asyncio.wait_for(two.settled.wait(), 1)  # its neighbour is not held up
+    bench.table.take(host_state(vvol(1, epoch=2), vvol(2, at=MIB, map_version=2), file_store(local)))
+    bench.plane.closing.set()
+    await until(lambda: "export 1 epoch 2 ok" in bench.reports.lines)
+    assert "released 1 epoch 1" in bench.reports.lines
+
+
+async def test_alignment_of_a_direct_object(bench: Bench, local: Path) -> None:
+    await bench.take(vvol(1), file_store(local, direct=True))
+    report = bench.reports.exports[uuid_of(1)]
+    assert report.block_min in (512, 4096) and report.block_preferred == 4096
+    [desc] = bench.plane.volumes.values()
+    assert desc.block_min == report.block_min
+
+
+async def test_one_object_has_one_mode(bench: Bench, local: Path) -> None:
+    await bench.take(vvol(1), file_store(local))
+    with pytest.raises(NvError, match="open buffered and cannot be direct"):
+        await bench.objects.acquire(file_store(local, direct=True), "")
+
+
+async def test_a_faulty_object_stays_open_until_it_is_cleared(bench: Bench, local: Path) -> None:
+    await bench.take(vvol(1), file_store(local))
+    [number] = bench.plane.objects
+    bench.table.sync_failed(number, 5)
+    assert bench.reports.lines[-1] == "notice sync_failed local"
+    await bench.take(file_store(local))
+    assert list(bench.plane.objects) == [number]
+    await bench.take(vvol(1, epoch=2), file_store(local))
+    assert list(bench.plane.objects) == [number]
+    assert await bench.objects.clear_faults(file_store(local)) == 1
+    assert f"clear_fault {number}" in bench.plane.log
+    await bench.take(file_store(local))
+    assert bench.plane.objects == {}
