@@ -72,10 +72,10 @@ class Space:
         self.check()
 
     @classmethod
-    def format(cls, extent: int, size: int, head: int, clean_from: int | None) -> Space:
-        """A fresh datastore: `head` bytes of metadata; what lies from `clean_from` on is known to be zero."""
+    def format(cls, extent: int, size: int, head: int) -> Space:
+        """A fresh datastore: `head` bytes of metadata, all the rest of unknown content."""
         space = cls(extent, [Area(0, head, AreaState.META)])
-        space.extend(size, clean_from)
+        space.extend(size)
         return space
 
     @property
@@ -97,16 +97,11 @@ class Space:
             assert bool(area.owner) == (area.state not in (AreaState.META, *FREE)), f"{area} has a wrong owner"
             at = area.end
 
-    def extend(self, size: int, clean_from: int | None) -> None:
-        """The datastore now has `size` bytes: tile the new whole extents. Never shrinks."""
+    def extend(self, size: int) -> None:
+        """The datastore now has `size` bytes: tile the new whole extents, of unknown content. Never shrinks."""
         end = size // self.extent * self.extent
-        start = self.end
-        if end <= start:
-            return
-        border = end if clean_from is None else -(-max(clean_from, start) // self.extent) * self.extent
-        border = min(border, end)
-        new = [Area(start, border - start, AreaState.DIRTY), Area(border, end - border, AreaState.CLEAN)]
-        self.areas = _merged([*self.areas, *new])
+        if end > self.end:
+            self.areas = _merged([*self.areas, Area(self.end, end - self.end, AreaState.DIRTY)])
         self.check()
 
     def take(self, length: int, owner: str, *, near: int | None = None, one_run: bool = False) -> list[tuple[int, int]]:

@@ -17,9 +17,11 @@ import structlog
 import uvloop
 
 from nbdvvol.control.api.app import make_app
-from nbdvvol.control.api.server import ApiServer, bind_tcp, bind_unix, may_connect
+from nbdvvol.control.api.server import ApiServer, may_connect
 from nbdvvol.control.registry import Registry
 from nbdvvol.control.service import Control
+from nbdvvol.control.sockets import bind_tcp, bind_unix
+from nbdvvol.control.target import Target
 from nbdvvol.model.errors import Code, NvError
 from nbdvvol.model.farm import ControlConfig
 
@@ -71,6 +73,7 @@ class Listeners:
         self._app = make_app(control)
         self._allowed = may_connect(lambda: control.config.group)
         self._unix: ApiServer | None = None
+        self._target = Target(control.registry)
         self._https: ApiServer | None = None
         self._https_config: tuple[str, object] | None = None
 
@@ -80,6 +83,7 @@ class Listeners:
         sock = bind_unix(path, self._control.config.group)
         self._unix = ApiServer(self._app, sock, self._allowed, None)
         await self._unix.start()
+        self._target.start(bind_unix(self._options.run_dir / TARGET_NAME, self._control.config.group))
         await self.configure(self._control.config)
         self._control.on_settings = self.configure
 
@@ -107,10 +111,12 @@ class Listeners:
 
     async def close(self) -> None:
         """Stop answering."""
+        await self._target.stop()
         for server in (self._https, self._unix):
             if server is not None:
                 await server.stop()
-        (self._options.run_dir / SOCKET_NAME).unlink(missing_ok=True)
+        for name in (SOCKET_NAME, TARGET_NAME):
+            (self._options.run_dir / name).unlink(missing_ok=True)
 
 
 async def run_control(options: ControlOptions) -> None:

@@ -41,7 +41,7 @@ async def _format(context: Context, name: str) -> None:
             return
         await context.say(0.1, f"formats datastore {name}")
         found = await context.links.probe(name, await context.host_for(store))
-        header = await context.registry.run(stores.plan_format, name, found.get("header", ""))
+        header = await context.registry.run(stores.plan_format, name, found["header"], found["blank"])
         store = await context.store(name)
         head = [[disk.HEADER_AREA, header.data_offset - disk.HEADER_AREA]]
         await context.work(store, "scrub", "format.directory", ranges=head)

@@ -236,7 +236,6 @@ def _probe(disks: Disks, args: dict[str, Any]) -> dict[str, Any]:
         "header": head.hex(),
         "blank": not any(head),
         "direct_ok": True,
-        "grown_from": before,
     }
 
 

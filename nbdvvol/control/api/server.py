@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import grp
 import json
 import os
 import socket
 import ssl
 import struct
 from collections.abc import Callable, Generator
-from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -148,44 +146,7 @@ class ApiServer:
             await self._task
 
 
-def bind_unix(path: Path, group: str | None) -> socket.socket:
-    """A listening unix socket, made beside its place and moved there, so that it is never half open to others."""
-    if len(os.fsencode(path)) > 100:
-        raise NvError(
-            Code.CONFIG, f"socket path {path} is longer than the 100 bytes a unix socket allows", "use a shorter --run"
-        )
-    fresh = path.with_name(f".{path.name[:4]}{os.getpid()}")
-    fresh.unlink(missing_ok=True)
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    before = os.umask(0o177)
-    try:
-        sock.bind(str(fresh))
-    finally:
-        os.umask(before)
-    if group is not None:
-        try:
-            os.chown(fresh, -1, grp.getgrnam(group).gr_gid)
-        except KeyError:
-            raise NvError(
-                Code.CONFIG, f"control.group: no group {group} on this machine", "make it, or correct it"
-            ) from None
-        fresh.chmod(0o660)
-    sock.listen(128)
-    fresh.rename(path)
-    return sock
-
-
 def may_connect(group: Callable[[], str | None]) -> Callable[[Peer], bool]:
     """The rule of the unix socket; TLS peers show a token with each request instead."""
     own = os.geteuid()
     return lambda peer: not peer.local or may_use_socket(peer, own, group())
-
-
-def bind_tcp(address: str) -> socket.socket:
-    """A listening TCP socket at `ADDRESS:PORT`. Raises CONFIG."""
-    host, _, port = address.rpartition(":")
-    try:
-        family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
-        return socket.create_server((host.strip("[]"), int(port)), family=family, reuse_port=False)
-    except (OSError, ValueError, OverflowError) as error:
-        raise NvError(Code.CONFIG, f"control cannot listen at {address}: {error}", "correct control.listen") from None

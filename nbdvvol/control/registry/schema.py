@@ -43,10 +43,9 @@ datastores = Table(
     Column("detail", Text, nullable=False, default=""),
     Column("block_size", Integer, nullable=False, default=0),
     Column("direct_ok", Boolean, nullable=True),
-    Column("grown_from", Integer, nullable=True),
     Column("header", Text, nullable=False, default=""),
 )
-"""`header`: hex of the header that was (or is being) written; `grown_from`: zeros lie from there on, if known."""
+"""`header`: hex of the header that was (or is being) written."""
 
 profiles = Table("profiles", schema, Column("name", String, primary_key=True), Column("spec", Text, nullable=False))
 

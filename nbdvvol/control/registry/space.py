@@ -293,8 +293,7 @@ def finish_delete(tx: Tx, uuid: str) -> None:
     tx.db.execute(delete(s.areas).where(s.areas.c.owner == uuid, s.areas.c.state == AreaState.ADOPTED))
     tx.db.execute(delete(s.vvols).where(s.vvols.c.uuid == uuid))
     if store.use == "adopted" and not load_areas(tx, row.datastore):
-        values = {"use": "unused", "grown_from": None}
-        tx.db.execute(update(s.datastores).where(s.datastores.c.name == row.datastore).values(**values))
+        tx.db.execute(update(s.datastores).where(s.datastores.c.name == row.datastore).values(use="unused"))
     tx.event("vvol.deleted", f"{row.vm}/{row.name}", f"its space on datastore {row.datastore} is free again")
 
 

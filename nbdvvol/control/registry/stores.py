@@ -133,16 +133,11 @@ def probed(tx: Tx, name: str, host: str, result: dict[str, Any]) -> str:
         "block_size": int(result.get("block_size", 0)),
         "direct_ok": result.get("direct_ok"),
     }
-    grown = result.get("grown_from")
-    if row.use == "unused" and grown is not None:
-        values["grown_from"] = grown if row.grown_from is None else min(row.grown_from, grown)
-    if row.use == "unused" and row.size and (row.size > size or (grown is None and row.size != size)):
-        values["grown_from"] = None
     tx.db.execute(update(s.datastores).where(s.datastores.c.name == name).values(**values))
     if row.use == "formatted" and size > row.size:
         space = load_space(tx, row)
         before = list(space.areas)
-        space.extend(size, grown if grown is not None and grown >= row.size else None)
+        space.extend(size)
         save_areas(tx, name, before, space.areas)
     if row.state not in ("online", "faulty"):
         tx.event("datastore.online", name, f"host {host} sees it: {size} bytes")
@@ -178,9 +173,10 @@ def fault_cleared(tx: Tx, name: str) -> None:
 
 
 @transaction
-def plan_format(tx: Tx, name: str, found: str) -> disk.Header:
+def plan_format(tx: Tx, name: str, found: str, blank: bool) -> disk.Header:
     """Decide to format an unused datastore whose first bytes are `found` (hex). The same plan until it is done.
 
+    `blank` is the filter's word that both of its ends are zero.
     Raises CONFLICT when something lies there and `format: force` is not said, or when it holds adoptions."""
     row = store_row(tx, name)
     config = DatastoreConfig.model_validate_json(row.config)
@@ -193,7 +189,7 @@ def plan_format(tx: Tx, name: str, found: str) -> disk.Header:
         )
     if row.header:
         return disk.decode_header(bytes.fromhex(row.header) * 2)
-    if config.format != "force" and not disk.is_blank(raw):
+    if config.format != "force" and not (blank and disk.is_blank(raw)):
         what = "another farm's datastore" if disk.has_header(raw) else "something already"
         raise NvError(
             Code.CONFLICT,
@@ -214,7 +210,7 @@ def formatted(tx: Tx, name: str) -> None:
     if row.use != "unused":
         return
     header = disk.decode_header(bytes.fromhex(row.header) * 2)
-    space = Space.format(header.extent_size, row.size, header.data_offset, row.grown_from)
+    space = Space.format(header.extent_size, row.size, header.data_offset)
     save_areas(tx, name, [], space.areas)
     tx.db.execute(update(s.datastores).where(s.datastores.c.name == name).values(use="formatted"))
     tx.event("datastore.formatted", name, f"{space.free} bytes in extents of {header.extent_size}")
