@@ -8,6 +8,7 @@ alone and it can end them in the right order; they die with it (lifeline.py).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import sys
@@ -49,14 +50,14 @@ class Child:
         self._keep_fd = keep_fd
         self._say = say
         self._process: asyncio.subprocess.Process | None = None
-        self._stopping = False
+        self._stopping = asyncio.Event()
         self.proven = False
         """Whether it ever did its work; before that, its end is the end of everything."""
 
     async def run(self) -> None:
         """Keep it running until `stop`. Raises NvError(UNAVAILABLE) when it keeps ending."""
         backoff = Backoff()
-        while not self._stopping:
+        while not self._stopping.is_set():
             # It keeps our lock's descriptor open: the lock is free only once every child is gone too.
             self._process = await asyncio.create_subprocess_exec(
                 *self._argv,
@@ -66,18 +67,20 @@ class Child:
                 process_group=0,
             )
             status = await self._process.wait()
-            if self._stopping:
+            if self._stopping.is_set():
                 return
             how = f"ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
             pause_s = backoff.died(time.monotonic())
             if pause_s is None or not self.proven:
                 raise NvError(Code.UNAVAILABLE, f"{self.name} {how}", "its last lines above say why")
             self._say(f"{self.name} {how}; starting it again in {pause_s:g} s")
-            await asyncio.sleep(pause_s)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause_s):
+                    await self._stopping.wait()
 
     async def stop(self) -> bool:
         """End it: SIGTERM, then SIGKILL after STOP_S. Whether it ended cleanly."""
-        self._stopping = True
+        self._stopping.set()
         process = self._process
         if process is None or process.returncode is not None:
             return True

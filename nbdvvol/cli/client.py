@@ -99,19 +99,16 @@ class Client:
         return adapter.validate_python(self._call("GET", f"/v1/{kind}"))
 
     def vvol(self, name: str) -> VVol:
-        """A VVol by its full or unique short name. Raises NvError(NOT_FOUND or CONFLICT)."""
-        return VVol.model_validate(self._call("GET", f"/v1/vvols/{self.resolve(name)}"))
+        """A VVol by its full name, its UUID or a unique short name. Raises NvError(NOT_FOUND or CONFLICT)."""
+        return VVol.model_validate(self._call("GET", "/v1/resolve", params={"name": name}))
 
     def uri(self, name: str) -> ExportUri:
         """Where to attach a VVol."""
         return ExportUri.model_validate(self._call("GET", f"/v1/vvols/{self.resolve(name)}/uri"))
 
     def resolve(self, name: str) -> str:
-        """`VM/NAME` of a short name. Raises NvError(NOT_FOUND, or CONFLICT with the candidates)."""
-        if "/" in name:
-            return name
-        answer = self._call("GET", "/v1/resolve", params={"name": name})
-        return str(answer["name"] if isinstance(answer, dict) else answer)
+        """`VM/NAME` of any name that `vvol` takes."""
+        return name if "/" in name else self.vvol(name).full_name
 
     def events(self, *, after: int = 0, limit: int = 1000, wait_s: float = 0.0) -> list[Event]:
         """Events after an id; with `wait_s`, waits that long for the first."""

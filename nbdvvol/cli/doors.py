@@ -49,10 +49,10 @@ def filter_(
     options = FilterOptions(
         host=host,
         control=control,
-        token_file=str(token_file or ""),
-        ca_file=_text(ca),
-        cert_file=_text(cert),
-        key_file=_text(key),
+        token_file=token_file,
+        ca_file=ca,
+        cert_file=cert,
+        key_file=key,
         run_dir=run,
         reactors=reactors,
         spin_us=spin_us,
@@ -108,10 +108,6 @@ def examine(farm: Farm | None) -> list[Finding]:
     from nbdvvol.doctor import examine
 
     return examine(farm)
-
-
-def _text(path: Path | None) -> str | None:
-    return str(path) if path else None
 
 
 def _run(main: Coroutine[Any, Any, None]) -> None:

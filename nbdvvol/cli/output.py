@@ -35,16 +35,27 @@ def emit(value: BaseModel | Sequence[BaseModel], output: Output) -> None:
 
 def table(heads: Sequence[str], rows: Iterable[Row]) -> None:
     """Print aligned columns; a terminal's width folds them, a pipe's never."""
+    cells = [[str(cell) if cell not in (None, "") else "-" for cell in row] for row in rows]
+    if sys.stdout.isatty():
+        _folded_table(heads, cells)
+        return
+    lines = [[head.upper() for head in heads], *cells]
+    widths = [max(len(line[index]) for line in lines) for index in range(len(heads))]
+    for line in lines:
+        print("  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def _folded_table(heads: Sequence[str], rows: list[list[str]]) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     grid = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
     for head in heads:
-        grid.add_column(head.upper(), no_wrap=not sys.stdout.isatty(), overflow="fold")
+        grid.add_column(head.upper(), overflow="fold")
     for row in rows:
-        grid.add_row(*(Text(str(cell) if cell not in (None, "") else "-") for cell in row))
-    Console(width=None if sys.stdout.isatty() else 1000, highlight=False).print(grid, crop=False, end="")
+        grid.add_row(*map(Text, row))
+    Console(highlight=False).print(grid)
 
 
 def pairs(items: Iterable[tuple[str, object]]) -> None:
