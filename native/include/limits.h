@@ -28,13 +28,13 @@
 /* one connection */
 #define NV_REQUESTS_PER_CONNECTION 256u        /* parsed and not yet wholly answered */
 #define NV_RX_CHUNK (64u << 10)                /* receive chunk; the private one bounds idle memory */
-#define NV_RX_INLINE (16u << 10)               /* a payload up to this is written from the chunk */
+#define NV_INLINE_PAYLOAD (16u << 10)               /* a payload up to this is written from the chunk */
 #define NV_RX_WINDOW_MIN 512u                  /* receive size right after a large payload */
 #define NV_TX_REQUESTS 64u                     /* replies gathered into one send */
 #define NV_TX_IOV (2u * NV_TX_REQUESTS)
 #define NV_TX_BYTES (256u << 10)               /* soft: no further reply joins a send beyond it */
 #define NV_SOCKET_BUFFER (2u << 20)            /* SO_SNDBUF, SO_RCVBUF: absorb a client's window */
-#define NV_EXTENTS_MAX 1024u                   /* extents in one BLOCK_STATUS answer */
+#define NV_EXTENTS_MAX 1000u                   /* extents in one BLOCK_STATUS answer: its memory is 32 KiB */
 
 /* TLS: ciphertext of one connection, memory taken only while it waits */
 #define NV_TLS_CHUNK (64u << 10)

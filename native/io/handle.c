@@ -2,7 +2,6 @@
  * The real port's handles (file descriptors) and bells (eventfds): open, close, shut, look. Stateless; callable from
  * any thread. The ring itself is in io_uring.c.
  */
-#define _GNU_SOURCE
 #include <assert.h>
 #include <errno.h>
 #include <fcntl.h>

@@ -5,7 +5,6 @@
  * Invariants: only the creating thread touches the ring; an operation is in exactly one of {backlog, ring, worker,
  * ready}; `done` runs only from nv_io_run(). What it does not do: continue short transfers, know protocols.
  */
-#define _GNU_SOURCE
 #include "io/io.h"
 
 #include <assert.h>

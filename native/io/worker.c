@@ -2,7 +2,6 @@
  * See worker.h. Invariant: an operation is in `todo`, in the thread's hands, or in `finished`. Not here: who asked
  * and why; a file system that knows no holes is answered as all data, which is always a safe answer.
  */
-#define _GNU_SOURCE
 #include "io/worker.h"
 
 #include <assert.h>
@@ -40,7 +39,7 @@ static int64_t find_extents(struct nv_op *op)
     int64_t count = 0;
 
     assert(op->extents_max > 0 && op->length > 0);
-    while (at < end && count + 2 <= (int64_t)op->extents_max + 1) {
+    while (at < end && count < (int64_t)op->extents_max) {
         off_t data = lseek(op->handle, (off_t)at, SEEK_DATA);
         if (data < 0 && errno == ENXIO)
             data = (off_t)end;

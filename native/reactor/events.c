@@ -46,16 +46,18 @@ void nv_events_raise(struct nv_events *events, struct nv_event_slot *slot)
 void nv_events_flush(struct nv_events *events)
 {
     while (events->waiting) {
-        struct nv_event_slot *slot = events->waiting;
+        struct nv_event_slot *slot = events->waiting, *next = slot->next;
+        slot->waiting = false; /* once it is in the ring, the front may free it: nothing touches it after put() */
         if (!put(events, slot)) {
             atomic_store(&events->starved, 1);
-            if (!put(events, slot)) /* looked again after asking: the reader cannot have missed the wish */
+            if (!put(events, slot)) { /* looked again after asking: the reader cannot have missed the wish */
+                slot->waiting = true;
                 break;
+            }
         }
-        events->waiting = slot->next;
-        if (!events->waiting)
+        events->waiting = next;
+        if (!next)
             events->waiting_tail = &events->waiting;
-        slot->waiting = false;
     }
     if (events->rang) {
         events->rang = false;

@@ -3,7 +3,6 @@
  * Invariants: a block of order n starts at a multiple of 2^n pages; of two free buddies none stays split; the pages
  * of all free blocks add up to free_pages.
  */
-#define _GNU_SOURCE
 #include "reactor/pool.h"
 
 #include <assert.h>
@@ -172,6 +171,11 @@ void nv_pool_put(struct nv_pool *pool, void *block)
         order++;
     }
     link_free(pool, page, order);
+}
+
+uint64_t nv_pool_total(const struct nv_pool *pool)
+{
+    return (uint64_t)pool->pages * NV_POOL_PAGE;
 }
 
 uint64_t nv_pool_free_bytes(const struct nv_pool *pool)

@@ -15,6 +15,7 @@ void nv_pool_destroy(struct nv_pool *pool);
 /* A page-aligned block of at least `size` (1 .. NV_PAYLOAD_MAX) bytes, or NULL. */
 void *nv_pool_get(struct nv_pool *pool, size_t size);
 void nv_pool_put(struct nv_pool *pool, void *block);
+uint64_t nv_pool_total(const struct nv_pool *pool);
 uint64_t nv_pool_free_bytes(const struct nv_pool *pool);
 /* What a request of `size` bytes really takes. */
 uint64_t nv_pool_cost(size_t size);

@@ -1,0 +1,343 @@
+/*
+ * Bytes to requests. One state machine that consumes whatever has arrived; it stops at missing bytes, at a missing slot
+ * or buffer (stalled: nothing more is received, which pushes back on the client), or at the end. Requests parsed in
+ * one turn are held, with their place in the range order taken, and started together: after looking once whether the
+ * peer has hung up meanwhile, because what a client gave up on it may already have sent again elsewhere.
+ */
+#include <assert.h>
+#include <errno.h>
+#include <string.h>
+
+#include "nbd/session.h"
+#include "nbd/wire.h"
+
+static void request_finished(struct nv_vreq *v)
+{
+    struct nv_request *request = (struct nv_request *)v;
+
+    if (v->error)
+        nv_request_failed_io(request, v->error);
+    nv_conn_stage(request);
+}
+
+_Static_assert(offsetof(struct nv_request, v) == 0, "a request starts with its volume request");
+
+static void refuse(struct nv_request *request)
+{
+    assert(request->status > 0);
+    nv_count(&request->conn->local->counters.errors, 1);
+    nv_conn_stage(request);
+}
+
+static void hold(struct nv_request *request)
+{
+    static const uint8_t kinds[] = {
+        [NBD_CMD_READ] = NV_REQUEST_READ,   [NBD_CMD_WRITE] = NV_REQUEST_WRITE,
+        [NBD_CMD_FLUSH] = NV_REQUEST_FLUSH, [NBD_CMD_TRIM] = NV_REQUEST_TRIM,
+        [NBD_CMD_CACHE] = NV_REQUEST_CACHE, [NBD_CMD_WRITE_ZEROES] = NV_REQUEST_ZERO,
+        [NBD_CMD_BLOCK_STATUS] = NV_REQUEST_STATUS,
+    };
+    struct nv_conn *conn = request->conn;
+    struct nv_vreq *v = &request->v;
+
+    v->reactor = conn->reactor;
+    v->volume = conn->volume;
+    v->kind = kinds[request->type];
+    v->flags = (uint8_t)((request->flags & NBD_CMD_FLAG_FUA ? NV_REQUEST_FUA : 0) |
+                         (request->flags & NBD_CMD_FLAG_NO_HOLE ? NV_REQUEST_NO_HOLE : 0) |
+                         (request->flags & NBD_CMD_FLAG_FAST_ZERO ? NV_REQUEST_FAST : 0) |
+                         (request->flags & NBD_CMD_FLAG_REQ_ONE ? NV_REQUEST_ONE : 0));
+    v->offset = v->kind == NV_REQUEST_FLUSH ? 0 : request->offset;
+    v->length = v->kind == NV_REQUEST_FLUSH ? 0 : request->length;
+    v->data = request->memory == NV_MEMORY_NONE ? NULL : request->buffer;
+    v->finished = request_finished;
+    if (v->offset > conn->local->map->size || v->length > conn->local->map->size - v->offset) {
+        nv_request_fail(request, EIO, "the volume shrank while the request waited");
+        refuse(request);
+        return;
+    }
+    nv_volume_enter(v);
+    request->next = NULL;
+    *conn->held_tail = request;
+    conn->held_tail = &request->next;
+    conn->held_writes |= v->kind == NV_REQUEST_WRITE || v->kind == NV_REQUEST_TRIM || v->kind == NV_REQUEST_ZERO;
+}
+
+void nv_conn_start_held(struct nv_conn *conn)
+{
+    struct nv_request *request = conn->held, *next;
+    bool gone;
+
+    if (!request)
+        return;
+    gone = conn->held_writes && !conn->said_goodbye && atomic_load(&conn->volume->connections) > 1 &&
+           nv_io_hung_up(conn->handle);
+    conn->held = NULL;
+    conn->held_tail = &conn->held;
+    conn->held_writes = false;
+    for (; request; request = next) {
+        next = request->next;
+        if (gone) {
+            nv_volume_abandon(&request->v);
+            nv_request_release(request);
+        } else {
+            nv_volume_start(&request->v);
+        }
+    }
+    if (gone)
+        nv_conn_stop_receiving(conn, -ECONNRESET);
+}
+
+static uint8_t *unparsed(struct nv_conn *conn)
+{
+    return nv_chunk_data(conn->chunk) + conn->rx_start;
+}
+
+static uint32_t available(const struct nv_conn *conn)
+{
+    assert(conn->rx_start <= conn->rx_end && conn->rx_end <= NV_CHUNK_CAPACITY);
+    return conn->rx_end - conn->rx_start;
+}
+
+static void skip_payload(struct nv_conn *conn)
+{
+    conn->rx_filled = conn->current->payload;
+    conn->rx_state = NV_RX_SKIP;
+}
+
+/* A well-formed, allowed request: what does it need before it can start? */
+static void admit(struct nv_conn *conn, struct nv_request *request)
+{
+    conn->current = request;
+    if (request->type == NBD_CMD_WRITE && request->payload > 0) {
+        conn->rx_state = request->payload <= NV_INLINE_PAYLOAD && conn->local->map->memory_align == 1 ? NV_RX_INLINE
+                                                                                                 : NV_RX_ADMIT;
+    } else if (request->type == NBD_CMD_BLOCK_STATUS && request->payload > 0) {
+        if (request->payload >= 8 && request->payload % 4 == 0 && request->payload <= 8 + 4 * NV_CONTEXTS_MAX) {
+            conn->rx_state = NV_RX_INLINE;
+        } else {
+            nv_request_fail(request, EINVAL, "a block status payload of %u bytes is malformed", request->payload);
+            skip_payload(conn);
+        }
+    } else if ((request->type == NBD_CMD_READ && request->length > 0) || request->type == NBD_CMD_BLOCK_STATUS) {
+        conn->rx_state = NV_RX_ADMIT;
+    } else {
+        conn->current = NULL;
+        hold(request);
+    }
+}
+
+static bool parse_header(struct nv_conn *conn)
+{
+    struct nv_request *request;
+
+    if (available(conn) < conn->header_bytes)
+        return false;
+    request = nv_request_take(conn);
+    if (!request) {
+        conn->rx_stalled = true;
+        return false;
+    }
+    if (!nv_request_decode(request, unparsed(conn))) {
+        nv_request_release(request);
+        nv_conn_stop_receiving(conn, -EPROTO);
+        return false;
+    }
+    conn->rx_start += conn->header_bytes;
+    nv_count(&conn->reactor->counters.requests, 1);
+    if (request->type == NBD_CMD_DISC) {
+        nv_request_release(request);
+        conn->said_goodbye = true;
+        nv_conn_stop_receiving(conn, 0);
+        return false;
+    }
+    if (nv_request_check(request) == 0) {
+        admit(conn, request);
+    } else if (request->payload > 0) {
+        conn->current = request;
+        skip_payload(conn);
+    } else {
+        refuse(request);
+    }
+    return true;
+}
+
+static void start_current(struct nv_conn *conn)
+{
+    struct nv_request *request = conn->current;
+
+    conn->current = NULL;
+    conn->rx_state = NV_RX_HEADER;
+    hold(request);
+}
+
+/* The payload goes into its own buffer; what of it is already in the chunk is copied, the rest received in place. */
+static void begin_body(struct nv_conn *conn)
+{
+    const uint32_t have = available(conn);
+    const uint32_t take = have < conn->current->payload ? have : conn->current->payload;
+
+    memcpy(conn->current->buffer, unparsed(conn), take);
+    nv_count(&conn->reactor->counters.copies_bytes, take);
+    conn->rx_start += take;
+    conn->rx_filled = take;
+    conn->rx_state = NV_RX_BODY;
+}
+
+static bool parse_admit(struct nv_conn *conn)
+{
+    struct nv_request *request = conn->current;
+    const bool one = request->flags & NBD_CMD_FLAG_REQ_ONE;
+    uint32_t size = (uint32_t)request->length;
+
+    if (request->type == NBD_CMD_BLOCK_STATUS) {
+        request->v.extents_max = one ? 2 : NV_EXTENTS_MAX;
+        size = 2u * request->v.extents_max * (uint32_t)sizeof(struct nv_extent) + NV_CONTEXTS_MAX * 48u;
+    }
+    if (!nv_request_buffer(request, size)) {
+        conn->rx_stalled = true;
+        return false;
+    }
+    if (request->type == NBD_CMD_WRITE) {
+        begin_body(conn);
+    } else {
+        request->v.extents = (struct nv_extent *)request->buffer;
+        start_current(conn);
+    }
+    return true;
+}
+
+static bool parse_inline(struct nv_conn *conn)
+{
+    struct nv_request *request = conn->current;
+    uint8_t *payload = unparsed(conn);
+
+    if (available(conn) < request->payload)
+        return false;
+    if (request->type == NBD_CMD_WRITE && conn->local->map->memory_align > 1) {
+        conn->rx_state = NV_RX_ADMIT; /* the map changed under the request: it needs aligned memory now */
+        return true;
+    }
+    conn->rx_start += request->payload;
+    if (request->type == NBD_CMD_WRITE) {
+        nv_request_pin(request, payload);
+        start_current(conn);
+    } else if (nv_request_select(request, payload) == 0) {
+        conn->rx_state = NV_RX_ADMIT;
+    } else {
+        conn->current = NULL;
+        conn->rx_state = NV_RX_HEADER;
+        refuse(request);
+    }
+    return true;
+}
+
+static bool parse_skip(struct nv_conn *conn)
+{
+    const uint32_t have = available(conn);
+    const uint32_t take = have < conn->rx_filled ? have : conn->rx_filled;
+    struct nv_request *request = conn->current;
+
+    conn->rx_start += take;
+    conn->rx_filled -= take;
+    if (conn->rx_filled > 0)
+        return false;
+    conn->current = NULL;
+    conn->rx_state = NV_RX_HEADER;
+    refuse(request);
+    return true;
+}
+
+static bool parse_step(struct nv_conn *conn)
+{
+    switch (conn->rx_state) {
+    case NV_RX_HEADER:
+        return parse_header(conn);
+    case NV_RX_ADMIT:
+        return parse_admit(conn);
+    case NV_RX_INLINE:
+        return parse_inline(conn);
+    case NV_RX_SKIP:
+        return parse_skip(conn);
+    default:
+        assert(conn->rx_state == NV_RX_BODY && conn->rx_filled <= conn->current->payload);
+        if (conn->rx_filled < conn->current->payload)
+            return false;
+        start_current(conn);
+        return true;
+    }
+}
+
+void nv_conn_parse(struct nv_conn *conn)
+{
+    conn->rx_stalled = false;
+    while (!conn->rx_done && parse_step(conn))
+        ;
+}
+
+static void received(struct nv_op *op)
+{
+    struct nv_conn *conn = (struct nv_conn *)((char *)op - offsetof(struct nv_conn, rx_op));
+    const int64_t got = op->result;
+
+    conn->rx_pending = false;
+    nv_reactor_kick(conn->reactor, conn);
+    if (got <= 0) {
+        if (got != -ECANCELED)
+            nv_conn_stop_receiving(conn, got < 0 ? (int)got : conn->current || available(conn) ? -ECONNRESET : 0);
+    } else if (!conn->rx_done && !conn->shut) {
+        nv_count(&conn->reactor->counters.batches, 1);
+        if (conn->rx_state == NV_RX_BODY) {
+            conn->rx_filled += (uint32_t)got;
+            conn->rx_window = NV_RX_WINDOW_MIN; /* so that the next large payload's head is a small copy */
+        } else {
+            conn->rx_end += (uint32_t)got;
+            if ((uint64_t)got == conn->rx_window && conn->rx_window < NV_RX_CHUNK)
+                conn->rx_window *= 4;
+        }
+    }
+}
+
+/* Where the next bytes go; false: nowhere now (stalled). */
+static bool receive_target(struct nv_conn *conn)
+{
+    uint32_t need = 1, space;
+
+    if (conn->rx_state == NV_RX_BODY) {
+        conn->rx_iov = (struct iovec){conn->current->buffer + conn->rx_filled,
+                                      conn->current->payload - conn->rx_filled};
+        return true;
+    }
+    if (conn->rx_state == NV_RX_HEADER)
+        need = conn->header_bytes;
+    else if (conn->rx_state == NV_RX_INLINE)
+        need = conn->current->payload;
+    if (!nv_chunk_room(conn, need)) {
+        conn->rx_stalled = true; /* in-place payloads pin the chunk: their release comes */
+        return false;
+    }
+    space = NV_CHUNK_CAPACITY - conn->rx_end;
+    if (conn->rx_window > NV_RX_CHUNK)
+        conn->rx_window = NV_RX_CHUNK;
+    conn->rx_iov = (struct iovec){nv_chunk_data(conn->chunk) + conn->rx_end,
+                                  space < conn->rx_window ? space : conn->rx_window};
+    return true;
+}
+
+void nv_conn_arm_receive(struct nv_conn *conn)
+{
+    if (conn->rx_pending || conn->rx_done || (conn->rx_stalled && !conn->shut))
+        return;
+    if (conn->shut) /* the end: whatever still comes is thrown away */
+        conn->rx_iov = (struct iovec){nv_chunk_data(conn->private_chunk), NV_CHUNK_CAPACITY};
+    else if (!receive_target(conn))
+        return;
+    conn->rx_op.kind = NV_OP_RECV;
+    conn->rx_op.flags = conn->rx_state == NV_RX_BODY && !conn->shut ? NV_OP_WHOLE : 0;
+    conn->rx_op.handle = conn->handle;
+    conn->rx_op.iov = &conn->rx_iov;
+    conn->rx_op.iov_count = 1;
+    conn->rx_op.done = received;
+    conn->rx_pending = true;
+    nv_io_submit(conn->reactor->io, &conn->rx_op);
+}

@@ -1,0 +1,194 @@
+/*
+ * One connection in the transmission phase (or, with TLS, in the haggling before it). It lives on one reactor for life
+ * and in one mapping: the connection, its requests, its private receive chunk, its private 32 MiB of payload memory. The
+ * mapping becomes resident where it is touched. With the private memory a connection always makes progress; the
+ * reactor's pool only adds parallelism.
+ *
+ *   session.c  life: open, turn, end      receive.c  bytes to requests      memory.c   chunks and buffers
+ *   request.c  is this request allowed    reply.c    answers to bytes       transmit.c bytes to the socket
+ *   haggle.c   options through TLS
+ */
+#ifndef NV_SESSION_H
+#define NV_SESSION_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "limits.h"
+#include "nbdvvol.h"
+#include "reactor/reactor.h"
+#include "volume/volume.h"
+
+struct nv_tls;
+struct nv_haggle;
+struct nv_conn;
+
+enum nv_memory {
+    NV_MEMORY_NONE,
+    NV_MEMORY_POOL,                 /* request->buffer, pool_cost bytes of the pool */
+    NV_MEMORY_PRIVATE,              /* the connection's own payload memory */
+    NV_MEMORY_CHUNK,                /* inside request->chunk, which is pinned */
+};
+
+struct nv_chunk {                   /* receive memory; the bytes follow the struct */
+    uint32_t refs;                  /* the connection (while current) and each request with its payload inside */
+    bool is_private;
+};
+
+struct nv_request {
+    struct nv_vreq v;
+    struct nv_request *next;        /* free, held or transmit list */
+    struct nv_conn *conn;
+    uint64_t cookie;
+    uint64_t offset;                /* as the client sent them */
+    uint64_t length;
+    uint32_t payload;               /* bytes that follow the header */
+    uint16_t flags;
+    uint16_t type;
+    uint16_t contexts;              /* BLOCK_STATUS: bit i answers conn->params.contexts[i] */
+    uint8_t memory;                 /* enum nv_memory */
+    int32_t status;                 /* 0 or the wire error */
+    uint64_t pool_cost;
+    uint8_t *buffer;
+    struct nv_chunk *chunk;
+    uint8_t header[48];             /* of the reply */
+    char text[NV_MESSAGE_MAX];      /* why status is not 0, for people */
+};
+
+enum nv_rx_state {
+    NV_RX_HEADER,                   /* a request header is next */
+    NV_RX_ADMIT,                    /* the current request waits for memory */
+    NV_RX_INLINE,                   /* the current request's payload is received into the chunk */
+    NV_RX_BODY,                     /* ... into its own buffer */
+    NV_RX_SKIP,                     /* ... and thrown away: the request has already failed */
+};
+
+struct nv_conn {
+    struct nv_conn *next, **back;   /* of the reactor */
+    struct nv_conn *volume_next, **volume_back;
+    struct nv_conn *kick_next;
+    struct nv_conn *send_next;
+    struct nv_conn *starve_next;
+    struct nv_reactor *reactor;
+    struct nv_volume *volume;       /* NULL while haggling */
+    struct nv_volume_local *local;
+    nv_handle handle;
+    uint32_t id;
+    nv_connection_params params;
+    uint32_t header_bytes;
+    bool kicked, sending, starving; /* on the reactor's lists */
+    /* receive */
+    bool rx_pending;                /* rx_op is with the port */
+    bool rx_done;                   /* nothing more is received or parsed */
+    bool said_goodbye;              /* DISC was received */
+    bool rx_stalled;                /* the next step waits for a slot or memory */
+    uint8_t rx_state;
+    struct nv_op rx_op;
+    struct iovec rx_iov;
+    struct nv_chunk *chunk;         /* current */
+    struct nv_chunk *private_chunk;
+    uint32_t rx_start, rx_end;      /* unparsed bytes of the chunk */
+    uint32_t rx_window;             /* how much to receive at once */
+    uint32_t rx_filled;             /* BODY: payload bytes present; SKIP: bytes still to throw away */
+    struct nv_request *current;
+    /* requests */
+    struct nv_request *slots;
+    uint32_t slots_touched;
+    struct nv_request *free_slots;
+    uint32_t in_flight;             /* slots in use */
+    struct nv_request *held, **held_tail;   /* parsed in this turn, not started yet */
+    bool held_writes;
+    uint8_t *private_payload;
+    bool private_busy;
+    bool private_touched;           /* resident beyond what an idle connection may keep */
+    uint64_t pool_bytes;
+    /* transmit */
+    struct nv_request *tx_queue, **tx_queue_tail;
+    struct nv_request *tx_sending;
+    bool tx_pending;
+    bool tx_dead;                   /* the peer takes no more */
+    struct nv_op tx_op;
+    uint32_t tx_first, tx_count;    /* of tx_iov */
+    struct iovec tx_iov[NV_TX_IOV];
+    /* end */
+    bool closing;                   /* asked for; new requests get ESHUTDOWN */
+    bool shut;
+    bool ended;
+    int32_t end_reason;             /* 0 or -errno */
+    uint64_t deadline_ns;           /* 0: none */
+    struct nv_event_slot closed;
+    struct nv_message open_message; /* and later the one that frees */
+    struct nv_message close_message;
+    bool close_sent;                /* front thread */
+    /* TLS */
+    struct nv_tls *tls;
+    struct nv_haggle *haggle;
+};
+
+/* Front: map a connection's memory and fill it in; NULL without address space. */
+struct nv_conn *nv_conn_create(struct nv_reactor *reactor, nv_handle handle);
+/* Front, before open only; or the reactor after the end. Does not close the handle. */
+void nv_conn_free(struct nv_conn *conn);
+/* Front, before open: parameters of the transmission phase. */
+void nv_conn_set_params(struct nv_conn *conn, struct nv_volume *volume, const nv_connection_params *params);
+/* Front, before open: bytes that were read past the handshake (at most NV_RX_CHUNK / 2). */
+void nv_conn_preload(struct nv_conn *conn, const void *bytes, uint32_t length);
+/* Reactor: the messages' handlers. */
+void nv_conn_opens(struct nv_reactor *reactor, struct nv_message *message);
+void nv_conn_closes(struct nv_reactor *reactor, struct nv_message *message);
+void nv_conn_frees(struct nv_reactor *reactor, struct nv_message *message);
+
+/* Reactor: do whatever can be done now: parse, start, send, receive, end. */
+void nv_conn_turn(struct nv_conn *conn);
+/* Reactor: enter the transmission phase on a volume. */
+void nv_conn_enter(struct nv_conn *conn, struct nv_volume *volume, const nv_connection_params *params);
+/* Reactor: finish what is in flight, then end; NV_FORCE_CLOSE_MS bounds it. */
+void nv_conn_close(struct nv_conn *conn, int reason);
+/* Reactor: no more receiving; -errno or 0 becomes the reason unless there is one. */
+void nv_conn_stop_receiving(struct nv_conn *conn, int reason);
+/* Reactor: sending failed or is pointless: drop what is staged. */
+void nv_conn_kill(struct nv_conn *conn, int reason);
+void nv_conn_tick(struct nv_conn *conn, uint64_t now_ns);
+
+/* receive.c */
+void nv_conn_parse(struct nv_conn *conn);
+void nv_conn_arm_receive(struct nv_conn *conn);
+void nv_conn_start_held(struct nv_conn *conn);
+
+/* memory.c */
+struct nv_request *nv_request_take(struct nv_conn *conn);
+void nv_request_release(struct nv_request *request);    /* memory, slot; wakes what waited for them */
+bool nv_request_buffer(struct nv_request *request, uint32_t size); /* false: none now */
+void nv_request_pin(struct nv_request *request, uint8_t *payload); /* payload inside the current chunk */
+void nv_chunk_return(struct nv_conn *conn, struct nv_chunk *chunk); /* an unused one, to the pool */
+bool nv_chunk_room(struct nv_conn *conn, uint32_t need); /* `need` bytes from rx_start on fit, and one more byte */
+static inline uint8_t *nv_chunk_data(struct nv_chunk *chunk)
+{
+    return (uint8_t *)(chunk + 1);
+}
+#define NV_CHUNK_CAPACITY (NV_RX_CHUNK - (uint32_t)sizeof(struct nv_chunk))
+
+/* request.c */
+/* Decode a header; false: not a request, the connection must end. Fills cookie, type, flags, offset, length, payload. */
+bool nv_request_decode(struct nv_request *request, const uint8_t *header);
+/* Judge it: 0 or a wire error with request->text filled in. */
+int nv_request_check(struct nv_request *request);
+/* BLOCK_STATUS with a payload: select contexts; 0 or a wire error. */
+int nv_request_select(struct nv_request *request, const uint8_t *payload);
+int nv_request_fail(struct nv_request *request, int error, const char *format, ...)
+    __attribute__((format(printf, 3, 4)));
+/* errno of a failed I/O to a wire error, with the text. */
+void nv_request_failed_io(struct nv_request *request, int error);
+
+/* reply.c */
+/* The reply's pieces; at most nv_reply_pieces(). */
+unsigned nv_reply_build(struct nv_request *request, struct iovec *iov);
+unsigned nv_reply_pieces(const struct nv_request *request);
+
+/* transmit.c */
+void nv_conn_stage(struct nv_request *request);         /* queue the reply */
+void nv_conn_transmit(struct nv_conn *conn);            /* send what is queued if nothing is in flight */
+void nv_conn_drop_replies(struct nv_conn *conn);        /* those that no send has taken yet */
+bool nv_conn_transmit_idle(const struct nv_conn *conn);
+
+#endif

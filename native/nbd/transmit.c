@@ -1,0 +1,127 @@
+/*
+ * Replies to the socket. At most one send of a connection is in flight; everything that completes meanwhile is gathered
+ * into the next one. A request, with its buffer, belongs to the send until the kernel has taken its last byte.
+ */
+#include <assert.h>
+#include <errno.h>
+#include <stddef.h>
+
+#include "nbd/session.h"
+
+static void sent(struct nv_op *op);
+
+void nv_conn_stage(struct nv_request *request)
+{
+    struct nv_conn *conn = request->conn;
+
+    if (conn->tx_dead) {
+        nv_request_release(request);
+        return;
+    }
+    request->next = NULL;
+    *conn->tx_queue_tail = request;
+    conn->tx_queue_tail = &request->next;
+    nv_reactor_send_later(conn->reactor, conn);
+}
+
+bool nv_conn_transmit_idle(const struct nv_conn *conn)
+{
+    return !conn->tx_pending && !conn->tx_queue;
+}
+
+static void release_list(struct nv_request *list)
+{
+    for (struct nv_request *request = list, *next; request; request = next) {
+        next = request->next;
+        nv_request_release(request);
+    }
+}
+
+void nv_conn_drop_replies(struct nv_conn *conn)
+{
+    struct nv_request *list = conn->tx_queue;
+
+    conn->tx_queue = NULL;
+    conn->tx_queue_tail = &conn->tx_queue;
+    release_list(list);
+}
+
+/* Move replies from the queue into tx_iov and tx_sending, up to the limits of one send. */
+static void gather(struct nv_conn *conn)
+{
+    struct nv_request **tail = &conn->tx_sending;
+    uint64_t bytes = 0;
+
+    assert(!conn->tx_sending);
+    conn->tx_first = conn->tx_count = 0;
+    while (conn->tx_queue && bytes < NV_TX_BYTES &&
+           conn->tx_count + nv_reply_pieces(conn->tx_queue) <= NV_TX_IOV) {
+        struct nv_request *request = conn->tx_queue;
+        unsigned pieces = nv_reply_build(request, &conn->tx_iov[conn->tx_count]);
+        assert(pieces > 0 && pieces <= nv_reply_pieces(request));
+        for (unsigned i = 0; i < pieces; i++)
+            bytes += conn->tx_iov[conn->tx_count + i].iov_len;
+        conn->tx_count += pieces;
+        conn->tx_queue = request->next;
+        request->next = NULL;
+        *tail = request;
+        tail = &request->next;
+    }
+    if (!conn->tx_queue)
+        conn->tx_queue_tail = &conn->tx_queue;
+}
+
+static void submit(struct nv_conn *conn)
+{
+    assert(conn->tx_first < conn->tx_count);
+    conn->tx_op.kind = NV_OP_SEND;
+    conn->tx_op.flags = 0;
+    conn->tx_op.handle = conn->handle;
+    conn->tx_op.iov = &conn->tx_iov[conn->tx_first];
+    conn->tx_op.iov_count = (uint16_t)(conn->tx_count - conn->tx_first);
+    conn->tx_op.done = sent;
+    conn->tx_pending = true;
+    nv_io_submit(conn->reactor->io, &conn->tx_op);
+}
+
+void nv_conn_transmit(struct nv_conn *conn)
+{
+    if (conn->tx_pending || !conn->tx_queue || conn->tx_dead)
+        return;
+    gather(conn);
+    submit(conn);
+}
+
+/* True when something of the gathered replies is left to send. */
+static bool advance(struct nv_conn *conn, uint64_t bytes)
+{
+    while (conn->tx_first < conn->tx_count && bytes >= conn->tx_iov[conn->tx_first].iov_len)
+        bytes -= conn->tx_iov[conn->tx_first++].iov_len;
+    if (conn->tx_first == conn->tx_count) {
+        assert(bytes == 0);
+        return false;
+    }
+    conn->tx_iov[conn->tx_first].iov_base = (uint8_t *)conn->tx_iov[conn->tx_first].iov_base + bytes;
+    conn->tx_iov[conn->tx_first].iov_len -= bytes;
+    return true;
+}
+
+static void sent(struct nv_op *op)
+{
+    struct nv_conn *conn = (struct nv_conn *)((char *)op - offsetof(struct nv_conn, tx_op));
+    struct nv_request *list;
+
+    conn->tx_pending = false;
+    if (op->result > 0 && !conn->tx_dead && advance(conn, (uint64_t)op->result)) {
+        submit(conn);
+        return;
+    }
+    list = conn->tx_sending;
+    conn->tx_sending = NULL;
+    if (op->result <= 0)
+        nv_conn_kill(conn, op->result < 0 ? (int)op->result : -EPIPE);
+    release_list(list);
+    if (conn->tx_queue)
+        nv_reactor_send_later(conn->reactor, conn);
+    nv_reactor_kick(conn->reactor, conn);
+}

@@ -1,0 +1,376 @@
+/*
+ * The C API's objects, volumes and connections (nbdvvol.cdef.h): checks the caller's words, keeps the tables, sends the
+ * reactors their messages. Front-thread only; nothing here waits.
+ */
+#include <assert.h>
+#include <errno.h>
+#include <inttypes.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "limits.h"
+#include "nbd/session.h"
+#include "error.h"
+#include "reactor/job.h"
+#include "reactor/plane.h"
+#include "volume/desc.h"
+
+/* --- objects --- */
+
+static int check_object(uint32_t flags, uint32_t align)
+{
+    if (flags & ~(uint32_t)(NV_OBJECT_DIRECT | NV_OBJECT_BLOCK | NV_OBJECT_READ_ONLY))
+        return nv_fail(EINVAL, "object flags 0x%x are unknown", flags);
+    if (align == 0 || (align & (align - 1)) || align > NV_BLOCK_MIN_MAX)
+        return nv_fail(EINVAL, "alignment %u is not a power of two of 1..%u", align, NV_BLOCK_MIN_MAX);
+    if (!(flags & NV_OBJECT_DIRECT) && align != 1)
+        return nv_fail(EINVAL, "alignment %u without O_DIRECT", align);
+    if ((flags & NV_OBJECT_DIRECT) && align > NV_POOL_PAGE)
+        return nv_fail(EINVAL, "O_DIRECT alignment %u is above %u", align, NV_POOL_PAGE);
+    return 0;
+}
+
+int nv_object_open(nv_plane *plane, int fd, uint32_t flags, uint32_t align, uint64_t size, uint32_t *number)
+{
+    struct nv_object *object;
+    int error = check_object(flags, align);
+
+    if (error)
+        return error;
+    object = calloc(1, sizeof *object);
+    if (!object)
+        return nv_fail(ENOMEM, "no memory for an object");
+    object->handle = nv_io_open_file(fd);
+    if (object->handle < 0) {
+        error = nv_fail(-object->handle, "descriptor %d: %s", fd, strerror(-object->handle));
+        free(object);
+        return error;
+    }
+    if (nv_table_add(&plane->objects, object, &object->id) != 0) {
+        nv_io_close(object->handle);
+        free(object);
+        return nv_fail(ENOSPC, "%u objects are open, the limit", NV_OBJECTS_MAX);
+    }
+    object->flags = flags;
+    object->align = align;
+    atomic_store(&object->size, size);
+    nv_sync_init(&object->sync, object->handle, object->id);
+    *number = object->id;
+    return 0;
+}
+
+static int find_object(nv_plane *plane, uint32_t number, struct nv_object **out)
+{
+    *out = nv_table_get(&plane->objects, number);
+    return *out ? 0 : nv_fail(ENOENT, "object %u is not open", number);
+}
+
+static void object_closes(struct nv_reactor *reactor, struct nv_message *message)
+{
+    struct nv_object *object = (struct nv_object *)((char *)message - offsetof(struct nv_object, close_message));
+
+    nv_events_raise(&reactor->events, &object->closed);
+}
+
+int nv_object_close(nv_plane *plane, uint32_t number, uint64_t token)
+{
+    struct nv_object *object;
+    int error = find_object(plane, number, &object);
+
+    if (error)
+        return error;
+    if (object->users > 0)
+        return nv_fail(EBUSY, "object %u is used by %u maps or jobs", number, object->users);
+    if (object->closing)
+        return nv_fail(EALREADY, "object %u is being closed", number);
+    object->closing = true;
+    object->closed.event = (nv_event){.kind = NV_EVENT_OBJECT_CLOSED, .token = token, .args = {number}};
+    object->closed.subject = object;
+    object->close_message.run = object_closes;
+    nv_reactor_send(nv_plane_reactor(plane, 0), &object->close_message); /* behind its fault events */
+    return 0;
+}
+
+int nv_object_set_size(nv_plane *plane, uint32_t number, uint64_t size)
+{
+    struct nv_object *object;
+    int error = find_object(plane, number, &object);
+
+    if (error)
+        return error;
+    if (size < atomic_load(&object->size) && object->users > 0)
+        return nv_fail(EBUSY, "object %u of %" PRIu64 " bytes is in use and cannot shrink to %" PRIu64, number,
+                       atomic_load(&object->size), size);
+    atomic_store(&object->size, size);
+    return 0;
+}
+
+int nv_object_clear_fault(nv_plane *plane, uint32_t number)
+{
+    struct nv_object *object;
+    int error = find_object(plane, number, &object);
+
+    if (!error)
+        nv_sync_clear(&object->sync);
+    return error;
+}
+
+int nv_object_job(nv_plane *plane, uint32_t number, uint32_t op, void *buffer, uint64_t offset, uint64_t length,
+                  uint64_t token)
+{
+    struct nv_object *object;
+    struct nv_job *job;
+    int error = find_object(plane, number, &object);
+
+    if (!error && object->closing)
+        error = nv_fail(EALREADY, "object %u is being closed", number);
+    if (!error)
+        error = nv_job_create(object, op, buffer, offset, length, token, &job);
+    if (error)
+        return error;
+    object->users++;
+    nv_job_send(job, nv_plane_reactor(plane, number % plane->config.reactors));
+    return 0;
+}
+
+/* --- volumes --- */
+
+static struct nv_object *lookup_object(void *context, uint32_t number)
+{
+    struct nv_object *object = nv_table_get(&((nv_plane *)context)->objects, number);
+
+    return object && !object->closing ? object : NULL;
+}
+
+static int compile(nv_plane *plane, const void *desc, uint64_t length, struct nv_map **map)
+{
+    int error = nv_desc_compile(desc, length, plane->config.reactors, lookup_object, plane, map);
+
+    if (!error)
+        for (uint32_t i = 0; i < (*map)->object_count; i++)
+            (*map)->objects[i]->users++;
+    return error;
+}
+
+static int find_volume(nv_plane *plane, uint32_t number, struct nv_volume **out)
+{
+    *out = nv_table_get(&plane->volumes, number);
+    if (!*out)
+        return nv_fail(ENOENT, "volume %u is not open", number);
+    return (*out)->closing ? nv_fail(ESHUTDOWN, "volume %u is being closed", number) : 0;
+}
+
+int nv_volume_open(nv_plane *plane, const void *desc, uint64_t length, uint32_t *number)
+{
+    const uint32_t reactors = plane->config.reactors;
+    const size_t bytes = sizeof(struct nv_volume) + reactors * sizeof(struct nv_volume_local);
+    struct nv_volume *volume;
+    struct nv_map *map;
+    int error = compile(plane, desc, length, &map);
+
+    if (error)
+        return error;
+    volume = aligned_alloc(64, (bytes + 63) / 64 * 64);
+    if (!volume) {
+        nv_object_unuse(map);
+        return nv_fail(ENOMEM, "no memory for a volume");
+    }
+    memset(volume, 0, bytes);
+    if (nv_table_add(&plane->volumes, volume, &volume->id) != 0) {
+        free(volume);
+        nv_object_unuse(map);
+        return nv_fail(ENOSPC, "%u volumes are open, the limit", NV_VOLUMES_MAX);
+    }
+    volume->plane = plane;
+    volume->latest = map;
+    nv_range_table_init(&volume->ranges);
+    atomic_store(&volume->open_locals, reactors);
+    for (uint32_t i = 0; i < reactors; i++) {
+        volume->locals[i].map = map; /* published by the message that brings the first connection */
+        volume->locals[i].volume = volume;
+    }
+    *number = volume->id;
+    return 0;
+}
+
+static struct nv_volume_change *make_change(struct nv_volume *volume, struct nv_map *to, uint64_t token)
+{
+    const uint32_t reactors = volume->plane->config.reactors;
+    struct nv_volume_change *change = calloc(1, sizeof *change + reactors * sizeof(struct nv_change_message));
+
+    if (!change)
+        return NULL;
+    change->volume = volume;
+    change->from = volume->latest;
+    change->to = to;
+    atomic_store(&change->left, reactors);
+    change->changed.event = (nv_event){
+        .kind = NV_EVENT_VOLUME_CHANGED, .token = token, .volume = volume->id, .args = {to->version}};
+    change->changed.subject = change;
+    change->from->change = change;
+    return change;
+}
+
+int nv_volume_change(nv_plane *plane, uint32_t number, const void *desc, uint64_t length, uint64_t token)
+{
+    struct nv_volume_change *change;
+    struct nv_volume *volume;
+    struct nv_map *map;
+    int error = find_volume(plane, number, &volume);
+
+    if (error || (error = compile(plane, desc, length, &map)))
+        return error;
+    if (nv_desc_map_from(desc) != volume->latest->version) {
+        error = nv_fail(ESTALE, "the change starts from map version %" PRIu64 ", the volume runs %" PRIu64,
+                        nv_desc_map_from(desc), volume->latest->version);
+        nv_object_unuse(map);
+        return error;
+    }
+    change = make_change(volume, map, token);
+    if (!change) {
+        nv_object_unuse(map);
+        return nv_fail(ENOMEM, "no memory for a volume change");
+    }
+    volume->latest = map;
+    volume->changes++;
+    for (uint32_t i = 0; i < plane->config.reactors; i++) {
+        change->messages[i].change = change;
+        change->messages[i].message.run = nv_volume_local_change;
+        nv_reactor_send(nv_plane_reactor(plane, i), &change->messages[i].message);
+    }
+    return 0;
+}
+
+static void volume_closes(struct nv_reactor *reactor, struct nv_message *message)
+{
+    struct nv_volume_local *local =
+        (struct nv_volume_local *)((char *)message - offsetof(struct nv_volume_local, message));
+
+    for (struct nv_conn *conn = local->connections; conn; conn = conn->volume_next)
+        nv_conn_close(conn, -ESHUTDOWN);
+    nv_volume_local_close(reactor, local);
+}
+
+int nv_volume_close(nv_plane *plane, uint32_t number, uint64_t token)
+{
+    struct nv_volume *volume;
+    int error = find_volume(plane, number, &volume);
+
+    if (error)
+        return error;
+    volume->closing = true;
+    volume->closed.event = (nv_event){.kind = NV_EVENT_VOLUME_CLOSED, .token = token, .volume = number};
+    volume->closed.subject = volume;
+    for (uint32_t i = 0; i < plane->config.reactors; i++) {
+        volume->locals[i].message.run = volume_closes;
+        nv_reactor_send(nv_plane_reactor(plane, i), &volume->locals[i].message);
+    }
+    return 0;
+}
+
+int nv_volume_stats(nv_plane *plane, uint32_t number, nv_volume_stats_t *out)
+{
+    struct nv_volume *volume = nv_table_get(&plane->volumes, number);
+
+    if (!volume)
+        return nv_fail(ENOENT, "volume %u is not open", number);
+    *out = (nv_volume_stats_t){.connections = atomic_load(&volume->connections)};
+    for (uint32_t i = 0; i < plane->config.reactors; i++) {
+        struct nv_volume_counters *counters = &volume->locals[i].counters;
+        out->reads += atomic_load(&counters->reads);
+        out->writes += atomic_load(&counters->writes);
+        out->flushes += atomic_load(&counters->flushes);
+        out->trims += atomic_load(&counters->trims);
+        out->zeroes += atomic_load(&counters->zeroes);
+        out->others += atomic_load(&counters->others);
+        out->read_bytes += atomic_load(&counters->read_bytes);
+        out->write_bytes += atomic_load(&counters->write_bytes);
+        out->errors += atomic_load(&counters->errors);
+        out->in_flight += atomic_load(&counters->in_flight);
+    }
+    return 0;
+}
+
+/* --- connections --- */
+
+static int check_params(const nv_connection_params *params)
+{
+    if (params->flags & ~(uint32_t)(NV_CONN_STRUCTURED | NV_CONN_EXTENDED | NV_CONN_READ_ONLY))
+        return nv_fail(EINVAL, "connection flags 0x%x are unknown", params->flags);
+    if (params->block_min == 0 || (params->block_min & (params->block_min - 1)) ||
+        params->block_min > NV_BLOCK_MIN_MAX)
+        return nv_fail(EINVAL, "minimum block %u is not a power of two of 1..%u", params->block_min, NV_BLOCK_MIN_MAX);
+    if (params->payload_max < NV_POOL_PAGE || params->payload_max > NV_PAYLOAD_MAX)
+        return nv_fail(EINVAL, "maximum payload %u is not in %u..%u", params->payload_max, NV_POOL_PAGE,
+                       NV_PAYLOAD_MAX);
+    if (params->context_count > NV_CONTEXTS_MAX)
+        return nv_fail(EINVAL, "%u meta contexts, above %u", params->context_count, NV_CONTEXTS_MAX);
+    for (uint32_t i = 0; i < params->context_count; i++)
+        if (params->contexts[i].kind != NV_CONTEXT_BASE_ALLOCATION)
+            return nv_fail(EINVAL, "meta context kind %u is unknown", params->contexts[i].kind);
+    return 0;
+}
+
+static int new_connection(nv_plane *plane, int fd, uint64_t token, struct nv_conn **out)
+{
+    struct nv_reactor *reactor = nv_plane_least_loaded(plane);
+    struct nv_conn *conn = nv_conn_create(reactor, -1);
+
+    if (!conn)
+        return nv_fail(ENOMEM, "no address space for a connection");
+    if (nv_table_add(&plane->connections, conn, &conn->id) != 0) {
+        nv_conn_free(conn);
+        return nv_fail(ENOSPC, "%u connections are open, the limit", plane->connections.capacity);
+    }
+    conn->handle = nv_io_open_socket(fd);
+    if (conn->handle < 0) {
+        int error = nv_fail(-conn->handle, "descriptor %d is not a usable stream socket: %s", fd,
+                            strerror(-conn->handle));
+        nv_table_remove(&plane->connections, conn->id);
+        nv_conn_free(conn);
+        return error;
+    }
+    conn->closed.event.token = token;
+    *out = conn;
+    return 0;
+}
+
+int nv_connection_open(nv_plane *plane, int fd, uint32_t volume_number, const nv_connection_params *params,
+                       const void *early, uint64_t early_length, uint64_t token, uint32_t *number)
+{
+    struct nv_volume *volume;
+    struct nv_conn *conn = NULL;
+    int error = find_volume(plane, volume_number, &volume);
+
+    if (error || (error = check_params(params)))
+        return error;
+    if (early_length > NV_CHUNK_CAPACITY)
+        return nv_fail(E2BIG, "%" PRIu64 " early bytes, above %u", early_length, NV_CHUNK_CAPACITY);
+    error = new_connection(plane, fd, token, &conn);
+    if (error)
+        return error;
+    nv_conn_set_params(conn, volume, params);
+    if (early_length > 0)
+        nv_conn_preload(conn, early, (uint32_t)early_length);
+    atomic_fetch_add(&volume->connections, 1);
+    plane->assigned[conn->reactor->index]++;
+    conn->closed.event.volume = volume_number;
+    conn->open_message.run = nv_conn_opens;
+    *number = conn->id; /* before the message: the connection may end at any moment after it */
+    nv_reactor_send(conn->reactor, &conn->open_message);
+    return 0;
+}
+
+int nv_connection_close(nv_plane *plane, uint32_t number)
+{
+    struct nv_conn *conn = nv_table_get(&plane->connections, number);
+
+    if (!conn)
+        return nv_fail(ENOENT, "connection %u is not open", number);
+    if (conn->close_sent)
+        return 0;
+    conn->close_sent = true;
+    conn->close_message.run = nv_conn_closes;
+    nv_reactor_send(conn->reactor, &conn->close_message);
+    return 0;
+}

@@ -1,0 +1,263 @@
+/*
+ * The loop (see reactor.h). A turn runs completions, messages and parsing in a few rounds until nothing new comes, so
+ * that replies to reads answered on the spot join one send; then it sends, tells the front, and enters the kernel once.
+ * The lists of connections are intrusive; a connection stands at most once on each.
+ */
+#include "reactor/reactor.h"
+
+#include <assert.h>
+#include <errno.h>
+#include <sched.h>
+
+#include "limits.h"
+#include "nbd/session.h"
+
+int nv_reactor_setup(struct nv_reactor *reactor, const struct nv_io_config *config, struct nv_io_features *features,
+                     uint64_t pool_bytes)
+{
+    int error = nv_io_create(config, &reactor->io, features);
+
+    if (error)
+        return error;
+    reactor->pool = nv_pool_create(pool_bytes);
+    if (!reactor->pool) {
+        nv_io_destroy(reactor->io);
+        reactor->io = NULL;
+        return -ENOMEM;
+    }
+    reactor->kicked_tail = &reactor->kicked;
+    reactor->starving_tail = &reactor->starving;
+    return 0;
+}
+
+void nv_reactor_teardown(struct nv_reactor *reactor)
+{
+    assert(!reactor->connections && !reactor->jobs && !reactor->syncs);
+    nv_io_destroy(reactor->io);
+    nv_pool_destroy(reactor->pool);
+}
+
+void nv_reactor_send(struct nv_reactor *reactor, struct nv_message *message)
+{
+    assert(message->run);
+    nv_inbox_push(&reactor->inbox, message);
+    nv_io_wake(reactor->io);
+}
+
+void nv_reactor_kick(struct nv_reactor *reactor, struct nv_conn *conn)
+{
+    if (conn->kicked)
+        return;
+    conn->kicked = true;
+    conn->kick_next = NULL;
+    *reactor->kicked_tail = conn;
+    reactor->kicked_tail = &conn->kick_next;
+}
+
+void nv_reactor_send_later(struct nv_reactor *reactor, struct nv_conn *conn)
+{
+    if (conn->sending)
+        return;
+    conn->sending = true;
+    conn->send_next = reactor->senders;
+    reactor->senders = conn;
+}
+
+void nv_reactor_starve(struct nv_reactor *reactor, struct nv_conn *conn)
+{
+    if (conn->starving)
+        return;
+    conn->starving = true;
+    conn->starve_next = NULL;
+    *reactor->starving_tail = conn;
+    reactor->starving_tail = &conn->starve_next;
+}
+
+void nv_reactor_unstarve(struct nv_reactor *reactor, struct nv_conn *conn)
+{
+    struct nv_conn **link = &reactor->starving;
+
+    if (!conn->starving)
+        return;
+    conn->starving = false;
+    while (*link != conn)
+        link = &(*link)->starve_next;
+    *link = conn->starve_next;
+    if (!*link)
+        reactor->starving_tail = link;
+    reactor->pool_freed = true; /* the next in line may go now */
+}
+
+void nv_reactor_forget(struct nv_reactor *reactor, struct nv_conn *conn)
+{
+    struct nv_conn **link;
+
+    nv_reactor_unstarve(reactor, conn);
+    for (link = &reactor->kicked; conn->kicked && *link; link = &(*link)->kick_next)
+        if (*link == conn) {
+            *link = conn->kick_next;
+            if (!*link)
+                reactor->kicked_tail = link;
+            break;
+        }
+    for (link = &reactor->senders; conn->sending && *link; link = &(*link)->send_next)
+        if (*link == conn) {
+            *link = conn->send_next;
+            break;
+        }
+    conn->kicked = conn->sending = false;
+}
+
+static unsigned run_inbox(struct nv_reactor *reactor)
+{
+    unsigned count = 0;
+
+    for (struct nv_message *message = nv_inbox_take(&reactor->inbox), *next; message; message = next, count++) {
+        next = message->next;
+        message->run(reactor, message);
+    }
+    return count;
+}
+
+static unsigned run_kicked(struct nv_reactor *reactor)
+{
+    unsigned count = 0;
+
+    while (reactor->kicked) {
+        struct nv_conn *conn = reactor->kicked;
+        reactor->kicked = conn->kick_next;
+        if (!reactor->kicked)
+            reactor->kicked_tail = &reactor->kicked;
+        conn->kicked = false;
+        nv_conn_turn(conn);
+        count++;
+    }
+    return count;
+}
+
+/* Memory came back: the longest waiting first, and nobody overtakes it. */
+static void feed_starving(struct nv_reactor *reactor)
+{
+    while (reactor->pool_freed && reactor->starving) {
+        struct nv_conn *conn = reactor->starving;
+        nv_conn_turn(conn);
+        if (reactor->starving == conn)
+            break;
+    }
+    reactor->pool_freed = false;
+}
+
+static void run_senders(struct nv_reactor *reactor)
+{
+    while (reactor->senders) {
+        struct nv_conn *conn = reactor->senders;
+        reactor->senders = conn->send_next;
+        conn->sending = false;
+        nv_conn_transmit(conn);
+    }
+}
+
+static void ticked(struct nv_op *op)
+{
+    struct nv_reactor *reactor = (struct nv_reactor *)((char *)op - offsetof(struct nv_reactor, tick));
+    const uint64_t now = nv_io_now_ns(reactor->io);
+
+    reactor->tick_armed = false;
+    reactor->tick_wanted = false;
+    for (struct nv_conn *conn = reactor->connections, *next; conn; conn = next) {
+        next = conn->next;
+        nv_conn_tick(conn, now);
+    }
+}
+
+void nv_reactor_want_tick(struct nv_reactor *reactor)
+{
+    reactor->tick_wanted = true;
+    if (reactor->tick_armed)
+        return;
+    reactor->tick_armed = true;
+    reactor->tick = (struct nv_op){.kind = NV_OP_TIMER, .done = ticked, .length = NV_TICK_MS * 1000000ull};
+    nv_io_submit(reactor->io, &reactor->tick);
+}
+
+static void publish(struct nv_reactor *reactor)
+{
+    uint64_t submissions, enters;
+
+    nv_io_counts(reactor->io, &submissions, &enters);
+    atomic_store_explicit(&reactor->counters.submissions, submissions, memory_order_relaxed);
+    atomic_store_explicit(&reactor->counters.enters, enters, memory_order_relaxed);
+    atomic_store_explicit(&reactor->counters.pool_free_bytes, nv_pool_free_bytes(reactor->pool), memory_order_relaxed);
+}
+
+bool nv_reactor_turn(struct nv_reactor *reactor)
+{
+    bool any = false;
+
+    for (unsigned round = 0; round < NV_TURN_ROUNDS; round++) {
+        unsigned count = nv_io_run(reactor->io) + run_inbox(reactor) + run_kicked(reactor);
+        feed_starving(reactor);
+        if (count == 0)
+            break;
+        any = true;
+    }
+    run_senders(reactor);
+    nv_events_flush(&reactor->events);
+    nv_io_enter(reactor->io);
+    if (any)
+        publish(reactor);
+    return any;
+}
+
+bool nv_reactor_finished(const struct nv_reactor *reactor)
+{
+    return reactor->stopping && !reactor->connections && !reactor->jobs && !reactor->syncs && !reactor->tick_armed &&
+           !reactor->kicked && nv_inbox_empty((struct nv_inbox *)&reactor->inbox);
+}
+
+static bool idle(struct nv_reactor *reactor)
+{
+    return !nv_io_ready(reactor->io) && nv_inbox_empty(&reactor->inbox) && !reactor->kicked;
+}
+
+/* Busy-wait while it has lately paid off: the length doubles when work came in time and halves when it did not. */
+static bool spin(struct nv_reactor *reactor)
+{
+    const uint64_t start = nv_io_now_ns(reactor->io);
+
+    while (reactor->spin_ns > 0 && nv_io_now_ns(reactor->io) - start < reactor->spin_ns) {
+        for (unsigned i = 0; i < 16; i++) {
+            if (!idle(reactor)) {
+                reactor->spin_ns = reactor->spin_ns * 2 < reactor->spin_max_ns ? reactor->spin_ns * 2
+                                                                              : reactor->spin_max_ns;
+                return true;
+            }
+            __builtin_ia32_pause();
+        }
+    }
+    reactor->spin_ns /= 2;
+    return false;
+}
+
+static void sleep_until_work(struct nv_reactor *reactor)
+{
+    const uint64_t start = nv_io_now_ns(reactor->io);
+
+    nv_io_sleep_begin(reactor->io);
+    if (idle(reactor)) {
+        nv_count(&reactor->counters.sleeps, 1);
+        nv_io_sleep(reactor->io, UINT64_MAX);
+    }
+    nv_io_sleep_end(reactor->io);
+    if (nv_io_now_ns(reactor->io) - start < reactor->spin_max_ns && reactor->spin_ns < reactor->spin_max_ns / 16 + 1)
+        reactor->spin_ns = reactor->spin_max_ns / 16 + 1; /* a short spin would have met this work */
+}
+
+void nv_reactor_loop(struct nv_reactor *reactor)
+{
+    while (!nv_reactor_finished(reactor)) {
+        if (nv_reactor_turn(reactor) || !idle(reactor) || spin(reactor))
+            continue;
+        sleep_until_work(reactor);
+    }
+}

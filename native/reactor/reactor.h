@@ -1,0 +1,76 @@
+/*
+ * One reactor: a thread's worth of the plane. It owns its I/O port, pool, connections and the local halves of volumes;
+ * other threads reach it through its inbox only. nv_reactor_turn() is one pass of the loop and never sleeps, so the
+ * simulator drives the same code.
+ */
+#ifndef NV_REACTOR_H
+#define NV_REACTOR_H
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "io/io.h"
+#include "reactor/events.h"
+#include "reactor/inbox.h"
+#include "reactor/pool.h"
+
+struct nv_conn;
+struct nv_plane;
+
+struct nv_reactor_counters {        /* one writer, the reactor; read by the front */
+    _Atomic uint64_t enters, sleeps, requests, batches, submissions, copies_bytes, connections, pool_free_bytes,
+        pool_waits;
+};
+
+struct nv_reactor {
+    uint32_t index;
+    struct nv_plane *plane;
+    struct nv_io *io;
+    struct nv_pool *pool;
+    struct nv_inbox inbox;
+    struct nv_conn *connections;            /* all of this reactor */
+    struct nv_conn *kicked, **kicked_tail;  /* want nv_conn_turn() before the turn ends */
+    struct nv_conn *senders;                /* have replies to send at the end of the turn */
+    struct nv_conn *starving, **starving_tail; /* wait for pool memory, longest first */
+    bool pool_freed;                        /* since the starving were last looked at */
+    uint32_t jobs;                          /* object jobs under way */
+    uint32_t syncs;                         /* syncs this reactor runs */
+    struct nv_op tick;                      /* coarse timer, armed while somebody has a deadline */
+    bool tick_armed;
+    bool tick_wanted;
+    bool stopping;
+    uint64_t spin_ns;                       /* present length of the busy wait */
+    uint64_t spin_max_ns;
+    pthread_t thread;
+    bool threaded;
+    struct nv_reactor_counters counters;
+    struct nv_events events;
+};
+
+/* On the reactor's own thread, which becomes the port's only user. 0 or -errno. */
+int nv_reactor_setup(struct nv_reactor *reactor, const struct nv_io_config *config, struct nv_io_features *features,
+                     uint64_t pool_bytes);
+void nv_reactor_teardown(struct nv_reactor *reactor);
+/* One pass: completions, messages, parsing, replies, at most one enter. True if anything happened. */
+bool nv_reactor_turn(struct nv_reactor *reactor);
+/* True once stopping and nothing is left. */
+bool nv_reactor_finished(const struct nv_reactor *reactor);
+/* The thread's loop: turns, spins, sleeps, until finished. */
+void nv_reactor_loop(struct nv_reactor *reactor);
+/* Any thread: deliver a message and wake the reactor. */
+void nv_reactor_send(struct nv_reactor *reactor, struct nv_message *message);
+/* Reactor: a connection wants attention before the turn ends. */
+void nv_reactor_kick(struct nv_reactor *reactor, struct nv_conn *conn);
+/* Reactor: a connection waits for pool memory, behind those that already wait. */
+void nv_reactor_starve(struct nv_reactor *reactor, struct nv_conn *conn);
+/* Reactor: replies wait; they go out in one send when the turn ends. */
+void nv_reactor_send_later(struct nv_reactor *reactor, struct nv_conn *conn);
+/* Reactor: the connection is gone; it stands on no list any more. */
+void nv_reactor_forget(struct nv_reactor *reactor, struct nv_conn *conn);
+void nv_reactor_unstarve(struct nv_reactor *reactor, struct nv_conn *conn);
+/* Reactor: call nv_conn_tick() on all connections every NV_TICK_MS while wanted. */
+void nv_reactor_want_tick(struct nv_reactor *reactor);
+
+#endif

@@ -1,0 +1,339 @@
+/*
+ * See volume.h. Invariants: a request holds its map from enter to finish and counts as a user of it; a write-like
+ * request holds its place in the range order exactly that long; pieces of one request run one after another in
+ * ascending order. A request that crosses runs becomes several pieces. What is not here: protocol, buffers, policy.
+ */
+#include "volume/volume.h"
+
+#include <assert.h>
+#include <errno.h>
+#include <stddef.h>
+#include <string.h>
+
+#include "limits.h"
+#include "reactor/reactor.h"
+
+static void step(struct nv_vreq *request);
+static void sync_next(struct nv_vreq *request);
+
+static bool orders(const struct nv_vreq *request)
+{
+    return request->kind == NV_REQUEST_WRITE || request->kind == NV_REQUEST_TRIM || request->kind == NV_REQUEST_ZERO;
+}
+
+static struct nv_volume_local *local_of(const struct nv_vreq *request)
+{
+    return &request->volume->locals[request->reactor->index];
+}
+
+static void change_drained(struct nv_reactor *reactor, struct nv_volume_change *change)
+{
+    if (atomic_fetch_sub(&change->left, 1) == 1)
+        nv_events_raise(&reactor->events, &change->changed);
+}
+
+static void release_map(struct nv_vreq *request)
+{
+    struct nv_map_user *user = &request->map->users[request->reactor->index];
+
+    assert(user->in_flight > 0);
+    if (--user->in_flight == 0 && user->retiring)
+        change_drained(request->reactor, request->map->change);
+    request->map = NULL;
+}
+
+static void range_ready(struct nv_range *range)
+{
+    step((struct nv_vreq *)((char *)range - offsetof(struct nv_vreq, range)));
+}
+
+void nv_volume_enter(struct nv_vreq *request)
+{
+    struct nv_volume_local *local = local_of(request);
+
+    request->map = local->map;
+    request->map->users[request->reactor->index].in_flight++;
+    request->error = 0;
+    request->done = 0;
+    request->object_next = 0;
+    request->extents_count = 0;
+    nv_count(&local->counters.in_flight, 1);
+    if (!orders(request) || request->length == 0)
+        return;
+    assert(request->offset + request->length <= request->map->size);
+    request->range.offset = request->offset;
+    request->range.length = request->length;
+    request->range.reactor = request->reactor;
+    request->range.ready = range_ready;
+    nv_range_enter(&request->volume->ranges, &request->range);
+}
+
+static void leave(struct nv_vreq *request)
+{
+    if (orders(request) && request->length > 0)
+        nv_range_leave(&request->volume->ranges, &request->range);
+    nv_count(&local_of(request)->counters.in_flight, (uint64_t)-1);
+    release_map(request);
+}
+
+void nv_volume_abandon(struct nv_vreq *request)
+{
+    leave(request);
+}
+
+void nv_volume_start(struct nv_vreq *request)
+{
+    if (request->kind == NV_REQUEST_FLUSH)
+        sync_next(request);
+    else if (!orders(request) || request->length == 0 || nv_range_release(&request->volume->ranges, &request->range))
+        step(request);
+}
+
+static void count(struct nv_vreq *request)
+{
+    struct nv_volume_counters *counters = &local_of(request)->counters;
+    _Atomic uint64_t *const by_kind[] = {
+        [NV_REQUEST_READ] = &counters->reads,   [NV_REQUEST_WRITE] = &counters->writes,
+        [NV_REQUEST_FLUSH] = &counters->flushes, [NV_REQUEST_TRIM] = &counters->trims,
+        [NV_REQUEST_ZERO] = &counters->zeroes,  [NV_REQUEST_CACHE] = &counters->others,
+        [NV_REQUEST_STATUS] = &counters->others,
+    };
+
+    nv_count(by_kind[request->kind], 1);
+    if (request->error)
+        nv_count(&counters->errors, 1);
+    else if (request->kind == NV_REQUEST_READ)
+        nv_count(&counters->read_bytes, request->length);
+    else if (request->kind == NV_REQUEST_WRITE)
+        nv_count(&counters->write_bytes, request->length);
+}
+
+static void finish(struct nv_vreq *request, int error)
+{
+    assert(error <= 0);
+    request->error = error;
+    count(request);
+    leave(request);
+    request->finished(request);
+}
+
+/* --- FLUSH, and FUA of trims and zeroes: the map's objects one after another --- */
+
+static void synced(struct nv_sync_wait *wait)
+{
+    struct nv_vreq *request = (struct nv_vreq *)((char *)wait - offsetof(struct nv_vreq, wait));
+
+    if (wait->error)
+        finish(request, wait->error);
+    else
+        sync_next(request);
+}
+
+static void sync_next(struct nv_vreq *request)
+{
+    while (request->object_next < request->map->object_count) {
+        struct nv_object *object = request->map->objects[request->object_next++];
+        request->wait.done = synced;
+        if (!nv_sync_begin(&object->sync, request->reactor, &request->wait))
+            return;
+        if (request->wait.error) {
+            finish(request, request->wait.error);
+            return;
+        }
+    }
+    finish(request, 0);
+}
+
+/* --- everything else: piece by piece along the runs --- */
+
+static void all_done(struct nv_vreq *request)
+{
+    const bool sync = (request->flags & NV_REQUEST_FUA) &&
+                      (request->kind == NV_REQUEST_TRIM || request->kind == NV_REQUEST_ZERO);
+
+    assert(request->done == request->length || request->kind == NV_REQUEST_STATUS);
+    if (sync)
+        sync_next(request);
+    else
+        finish(request, 0);
+}
+
+/* Append an extent, merged with an equal neighbour; boundaries are rounded so that data grows, never shrinks. */
+static void add_extent(struct nv_vreq *request, uint64_t length, uint32_t flags)
+{
+    const uint64_t unit = request->map->block_min;
+    struct nv_extent *last = request->extents_count ? &request->extents[request->extents_count - 1] : NULL;
+    const uint64_t from = request->done;
+    uint64_t until = from + length;
+
+    if (until < request->length) /* the last boundary is the request's own */
+        until = flags ? until & ~(unit - 1) : (until + unit - 1) & ~(unit - 1);
+    if (until > request->length)
+        until = request->length;
+    if (until <= from)
+        return;
+    if (last && last->flags == flags)
+        last->length += until - from;
+    else
+        request->extents[request->extents_count++] = (struct nv_extent){until - from, flags};
+    request->done = until;
+}
+
+static bool extents_full(const struct nv_vreq *request)
+{
+    return request->extents_count >= request->extents_max ||
+           ((request->flags & NV_REQUEST_ONE) && request->extents_count > 1);
+}
+
+static void extents_found(struct nv_vreq *request, int64_t found)
+{
+    const uint64_t start = request->offset + request->done;
+    uint64_t at = start;
+
+    for (int64_t i = 0; i < found && !extents_full(request); i++) {
+        uint64_t end = at + request->piece.extents[i].length;
+        uint64_t have = request->offset + request->done; /* rounding may have eaten into this one */
+        if (end > have)
+            add_extent(request, end - have, request->piece.extents[i].flags);
+        at = end;
+    }
+    if (request->offset + request->done == start) /* a hole smaller than a block: call the block data */
+        add_extent(request, 1, 0);
+}
+
+static void piece_finished(struct nv_piece *piece, int64_t result)
+{
+    struct nv_vreq *request = (struct nv_vreq *)((char *)piece - offsetof(struct nv_vreq, piece));
+
+    if (result < 0) {
+        finish(request, (int)result);
+        return;
+    }
+    if (request->kind == NV_REQUEST_STATUS)
+        extents_found(request, result);
+    else
+        request->done += request->piece_length;
+    step(request);
+}
+
+static uint8_t piece_kind(const struct nv_vreq *request)
+{
+    static const uint8_t kinds[] = {
+        [NV_REQUEST_READ] = NV_PIECE_READ,      [NV_REQUEST_WRITE] = NV_PIECE_WRITE,
+        [NV_REQUEST_TRIM] = NV_PIECE_TRIM,      [NV_REQUEST_ZERO] = NV_PIECE_ZERO,
+        [NV_REQUEST_CACHE] = NV_PIECE_PREFETCH, [NV_REQUEST_STATUS] = NV_PIECE_EXTENTS,
+    };
+
+    assert(request->kind < sizeof kinds && kinds[request->kind] != 0);
+    return kinds[request->kind];
+}
+
+static void start_piece(struct nv_vreq *request, const struct nv_run *run, uint64_t into, uint64_t length)
+{
+    struct nv_piece *piece = &request->piece;
+
+    piece->reactor = request->reactor;
+    piece->object = run->object;
+    piece->kind = piece_kind(request);
+    piece->flags = (uint8_t)((request->flags & NV_REQUEST_FUA ? NV_PIECE_DSYNC : 0) |
+                             (request->flags & NV_REQUEST_NO_HOLE ? NV_PIECE_NO_HOLE : 0) |
+                             (request->flags & NV_REQUEST_FAST ? NV_PIECE_FAST : 0));
+    piece->offset = run->object_offset + into;
+    piece->length = length;
+    piece->data = request->data ? request->data + request->done : NULL;
+    piece->extents = request->extents + request->extents_max;
+    piece->extents_max = request->extents_max - request->extents_count;
+    piece->finished = piece_finished;
+    request->piece_length = length;
+    nv_piece_start(piece);
+}
+
+/* A run without storage, or one that may not be written. True: handled, go on; false: the request has finished. */
+static bool without_storage(struct nv_vreq *request, const struct nv_run *run, uint64_t length)
+{
+    if (request->kind == NV_REQUEST_WRITE || (request->kind == NV_REQUEST_ZERO && run->state != NV_RUN_ZERO)) {
+        finish(request, -EIO); /* the place of the map fault: until it is built, nothing can allocate the run */
+        return false;
+    }
+    if (request->kind == NV_REQUEST_STATUS) {
+        add_extent(request, length, NV_EXTENT_HOLE | NV_EXTENT_ZERO);
+        return true;
+    }
+    if (request->kind == NV_REQUEST_READ)
+        memset(request->data + request->done, 0, length);
+    request->done += length;
+    return true;
+}
+
+static bool needs_storage(const struct nv_vreq *request, const struct nv_run *run)
+{
+    if (run->state == NV_RUN_MAPPED)
+        return true;
+    return run->state == NV_RUN_WRITE_PROTECTED && !orders(request);
+}
+
+static bool fua_would_lie(const struct nv_vreq *request, const struct nv_run *run)
+{
+    return (request->flags & NV_REQUEST_FUA) && request->kind == NV_REQUEST_WRITE && run->object &&
+           atomic_load(&run->object->sync.fault);
+}
+
+static void step(struct nv_vreq *request)
+{
+    while (request->done < request->length) {
+        const uint64_t at = request->offset + request->done;
+        const struct nv_run *run = nv_map_find(request->map, at);
+        const uint64_t into = at - run->offset;
+        uint64_t length = run->length - into;
+
+        assert(at >= run->offset && into < run->length);
+        if (length > request->length - request->done)
+            length = request->length - request->done;
+        if (request->kind == NV_REQUEST_STATUS && extents_full(request))
+            break;
+        if (fua_would_lie(request, run)) {
+            finish(request, -EIO);
+            return;
+        }
+        if (needs_storage(request, run)) {
+            start_piece(request, run, into, length);
+            return;
+        }
+        if (!without_storage(request, run, length))
+            return;
+    }
+    all_done(request);
+}
+
+/* --- the local half's changes --- */
+
+void nv_volume_local_change(struct nv_reactor *reactor, struct nv_message *message)
+{
+    struct nv_volume_change *change = ((struct nv_change_message *)message)->change;
+    struct nv_volume_local *local = &change->volume->locals[reactor->index];
+    struct nv_map_user *user = &change->from->users[reactor->index];
+
+    assert(local->map == change->from && !user->retiring);
+    local->map = change->to;
+    user->retiring = true;
+    if (user->in_flight == 0)
+        change_drained(reactor, change);
+}
+
+static void local_gone(struct nv_reactor *reactor, struct nv_volume_local *local)
+{
+    if (local->closing && !local->connections && atomic_fetch_sub(&local->volume->open_locals, 1) == 1)
+        nv_events_raise(&reactor->events, &local->volume->closed);
+}
+
+void nv_volume_local_close(struct nv_reactor *reactor, struct nv_volume_local *local)
+{
+    assert(!local->closing);
+    local->closing = true;
+    local_gone(reactor, local);
+}
+
+void nv_volume_local_left(struct nv_reactor *reactor, struct nv_volume_local *local)
+{
+    local_gone(reactor, local);
+}

@@ -1,0 +1,128 @@
+/*
+ * A volume and one request on it. The layers that later issues add (qos, cache, mirror) sit between nv_volume_start()
+ * and the map; today's stack is range order -> map -> file. A volume's reactor-local half is touched by its reactor
+ * alone; what reactors share is the range table and the objects' sync state.
+ */
+#ifndef NV_VOLUME_H
+#define NV_VOLUME_H
+
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "backend/file.h"
+#include "nbdvvol.h"
+#include "reactor/events.h"
+#include "reactor/inbox.h"
+#include "volume/map.h"
+#include "volume/range.h"
+
+struct nv_plane;
+struct nv_conn;
+
+struct nv_volume_counters {         /* one writer, the reactor; read by the front */
+    _Atomic uint64_t reads, writes, flushes, trims, zeroes, others;
+    _Atomic uint64_t read_bytes, write_bytes, errors, in_flight;
+};
+
+struct nv_volume_local {
+    _Alignas(64) struct nv_map *map;
+    struct nv_conn *connections;    /* of this volume on this reactor */
+    uint64_t pool_bytes;            /* pool memory its requests hold */
+    bool closing;
+    struct nv_volume_counters counters;
+    struct nv_message message;      /* carries the close */
+    struct nv_volume *volume;
+};
+
+struct nv_volume {
+    uint32_t id;
+    struct nv_plane *plane;
+    struct nv_range_table ranges;
+    _Atomic uint32_t connections;   /* raised at open, lowered when the front saw the end */
+    _Atomic uint32_t open_locals;   /* reactors that have not finished the close */
+    struct nv_event_slot closed;
+    /* the front thread's */
+    struct nv_map *latest;          /* newest accepted map */
+    uint32_t changes;               /* under way */
+    bool closing;
+    bool gone;                      /* VOLUME_CLOSED was seen */
+    struct nv_volume_local locals[];
+};
+
+struct nv_volume_change {
+    struct nv_volume *volume;
+    struct nv_map *from;
+    struct nv_map *to;
+    _Atomic uint32_t left;          /* reactors that still have older I/O */
+    struct nv_event_slot changed;
+    struct nv_change_message {
+        struct nv_message message;
+        struct nv_volume_change *change;
+    } messages[];
+};
+
+enum nv_request_kind {
+    NV_REQUEST_READ,
+    NV_REQUEST_WRITE,
+    NV_REQUEST_FLUSH,
+    NV_REQUEST_TRIM,
+    NV_REQUEST_ZERO,
+    NV_REQUEST_CACHE,
+    NV_REQUEST_STATUS,
+};
+
+#define NV_REQUEST_FUA 1u
+#define NV_REQUEST_NO_HOLE 2u
+#define NV_REQUEST_FAST 4u
+#define NV_REQUEST_ONE 8u           /* STATUS: exactly one extent, not longer than asked */
+
+struct nv_vreq {
+    struct nv_piece piece;          /* the one piece in flight */
+    struct nv_range range;
+    struct nv_sync_wait wait;
+    struct nv_reactor *reactor;
+    struct nv_volume *volume;
+    struct nv_map *map;             /* held from enter to finish */
+    uint8_t kind;
+    uint8_t flags;
+    int32_t error;                  /* 0 or -errno */
+    uint32_t object_next;           /* FLUSH and FUA: the next object to sync */
+    uint64_t offset;
+    uint64_t length;
+    uint64_t done;
+    uint64_t piece_length;
+    uint8_t *data;                  /* READ, WRITE */
+    struct nv_extent *extents;      /* STATUS: room for extents_max answers, then as many for the backend's */
+    uint32_t extents_max;
+    uint32_t extents_count;
+    void (*finished)(struct nv_vreq *request);
+};
+
+/*
+ * A request's life: enter (takes the map, and for write-like requests its place in the range order), then start or
+ * abandon. `finished` runs later, from the reactor's loop; it may run inside start only for requests that need no I/O.
+ * The caller has checked the range against the map's size and the block size.
+ */
+void nv_volume_enter(struct nv_vreq *request);
+void nv_volume_start(struct nv_vreq *request);
+void nv_volume_abandon(struct nv_vreq *request);
+
+/* Reactor: begin closing the local half; the last reactor raises VOLUME_CLOSED. */
+void nv_volume_local_close(struct nv_reactor *reactor, struct nv_volume_local *local);
+/* Reactor: a connection has left the local half. */
+void nv_volume_local_left(struct nv_reactor *reactor, struct nv_volume_local *local);
+/* Reactor: put a change's new map in place; tells when older I/O has drained. */
+void nv_volume_local_change(struct nv_reactor *reactor, struct nv_message *message);
+
+static inline void nv_count(_Atomic uint64_t *counter, uint64_t add)
+{
+    atomic_store_explicit(counter, atomic_load_explicit(counter, memory_order_relaxed) + add, memory_order_relaxed);
+}
+
+static inline struct nv_volume_local *nv_volume_local(struct nv_volume *volume, uint32_t reactor)
+{
+    return &volume->locals[reactor];
+}
+
+#endif

@@ -1,0 +1,341 @@
+"""The data plane over the C library: implements `types.DataPlane`.
+
+One event loop owns a plane. Every call into C returns at once; what takes time ends with an event, which is matched to
+a future by its token. Python never sees a data byte of a VVol, only metadata reads and writes of the control path."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import itertools
+import os
+import struct
+from typing import Any
+
+from nbdvvol.dataplane.errors import PlaneError
+from nbdvvol.dataplane.ffi import check, ffi, last_error, lib
+from nbdvvol.dataplane.tls import Connection, Context
+from nbdvvol.dataplane.types import (
+    ConnectionEnd,
+    ConnectionParams,
+    PlaneConfig,
+    ReactorStats,
+    SyncFailedHandler,
+    TlsConfig,
+    TlsConnection,
+    TlsContext,
+    VolumeDescription,
+    VolumeStats,
+)
+
+METADATA_MAX = 1 << 20
+"""Longest metadata read or write, bytes."""
+
+_EVENTS_AT_ONCE = 256
+_CONTEXT_KINDS = {"base:allocation": lib.NV_CONTEXT_BASE_ALLOCATION}
+_HEADER = struct.Struct("=IIQ16sQQQQQIII28x")
+_LEG = struct.Struct("=IIQ")
+_RUN = struct.Struct("=QQQII")
+
+
+def encode_description(desc: VolumeDescription) -> bytes:
+    """The flat record of a volume description (native/include/nbdvvol.cdef.h, nv_desc_header).
+
+    Raises ValueError when a number does not fit its field; everything else is for C to judge."""
+    flags = lib.NV_VOLUME_READ_ONLY * desc.read_only | lib.NV_VOLUME_ROTATIONAL * desc.rotational
+    legs = b"".join(_LEG.pack(leg.id, leg.state, len(leg.runs)) for leg in desc.legs)
+    runs = b"".join(
+        _RUN.pack(run.offset, run.length, run.object_offset, run.object, run.state)
+        for leg in desc.legs
+        for run in leg.runs
+    )
+    if len(desc.uuid) != 16:
+        raise ValueError(f"a VVol's uuid has 16 bytes, not {len(desc.uuid)}")
+    try:
+        header = _HEADER.pack(
+            lib.NV_DESC_MAGIC,
+            lib.NV_DESC_VERSION,
+            _HEADER.size + len(legs) + len(runs),
+            desc.uuid,
+            desc.size,
+            desc.epoch,
+            desc.generation,
+            desc.map_from,
+            desc.map_to,
+            flags,
+            desc.block_min,
+            len(desc.legs),
+        )
+    except struct.error as error:
+        raise ValueError(f"volume description: {error}") from None
+    return header + legs + runs
+
+
+def encode_params(params: ConnectionParams) -> Any:
+    """The C form of what the haggling agreed. Raises ValueError for a meta context that C does not serve."""
+    out = ffi.new("nv_connection_params *")
+    out.flags = (
+        lib.NV_CONN_STRUCTURED * params.structured
+        | lib.NV_CONN_EXTENDED * params.extended
+        | lib.NV_CONN_READ_ONLY * params.read_only
+    )
+    out.tflags = params.tflags
+    out.block_min = params.block_min
+    out.payload_max = min(params.payload_max, 32 << 20)
+    if len(params.contexts) > lib.NV_CONTEXTS_MAX:
+        raise ValueError(f"{len(params.contexts)} meta contexts; at most {lib.NV_CONTEXTS_MAX} are possible")
+    out.context_count = len(params.contexts)
+    for index, context in enumerate(params.contexts):
+        if context.name not in _CONTEXT_KINDS:
+            raise ValueError(f"meta context {context.name!r} is not served; known: {', '.join(_CONTEXT_KINDS)}")
+        out.contexts[index].id = context.id
+        out.contexts[index].kind = _CONTEXT_KINDS[context.name]
+    return out
+
+
+class Plane:
+    """A running data plane (see types.DataPlane for each method's contract)."""
+
+    def __init__(self, config: PlaneConfig | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._tokens = itertools.count(1)
+        self._waiting: dict[int, asyncio.Future[Any]] = {}
+        self._buffers: dict[int, Any] = {}
+        self._tls: dict[int, Connection] = {}
+        self._events = ffi.new("nv_event[]", _EVENTS_AT_ONCE)
+        self.on_sync_failed: SyncFailedHandler | None = None
+        self._plane = self._create(config or PlaneConfig())
+        self._fd = lib.nv_plane_event_fd(self._plane)
+        self._loop.add_reader(self._fd, self._on_events)
+
+    @staticmethod
+    def _create(config: PlaneConfig) -> Any:
+        wish = ffi.new("nv_plane_config *")
+        wish.reactors = config.reactors
+        wish.cpu_first = -1 if config.cpu_first is None else config.cpu_first
+        wish.spin_us = config.spin_us
+        wish.flags = (lib.NV_PLANE_LOCK_MEMORY | lib.NV_PLANE_IO_FLUSHER) if config.lock_memory else 0
+        wish.pool_bytes = config.pool_bytes
+        wish.connections_max = config.connections_max
+        plane = lib.nv_plane_create(wish)
+        if plane == ffi.NULL:
+            raise PlaneError(ffi.errno, last_error())
+        return plane
+
+    @property
+    def _live(self) -> Any:
+        if self._plane is None:
+            raise PlaneError(errno.ESHUTDOWN, "the data plane is closed")
+        return self._plane
+
+    def _expect(self) -> tuple[int, asyncio.Future[Any]]:
+        token = next(self._tokens)
+        future: asyncio.Future[Any] = self._loop.create_future()
+        self._waiting[token] = future
+        return token, future
+
+    def _started(self, token: int, result: int) -> None:
+        if result < 0:
+            self._waiting.pop(token, None)
+            self._buffers.pop(token, None)
+        check(result)
+
+    # --- events ---
+
+    def _on_events(self) -> None:
+        if self._plane is None:
+            return
+        while (count := lib.nv_plane_events(self._plane, self._events, _EVENTS_AT_ONCE)) > 0:
+            for index in range(count):
+                self._on_event(self._events[index])
+            if count < _EVENTS_AT_ONCE:
+                break
+
+    def _on_event(self, event: Any) -> None:
+        kind, token, result = event.kind, event.token, event.result
+        if kind == lib.NV_EVENT_SYNC_FAILED:
+            if self.on_sync_failed is not None:
+                self.on_sync_failed(event.args[0], -result)
+            return
+        if kind in (lib.NV_EVENT_TLS_READY, lib.NV_EVENT_TLS_OPTION):
+            if connection := self._tls.get(token):
+                connection.on_event(ready=kind == lib.NV_EVENT_TLS_READY)
+            return
+        if kind == lib.NV_EVENT_CONNECTION_CLOSED and (connection := self._tls.pop(token, None)):
+            connection.on_closed()
+        self._finish(kind, token, result)
+
+    def _finish(self, kind: int, token: int, result: int) -> None:
+        future = self._waiting.pop(token, None)
+        buffer = self._buffers.pop(token, None)
+        if future is None or future.done():
+            return
+        if kind == lib.NV_EVENT_CONNECTION_CLOSED:
+            future.set_result(ConnectionEnd(-result))
+        elif result < 0:
+            future.set_exception(PlaneError(-result, os.strerror(-result)))
+        else:
+            future.set_result(buffer)
+
+    # --- objects ---
+
+    def open_object(self, fd: int, *, size: int, direct: bool, block: bool, read_only: bool, align: int) -> int:
+        """Give the plane a duplicate of `fd`; return the object's number."""
+        flags = lib.NV_OBJECT_DIRECT * direct | lib.NV_OBJECT_BLOCK * block | lib.NV_OBJECT_READ_ONLY * read_only
+        number = ffi.new("uint32_t *")
+        check(lib.nv_object_open(self._live, fd, flags, align if direct else 1, size, number))
+        return int(number[0])
+
+    async def close_object(self, obj: int) -> None:
+        """Close an object that no volume uses any more."""
+        token, future = self._expect()
+        self._started(token, lib.nv_object_close(self._live, obj, token))
+        await future
+
+    def set_object_size(self, obj: int, size: int) -> None:
+        """Tell the plane that the object grew."""
+        check(lib.nv_object_set_size(self._live, obj, size))
+
+    def clear_fault(self, obj: int) -> None:
+        """The operator accepts what a failed sync may have lost: FLUSH works again."""
+        check(lib.nv_object_clear_fault(self._live, obj))
+
+    async def _job(self, obj: int, op: int, buffer: Any, offset: int, length: int) -> Any:
+        token, future = self._expect()
+        self._buffers[token] = buffer
+        self._started(token, lib.nv_object_job(self._live, obj, op, buffer or ffi.NULL, offset, length, token))
+        # The buffer is C's until the job is done, also when the caller is cancelled: _buffers holds it.
+        return await future
+
+    @staticmethod
+    def _metadata(length: int) -> None:
+        if length > METADATA_MAX:
+            raise ValueError(f"metadata of {length} bytes; at most {METADATA_MAX} are possible")
+
+    async def read(self, obj: int, offset: int, length: int) -> bytes:
+        """Read metadata (at most 1 MiB) in the object's own I/O mode."""
+        self._metadata(length)
+        buffer = ffi.new("uint8_t[]", max(length, 1))
+        await self._job(obj, lib.NV_JOB_READ, buffer, offset, length)
+        return bytes(ffi.buffer(buffer, length))
+
+    async def write(self, obj: int, offset: int, data: bytes, *, sync: bool = True) -> None:
+        """Write metadata (at most 1 MiB), durable on return when `sync`."""
+        self._metadata(len(data))
+        buffer = ffi.new("uint8_t[]", data or b"\0")
+        await self._job(obj, lib.NV_JOB_WRITE, buffer, offset, len(data))
+        if sync:
+            await self.sync(obj)
+
+    async def zero(self, obj: int, offset: int, length: int) -> None:
+        """Write zeros over any length, durable on return (scrubbing)."""
+        await self._job(obj, lib.NV_JOB_ZERO, None, offset, length)
+
+    async def sync(self, obj: int) -> None:
+        """Make everything written to the object durable."""
+        await self._job(obj, lib.NV_JOB_SYNC, None, 0, 0)
+
+    # --- volumes ---
+
+    def open_volume(self, desc: VolumeDescription) -> int:
+        """Validate and run a description; return the volume's number."""
+        record = encode_description(desc)
+        number = ffi.new("uint32_t *")
+        check(lib.nv_volume_open(self._live, record, len(record), number))
+        return int(number[0])
+
+    async def change_volume(self, volume: int, desc: VolumeDescription) -> None:
+        """Replace a running description; returns once all reactors use it and older I/O drained."""
+        record = encode_description(desc)
+        token, future = self._expect()
+        self._started(token, lib.nv_volume_change(self._live, volume, record, len(record), token))
+        await future
+
+    async def close_volume(self, volume: int) -> None:
+        """End its connections (ESHUTDOWN to new requests), drain, forget it."""
+        token, future = self._expect()
+        self._started(token, lib.nv_volume_close(self._live, volume, token))
+        await future
+
+    def volume_stats(self, volume: int) -> VolumeStats:
+        """Counters of a volume."""
+        out = ffi.new("nv_volume_stats_t *")
+        check(lib.nv_volume_stats(self._live, volume, out))
+        return VolumeStats(**{name: int(getattr(out, name)) for name in VolumeStats.__slots__})
+
+    # --- connections ---
+
+    def open_connection(
+        self, fd: int, volume: int, params: ConnectionParams, early: bytes = b""
+    ) -> asyncio.Future[ConnectionEnd]:
+        """Hand a socket over for the transmission phase; C owns a duplicate of `fd`, the caller closes its own."""
+        plane = self._live
+        encoded = encode_params(params)
+        copy = os.dup(fd)
+        token, future = self._expect()
+        number = ffi.new("uint32_t *")
+        result = lib.nv_connection_open(plane, copy, volume, encoded, early, len(early), token, number)
+        if result < 0:
+            os.close(copy)
+        self._started(token, result)
+        return future
+
+    def load_tls(self, config: TlsConfig) -> TlsContext:
+        """Load certificates and keys. Raises PlaneError that names the bad file."""
+        return Context(config)
+
+    def open_tls(self, fd: int, context: TlsContext, timeout_ms: int) -> TlsConnection:
+        """Hand a socket over right after the STARTTLS acknowledgement was sent; C owns a duplicate of `fd`."""
+        if not isinstance(context, Context):
+            raise TypeError("open_tls wants a context made by load_tls")
+        plane = self._live
+        copy = os.dup(fd)
+        token, future = self._expect()
+        number = ffi.new("uint32_t *")
+        result = lib.nv_tls_open(plane, copy, context.pointer, timeout_ms, token, number)
+        if result < 0:
+            os.close(copy)
+        self._started(token, result)
+        connection = Connection(plane, int(number[0]), future, encode_params)
+        self._tls[token] = connection
+        return connection
+
+    # --- looking on ---
+
+    def reactor_stats(self) -> list[ReactorStats]:
+        """Counters, one entry a reactor."""
+        out = ffi.new("nv_reactor_stats *")
+        stats = []
+        index = 0
+        while lib.nv_plane_reactor_stats(self._live, index, out) == 0:
+            stats.append(ReactorStats(**{name: int(getattr(out, name)) for name in ReactorStats.__slots__}))
+            index += 1
+        return stats
+
+    def features(self) -> dict[str, bool]:
+        """What the kernel offers and what is in use."""
+        out = ffi.new("nv_features *")
+        check(lib.nv_plane_features(self._live, out))
+        names = [name for name, _ in ffi.typeof("nv_features").fields if name != "reserved"]
+        return {name: bool(getattr(out, name)) for name in names}
+
+    async def close(self) -> None:
+        """End every connection after its in-flight requests finished; stop the reactors."""
+        if self._plane is None:
+            return
+        self._loop.remove_reader(self._fd)
+        plane, self._plane = self._plane, None
+        # Waits for clients to take their replies (bounded in C), so not on the loop's thread.
+        await self._loop.run_in_executor(None, lib.nv_plane_destroy, plane)
+        for connection in self._tls.values():
+            connection.on_closed()
+        for future in self._waiting.values():
+            if not future.done():
+                future.set_result(ConnectionEnd(errno.ESHUTDOWN))
+        self._waiting.clear()
+        self._buffers.clear()
+
+
+async def open_plane(config: PlaneConfig | None = None) -> Plane:
+    """Start a data plane in the running event loop. Raises PlaneError (ENOSYS, EPERM: no io_uring here)."""
+    return Plane(config)
