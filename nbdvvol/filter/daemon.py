@@ -146,7 +146,7 @@ class Filter:
 
 async def run_filter(options: FilterOptions) -> None:
     """Run a filter until SIGTERM or SIGINT. Raises NvError when another one has the run directory."""
-    from nbdvvol.dataplane.plane import NativePlane
+    from nbdvvol.dataplane.plane import Plane
 
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -154,7 +154,7 @@ async def run_filter(options: FilterOptions) -> None:
         loop.add_signal_handler(number, stop.set)
     options.run_dir.mkdir(parents=True, exist_ok=True)
     with locked(options.run_dir):
-        plane = NativePlane(PlaneConfig(reactors=options.reactors, spin_us=options.spin_us))
+        plane = Plane(PlaneConfig(reactors=options.reactors, spin_us=options.spin_us))
         _log.info("filter starts", host=options.host, control=options.control, pid=os.getpid())
         await Filter(options, plane).run(stop)
 

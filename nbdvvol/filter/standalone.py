@@ -72,7 +72,7 @@ async def run_standalone(path: Path, *, export: str, read_only: bool, stdio: boo
 
     SIGTERM and SIGINT end it cleanly. Raises NvError when the file cannot be opened or nothing says where clients
     come from."""
-    from nbdvvol.dataplane.plane import NativePlane
+    from nbdvvol.dataplane.plane import Plane
 
     given = {} if stdio else take_sockets()
     if not stdio and len(given) != 1:
@@ -84,7 +84,7 @@ async def run_standalone(path: Path, *, export: str, read_only: bool, stdio: boo
     parse_string(export.encode(), "the export's name")
     fd, spec = _open(path, read_only)
     try:
-        plane = NativePlane(PlaneConfig(lock_memory=False))
+        plane = Plane(PlaneConfig(lock_memory=False))
         try:
             server = _server(plane, fd, spec, export)
             work = _serve_stdio(server) if stdio else _serve_listener(server, next(iter(given.values())))
