@@ -78,13 +78,14 @@ class Machine(Strict):
 
 
 class Count(Strict):
-    """An exact figure, which no noise touches: compared without tolerance worth the name."""
+    """A figure that is counted and not timed: hardly any noise touches it."""
 
     peer: str
     work: str
     name: str
-    per_request: float
-    requests: int
+    value: float
+    tolerance: float
+    """How far two runs of the same code may differ, relative: 0.01 for instructions, more where timing has a say."""
 
 
 class Result(Strict):

@@ -47,8 +47,8 @@ class Peer:
 
 def _ceiling(place: Place, threads: int = 1) -> Plan:
     where = ["--unix", str(place.socket)] if place.transport == "unix" else ["--tcp", str(place.port)]
-    command = [str(place.build / "ceiling"), *where, "--size", str(place.size), "--spin-us", "50"]
-    return Plan([*command, "--threads", str(threads)])
+    command = [str(place.build / "ceiling"), *where, "--size", str(place.size)]
+    return Plan([*command, "--threads", str(threads), "--spin-us", str(place.spin_us)])
 
 
 def _nbdkit(place: Place, plugin: list[str]) -> Plan:

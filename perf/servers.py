@@ -38,6 +38,8 @@ class Place:
     port: int
     build: Path
     """Where perf/native was built."""
+    spin_us: int = 50
+    """How long a server that can spin does so before it sleeps; 0 where system calls are counted."""
 
     @property
     def socket(self) -> Path:

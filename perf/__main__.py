@@ -1,0 +1,129 @@
+"""`python -m perf`: run, report, compare, counts, list."""
+
+from __future__ import annotations
+
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from perf import compare as comparing
+from perf import counts as counting
+from perf import report as reporting
+from perf import run as running
+from perf import suites
+from perf.generators import PointError, build
+from perf.peers import BY_NAME, OURS, STORAGE
+from perf.suites import SuiteError, bytes_of
+
+RESULTS = Path(__file__).with_name("results")
+app = typer.Typer(help="Measure nbdvvol beside other NBD servers.", no_args_is_help=True, add_completion=False)
+
+
+def say(text: str) -> None:
+    """Progress goes to stderr: stdout is for results."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _fail(text: str, status: int = 1) -> typer.Exit:
+    print(f"error: {text}", file=sys.stderr)
+    return typer.Exit(status)
+
+
+def _check_peers(names: list[str]) -> None:
+    unknown = set(names) - set(BY_NAME) - {STORAGE}
+    if unknown:
+        raise _fail(f"no peer {', '.join(sorted(unknown))}; there are: {', '.join(BY_NAME)}, {STORAGE}", 2)
+
+
+@app.command()
+def run(
+    suite: Annotated[list[str] | None, typer.Option(help="Only this suite (repeatable); all without it.")] = None,
+    peer: Annotated[list[str] | None, typer.Option(help="Only this peer (repeatable).")] = None,
+    point: Annotated[list[str] | None, typer.Option(help="Only this point (repeatable).")] = None,
+    quick: Annotated[bool, typer.Option(help="Two short rounds of suite core: shows that it runs.")] = False,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each point is measured.")] = 5,
+    seconds: Annotated[float, typer.Option(min=0.05, help="Length of one measurement.")] = 1.0,
+    size: Annotated[str, typer.Option(help="Bytes of each server's file.")] = "1g",
+    counts: Annotated[bool, typer.Option(help="Also count system calls, instructions and idle cost.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Result file; perf/results/TIME.json without it.")] = None,
+) -> None:
+    """Run suites and write a result file, its Markdown and charts."""
+    _check_peers(peer or [])
+    try:
+        options = running.Options(suite or (), peer or (), point or (), rounds, seconds, bytes_of(size))
+        options = options.quickened() if quick else options
+        result = running.run(options, say)
+    except (SuiteError, PointError) as error:
+        raise _fail(str(error), 2) from error
+    if counts:
+        chosen = tuple(p for p in (peer or (OURS, "ceiling", "nbdkit-file", "qemu-nbd-uring")) if p in BY_NAME)
+        result = result.model_copy(update={"counts": counting.count_all(options, chosen, say)})
+    path = out or RESULTS / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(result.model_dump_json(indent=1) + "\n")
+    print(path)
+    for written in reporting.write(result, path):
+        print(written)
+
+
+@app.command()
+def report(file: Path) -> None:
+    """Write the Markdown table and charts of a result file beside it."""
+    try:
+        result = comparing.load(file)
+    except comparing.CompareError as error:
+        raise _fail(str(error), 2) from error
+    for written in reporting.write(result, file):
+        print(written)
+
+
+@app.command()
+def compare(old: Path, new: Path) -> None:
+    """Compare two result files; status 1 when something got worse beyond noise."""
+    try:
+        before, after = comparing.load(old), comparing.load(new)
+        changes = comparing.compare(before, after)
+    except comparing.CompareError as error:
+        raise _fail(str(error), 2) from error
+    for warning in comparing.warnings(before, after):
+        say(f"warning: {warning}")
+    print(comparing.table(changes))
+    worse = [change for change in changes if change.regression]
+    if worse:
+        raise _fail(f"{len(worse)} of {len(changes)} figures got worse beyond noise")
+
+
+@app.command()
+def counts(
+    peer: Annotated[list[str] | None, typer.Option(help="Servers to count (repeatable); ours without it.")] = None,
+    quick: Annotated[bool, typer.Option(help="Fewer requests.")] = False,
+) -> None:
+    """Count system calls, instructions and idle cost per request, and print where instructions go."""
+    _check_peers(peer or [])
+    options = running.Options(quick=quick)
+    try:
+        build(options.build)
+    except PointError as error:
+        raise _fail(str(error), 2) from error
+    found = counting.count_all(options, tuple(p for p in (peer or [OURS]) if p in BY_NAME), say)
+    for count in found:
+        print(f"{count.peer}\t{count.work}\t{count.name}\t{count.value:.4g}")
+    if not found:
+        raise _fail("nothing could be counted")
+
+
+@app.command("list")
+def list_all() -> None:
+    """Suites with their points, and peers."""
+    for name in suites.names():
+        suite = suites.load(name)
+        print(f"{name} ({suite.generator}, {suite.backend}, {suite.transport}): {', '.join(suite.point_names())}")
+    for peer in BY_NAME.values():
+        print(f"peer {peer.name}: {peer.missing() or 'ready'}")
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,139 @@
+"""Two result files: what got worse, beyond what the rounds' own spread explains.
+
+Absolute figures of two runs on a drifting machine say little, so what is compared is each metric as a
+ratio to an anchor measured in the same round: the socket ceiling or, where that takes no part, the
+first rival that does. Counts are exact and are compared as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from perf import stats
+from perf.model import FORMAT, PointResult, Result
+from perf.peers import CEILING, OURS, RIVALS
+from perf.stats import Metric, Summary
+
+FLOOR = 0.05
+"""Below 5 % nothing is called a change, however quiet the rounds were."""
+SPREADS = 2.0
+"""A change counts when it exceeds this many times the wider run's relative interquartile range."""
+METRICS: tuple[tuple[str, Metric, bool], ...] = (
+    ("IOPS", stats.iops, True),
+    ("CPU per request", stats.cpu_us, False),
+    ("mean latency", stats.mean_us, False),
+)
+
+
+class CompareError(Exception):
+    """Files that cannot be compared."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """One figure of two runs. `worse_by` > 0 is worse, whatever the metric's direction."""
+
+    where: str
+    what: str
+    old: float
+    new: float
+    worse_by: float
+    noise: float
+
+    @property
+    def regression(self) -> bool:
+        """Worse beyond noise."""
+        return self.worse_by > self.noise
+
+    @property
+    def improvement(self) -> bool:
+        """Better beyond noise."""
+        return -self.worse_by > self.noise
+
+
+def load(path: Path) -> Result:
+    """Read a result file. Raises CompareError with the reason."""
+    try:
+        return Result.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise CompareError(f"{path}: {error.strerror}") from error
+    except ValidationError as error:
+        raise CompareError(f"{path}: not a result file of format {FORMAT}: {error.error_count()} problems") from error
+
+
+def _anchor(old: PointResult, new: PointResult) -> str | None:
+    have = {s.peer for s in old.samples} & {s.peer for s in new.samples}
+    return next((peer for peer in (CEILING, *RIVALS) if peer in have), None)
+
+
+def worse_by(old: float, new: float, more_is_better: bool) -> float:
+    """Relative change, positive when it is for the worse."""
+    change = (new - old) / old
+    return -change if more_is_better else change
+
+
+def noise_of(old: Summary, new: Summary) -> float:
+    """What the spread of either run could explain."""
+    return max(FLOOR, SPREADS * max(old.spread, new.spread))
+
+
+def _point(old: PointResult, new: PointResult) -> Iterable[Change]:
+    anchor = _anchor(old, new)
+    if anchor is None:
+        return
+    for name, metric, more in METRICS:
+        before = stats.ratio(old.samples, OURS, [anchor], metric)
+        after = stats.ratio(new.samples, OURS, [anchor], metric)
+        if before is None or after is None or before.median == 0:
+            continue
+        change = worse_by(before.median, after.median, more)
+        where = f"{new.suite}/{new.point}"
+        yield Change(where, f"{name} / {anchor}", before.median, after.median, change, noise_of(before, after))
+
+
+def compare(old: Result, new: Result) -> list[Change]:
+    """Every figure that both runs have. Raises CompareError when there is none."""
+    before = {(p.suite, p.point): p for p in old.points}
+    changes = [
+        change for p in new.points if (p.suite, p.point) in before for change in _point(before[p.suite, p.point], p)
+    ]
+    counted = {(c.peer, c.work, c.name): c.value for c in old.counts}
+    for count in new.counts:
+        was = counted.get((count.peer, count.work, count.name))
+        if count.peer == OURS and was is not None:
+            change = worse_by(was, count.value, False) if was else (1.0 if count.value else 0.0)
+            changes.append(Change(f"counts/{count.work}", count.name, was, count.value, change, count.tolerance))
+    if not changes:
+        raise CompareError(
+            f"nothing to compare: the runs share no point that {OURS} and a common peer were measured at"
+        )
+    return changes
+
+
+def warnings(old: Result, new: Result) -> list[str]:
+    """Why the comparison may mislead."""
+    said = []
+    if old.machine.cpu != new.machine.cpu or old.machine.kernel != new.machine.kernel:
+        said.append(
+            f"different machines: {old.machine.cpu}, {old.machine.kernel} / {new.machine.cpu}, {new.machine.kernel}"
+        )
+    for name, result in (("first", old), ("second", new)):
+        if result.quick:
+            said.append(f"the {name} run was --quick: too short to judge by")
+        if result.load_before > 0.5:
+            said.append(f"the {name} run shared the machine: load {result.load_before:.1f} before it began")
+    return said
+
+
+def table(changes: Iterable[Change]) -> str:
+    """Markdown, worst first."""
+    lines = ["| where | ratio | old | new | change | noise | |", "| --- | --- | ---: | ---: | ---: | ---: | --- |"]
+    for c in sorted(changes, key=lambda change: -change.worse_by / change.noise):
+        mark = "REGRESSION" if c.regression else "better" if c.improvement else ""
+        change = f"{abs(c.worse_by):.1%} {'worse' if c.worse_by > 0 else 'better'}"
+        lines.append(f"| {c.where} | {c.what} | {c.old:.3g} | {c.new:.3g} | {change} | {c.noise:.1%} | {mark} |")
+    return "\n".join(lines)

@@ -1,0 +1,211 @@
+"""What can be counted instead of timed: system calls, instructions, allocations and copies per request.
+
+Each figure is a difference: the same work with N and with 5 N requests, so that connecting, the first
+touch of memory and closing cancel out. The load generator runs in lockstep (`depth` requests in one
+write, then all replies), so that how requests meet in batches depends little on timing.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from perf import callgrind
+from perf.generators import PointError, loadgen_json
+from perf.model import Count
+from perf.peers import BY_NAME, OURS
+from perf.run import Options, fill
+from perf.servers import Place, Running, ServerError, free_port, running
+
+Say = Callable[[str], None]
+FILE_BYTES = 64 << 20
+IDLE_CONNECTIONS = 1000
+IDLE_S = 5.0
+ALLOCATORS = ("malloc", "calloc", "realloc", "posix_memalign", "aligned_alloc", "memalign")
+COPIERS = ("memcpy", "memmove", "__memcpy_avx_unaligned_erms", "__memmove_avx_unaligned_erms")
+VALGRIND = ("valgrind", "--tool=callgrind", "--instr-atstart=no", "--quiet")
+
+
+@dataclass(frozen=True)
+class Work:
+    """A load whose cost is counted."""
+
+    name: str
+    arguments: tuple[str, ...]
+    depth: int
+    block: str = "4k"
+
+    def load(self, requests: int) -> list[str]:
+        """The load generator's arguments for that many requests."""
+        shape = ["--depth", str(self.depth), "--block", self.block, "--count", str(requests), "--lockstep"]
+        return [*self.arguments, *shape]
+
+
+WORKS = (
+    Work("read-4k-qd1", ("--mix", "read=100"), 1),
+    Work("read-4k-qd32", ("--mix", "read=100"), 32),
+    Work("read-4k-qd32-structured", ("--mix", "read=100", "--structured"), 32),
+    Work("write-4k-qd32", ("--mix", "write=100"), 32),
+    Work("read-256k-qd8", ("--mix", "read=100"), 8, "256k"),
+    Work("write-256k-qd8", ("--mix", "write=100"), 8, "256k"),
+)
+
+
+@contextmanager
+def _serving(options: Options, peer: str, prefix: tuple[str, ...] = ()) -> Iterator[Running]:
+    """One server on a tmpfs file, if wanted under another program."""
+    with (
+        tempfile.TemporaryDirectory(prefix="nv", dir="/tmp") as name,
+        tempfile.TemporaryDirectory(prefix="nbdvvol-perf-", dir=options.tmpfs) as store,
+    ):
+        file = Path(store) / "disk.img"
+        fill(file, FILE_BYTES)
+        place = Place(Path(name), "tmpfs", "unix", file, FILE_BYTES, free_port(), options.build, 0)
+        plan = BY_NAME[peer].plan(place)
+        if prefix:
+            plan = replace(plan, command=[*prefix, *plan.command])
+        with running(plan, place) as server:
+            yield server
+
+
+def _load(options: Options, server: Running, work: Work, requests: int) -> None:
+    loadgen_json(options.build / "loadgen", server, work.load(requests), limit_s=600)
+
+
+# ---- system calls ----
+
+
+def _syscalls_once(options: Options, server: Running, work: Work, requests: int) -> int:
+    """By the kernel's tracepoint: unlike strace it does not slow the server down."""
+    arguments = [*server.loadgen_arguments(), *work.load(requests)]
+    command = ["perf", "stat", "-x,", "-e", "raw_syscalls:sys_enter", "-p", str(server.pid), "--"]
+    done = subprocess.run(
+        [*command, str(options.build / "loadgen"), *arguments],
+        capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    for line in done.stderr.splitlines():
+        fields = line.split(",")
+        if len(fields) > 2 and "sys_enter" in line and fields[0].isdecimal():
+            return int(fields[0])
+    raise PointError(f"perf stat counted nothing: {done.stderr.strip()[-200:]}")
+
+
+def system_calls(options: Options, peer: str, requests: int, say: Say) -> list[Count]:
+    """Per request, for each work."""
+    counts = []
+    with _serving(options, peer) as server:
+        for work in WORKS:
+            _load(options, server, work, requests)
+            few = _syscalls_once(options, server, work, requests)
+            many = _syscalls_once(options, server, work, 5 * requests)
+            value = (many - few) / (4 * requests)
+            counts.append(Count(peer=peer, work=work.name, name="system calls", value=value, tolerance=0.2))
+            say(f"  {peer} {work.name}: {value:.3f} system calls per request")
+    return counts
+
+
+# ---- instructions, allocations, copies ----
+
+
+def _control(pid: int, *arguments: str) -> None:
+    done = subprocess.run(
+        ["callgrind_control", *arguments, str(pid)], capture_output=True, text=True, timeout=120, check=False
+    )
+    if done.returncode != 0 or "Error" in done.stdout:
+        raise PointError(f"callgrind_control {' '.join(arguments)}: {(done.stderr or done.stdout).strip()[-200:]}")
+
+
+def _dump(pid: int, pattern: Path, number: int) -> callgrind.Profile:
+    _control(pid, "-d")
+    path = Path(f"{pattern}.{number}")
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        if path.is_file() and "totals:" in path.read_text(errors="replace"):
+            return callgrind.parse_file(path)
+        time.sleep(0.05)
+    raise PointError(f"callgrind wrote no {path.name}")
+
+
+def profile_work(options: Options, peer: str, work: Work, requests: int) -> callgrind.Profile:
+    """What 4 x `requests` requests execute in the server, connecting and closing cancelled out."""
+    with tempfile.TemporaryDirectory(prefix="nvcg") as folder:
+        pattern = Path(folder) / "out"
+        with _serving(options, peer, (*VALGRIND, f"--callgrind-out-file={pattern}")) as server:
+            _load(options, server, work, requests)
+            _control(server.pid, "-i", "on")
+            _load(options, server, work, requests)
+            few = _dump(server.pid, pattern, 1)
+            _load(options, server, work, 5 * requests)
+            return _dump(server.pid, pattern, 2).minus(few)
+
+
+def _sum(calls: dict[str, int], names: tuple[str, ...]) -> int:
+    return sum(count for function, count in calls.items() if function.split("@")[0].split("'")[0] in names)
+
+
+def instructions(options: Options, peer: str, requests: int, say: Say) -> list[Count]:
+    """User-space instructions, allocator calls and library copies per request, for each work."""
+    counts = []
+    for work in WORKS:
+        profile = profile_work(options, peer, work, requests)
+        total = 4 * requests
+        figures = (
+            ("instructions", profile.instructions, 0.01),
+            ("allocations", _sum(profile.calls, ALLOCATORS), 0.01),
+            ("library copies", _sum(profile.calls, COPIERS), 0.01),
+        )
+        counts += [
+            Count(peer=peer, work=work.name, name=name, value=value / total, tolerance=tolerance)
+            for name, value, tolerance in figures
+        ]
+        say(f"  {peer} {work.name}: {profile.instructions / total:,.0f} instructions per request; most of it:")
+        for function, own in profile.own.most_common(12):
+            say(f"    {own / total:8.1f}  {function}")
+    return counts
+
+
+# ---- idle connections ----
+
+
+def idle(options: Options, peer: str, say: Say) -> list[Count]:
+    """What many idle connections cost: processor share, and private memory each."""
+    with _serving(options, peer) as server:
+        arguments = ["--connections", str(IDLE_CONNECTIONS), "--idle", str(IDLE_S), "--warmup", "1"]
+        out = loadgen_json(options.build / "loadgen", server, arguments, limit_s=120)["server"]
+    each = (out["rss_anon_bytes"] - out["rss_anon_before_bytes"]) / IDLE_CONNECTIONS
+    work = f"{IDLE_CONNECTIONS} idle connections"
+    say(f"  {peer} {work}: {out['cpu_fraction']:.4%} of a processor, {each / 1024:.1f} KiB each")
+    return [
+        Count(peer=peer, work=work, name="processors", value=out["cpu_fraction"], tolerance=1.0),
+        Count(peer=peer, work=work, name="private bytes each", value=each, tolerance=0.1),
+    ]
+
+
+def _attempt(peer: str, say: Say, step: Callable[[], list[Count]]) -> list[Count]:
+    try:
+        return step()
+    except (PointError, ServerError, OSError) as error:
+        say(f"  {peer}: not counted: {error}")
+        return []
+
+
+def count_all(options: Options, peers: tuple[str, ...], say: Say) -> tuple[Count, ...]:
+    """System calls and idle cost of every peer given, instructions of ours."""
+    counts: list[Count] = []
+    requests = 3200 if options.quick else 16000
+    for peer in peers:
+        if BY_NAME[peer].missing():
+            continue
+        counts += _attempt(peer, say, partial(system_calls, options, peer, requests, say))
+        counts += _attempt(peer, say, partial(idle, options, peer, say))
+    if OURS in peers and shutil.which("valgrind"):
+        few = 640 if options.quick else 3200
+        counts += _attempt(OURS, say, partial(instructions, options, OURS, few, say))
+    return tuple(counts)
