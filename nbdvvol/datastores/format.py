@@ -37,9 +37,10 @@ Map copy
 
 Validity: a structure is valid when magic, version and checksum agree. A torn or damaged copy is passed over
 for the other one; of two valid ones the higher sequence (map version) counts; none valid is an error, never a
-guess. A newer version is refused, whatever else the bytes say. Recovery reads the header, the directory, and
-of each entry the label and the map copy; intents and dirty bits belong to mirrors. Structures are written one
-copy after the other, synced in between, so one of them is always whole.
+guess. Versions to come keep magic, the version's place and the checksum; a whole copy of one is refused
+clearly. Recovery reads the header, the directory, and of each entry the label and the map copy; intents and
+dirty bits belong to mirrors. Structures are written one copy after the other, synced in between, so one of them
+is always whole.
 """
 
 from __future__ import annotations
@@ -192,14 +193,15 @@ def _refuse_newer(what: str, version: int) -> NoReturn:
 
 
 def _unseal(raw: bytes, magic: bytes, what: str) -> bool:
-    """Whether this copy is whole; a newer version, even one with another checksum rule, is refused."""
+    """Whether this copy is whole. Raises UNSUPPORTED when it is, but of a newer version."""
     if len(raw) < PAGE or raw[:8] != magic:
         return False
     (version,) = struct.unpack_from("<I", raw, 8)
-    whole = _CRC.unpack_from(raw, _SEALED)[0] == google_crc32c.value(raw[:_SEALED])
+    if _CRC.unpack_from(raw, _SEALED)[0] != google_crc32c.value(raw[:_SEALED]):
+        return False
     if version > VERSION:
         _refuse_newer(what, version)
-    return bool(whole and version == VERSION)
+    return bool(version == VERSION)
 
 
 def is_blank(raw: bytes) -> bool:
@@ -360,14 +362,16 @@ def _map_slot(raw: bytes) -> MapCopy | None:
     if len(raw) < ENTRY_BYTES or raw[:8] != _MAP_MAGIC:
         return None
     _, version, leg, vvol, map_version, size, count = _MAP.unpack_from(raw)
-    if version > VERSION:
-        _refuse_newer("the leg's map copy", version)
     end = ENTRY_BYTES + count * _RUN.size
     if count > RUNS_MAX or end > len(raw):
         return None
     body = raw[ENTRY_BYTES:end]
     (crc,) = _CRC.unpack_from(raw, ENTRY_BYTES - 4)
-    if version != VERSION or crc != google_crc32c.value(raw[: ENTRY_BYTES - 4] + body):
+    if crc != google_crc32c.value(raw[: ENTRY_BYTES - 4] + body):
+        return None
+    if version > VERSION:
+        _refuse_newer("the leg's map copy", version)
+    if version != VERSION:
         return None
     runs = tuple(MapRun(o, n, at, state) for o, n, at, state, _ in _RUN.iter_unpack(body))
     return MapCopy(uuid.UUID(bytes=vvol), leg, map_version, size, runs)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import struct
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,7 @@ from nbdvvol.model.errors import Code, NvError
 P = ParamSpec("P")
 T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
+_SQLITE_MAGIC, _SQLITE_HEADER_BYTES, _SQLITE_APPLICATION_ID = b"SQLite format 3\0", 100, 68
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,12 +85,20 @@ def _damaged(path: Path, why: str) -> NoReturn:
     )
 
 
-def _check(path: Path, connection: Connection) -> None:
-    if path.stat().st_size == 0:
+def _check_header(path: Path) -> None:
+    """Look before SQLite does: opening another program's database would already change it."""
+    with path.open("rb") as file:
+        head = file.read(_SQLITE_HEADER_BYTES)
+    if not head:
         _damaged(path, "it is empty")
-    found = connection.exec_driver_sql("PRAGMA application_id").scalar_one()
+    if len(head) < _SQLITE_HEADER_BYTES or not head.startswith(_SQLITE_MAGIC):
+        _damaged(path, "it is no SQLite file")
+    (found,) = struct.unpack_from(">I", head, _SQLITE_APPLICATION_ID)
     if found != schema.APPLICATION_ID:
         _damaged(path, f"application id {found:#x}, expected {schema.APPLICATION_ID:#x}")
+
+
+def _check(path: Path, connection: Connection) -> None:
     result = connection.exec_driver_sql("PRAGMA quick_check").scalar_one()
     if result != "ok":
         _damaged(path, str(result))
@@ -119,8 +129,7 @@ class Registry:
     def _open(self) -> None:
         if not self.path.exists():
             _make(self.path)
-        if self.path.stat().st_size == 0:
-            _damaged(self.path, "it is empty")
+        _check_header(self.path)
         try:
             connection = _engine(self.path).connect()
             _check(self.path, connection)
