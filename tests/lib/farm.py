@@ -26,7 +26,7 @@ from tests.lib.procs import Process, children, command_line, running, short_dir,
 from tests.lib.rawio import Style, Transmission, open_export
 from tests.lib.rawnbd import Closed, Haggle, OptionRefused
 
-START_S = 60.0
+START_S = 40.0
 STOP_S = 30.0
 ACTIVE: weakref.WeakSet[Farm] = weakref.WeakSet()
 """Farms whose logs a failing test shows."""
