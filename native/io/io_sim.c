@@ -309,12 +309,22 @@ static bool finish(struct nv_op *op, int64_t result)
     return true;
 }
 
+/* Some of the size: 0 or a multiple of the atom. */
+static uint64_t part_of(struct sim_random *random, uint64_t size)
+{
+    uint64_t atom = world.faults.atom ? world.faults.atom : 1;
+
+    return sim_random_below(random, size / atom + 1) * atom;
+}
+
 static size_t maybe_short(size_t size)
 {
-    if (size <= 1 || !sim_random_chance(&world.random, world.faults.short_transfer))
+    size_t part;
+
+    if (!sim_random_chance(&world.random, world.faults.short_transfer))
         return size;
-    size_t cut = 1 + (size_t)sim_random_below(&world.random, size - 1);
-    return cut > SIM_SECTOR && sim_random_chance(&world.random, 768) ? cut / SIM_SECTOR * SIM_SECTOR : cut;
+    part = (size_t)part_of(&world.random, size);
+    return part ? part : size;
 }
 
 struct disk_cursor {
@@ -368,7 +378,7 @@ static bool do_write(struct nv_op *op, struct sim_disk *disk)
     bool sync_fails = dsync && sim_random_chance(&world.random, world.faults.dsync_error);
     if (fails || sync_fails) { /* part of it may have happened */
         cursor.mode = sync_fails ? SIM_WRITE_LOST : SIM_WRITE_CACHED;
-        walk(op, 0, (size_t)sim_random_below(&world.random, size + 1), to_disk, &cursor);
+        walk(op, 0, (size_t)part_of(&world.random, size), to_disk, &cursor);
         return finish(op, sync_fails || sim_random_chance(&world.random, 512) ? -EIO : -ENOSPC);
     }
     size = maybe_short(size);
@@ -394,7 +404,7 @@ static bool do_zero(struct nv_op *op, struct sim_disk *disk)
         nv_sim_violation("zeros of %llu bytes at %llu go past the end of their file", (unsigned long long)op->length,
                          (unsigned long long)op->offset);
     bool fails = sim_random_chance(&world.random, world.faults.punch_error);
-    uint64_t size = fails ? sim_random_below(&world.random, op->length + 1) : op->length;
+    uint64_t size = fails ? part_of(&world.random, op->length) : op->length;
     if (punch && size)
         sim_disk_punch(disk, op->offset, size, world.time);
     else
@@ -543,7 +553,7 @@ static void tear(struct nv_op *op, struct sim_disk *disk, struct sim_random *ran
     }
 }
 
-void nv_sim_crash(int file, struct sim_random *random, uint8_t *image)
+void nv_sim_crash(int file, bool cache_survives, struct sim_random *random, uint8_t *image)
 {
     struct sim_disk *disk = handle_of(file, HANDLE_FILE)->disk;
 
@@ -554,10 +564,12 @@ void nv_sim_crash(int file, struct sim_random *random, uint8_t *image)
         if (op->kind == NV_OP_WRITE)
             tear(op, disk, random);
         else if ((op->kind == NV_OP_ZERO || op->kind == NV_OP_PUNCH) && sim_random_chance(random, 512))
-            sim_disk_write(disk, op->offset, NULL, (size_t)sim_random_below(random, op->length + 1), world.time,
-                           SIM_WRITE_CACHED);
+            sim_disk_write(disk, op->offset, NULL, (size_t)part_of(random, op->length), world.time, SIM_WRITE_CACHED);
     }
-    sim_disk_crash(disk, random, image);
+    if (cache_survives)
+        sim_disk_read(disk, 0, image, sim_disk_size(disk));
+    else
+        sim_disk_crash(disk, random, image);
 }
 
 /* ---- the client's side of sockets ---- */
@@ -674,7 +686,7 @@ void nv_io_enter(struct nv_io *io)
     for (size_t i = 0; i < io->staged.count; i++) {
         struct nv_op *op = io->staged.items[i];
         struct op_state *state = state_of(op);
-        state->entered_at = world.time;
+        state->entered_at = world.time + 1; /* after every effect so far */
         state->not_before_ns = world.clock_ns + (op->kind == NV_OP_TIMER ? op->length : delay_ns());
         list_add(&world.pending, op);
     }

@@ -27,6 +27,7 @@ struct nv_sim_faults {          /* chances in 1024, of an operation */
     uint16_t short_transfer;
     uint16_t delay;             /* up to 10 ms of simulated time */
     uint16_t stall;             /* up to 2 s */
+    uint32_t atom;              /* transfers are cut at multiples of it */
     bool no_punch;              /* the disks do not know the operation */
     bool no_zero_range;
 };
@@ -44,8 +45,9 @@ uint64_t nv_sim_syncs_failed(void); /* whose failure was handed back to the user
 
 /* A file as a descriptor for nv_io_open_file(); the world owns the disk. */
 int nv_sim_file(struct sim_disk *disk);
-/* What a power cut at this moment leaves: operations in flight may have happened in part. */
-void nv_sim_crash(int file, struct sim_random *random, uint8_t *image);
+/* What a power cut at this moment leaves, or with `cache_survives` the death of the process alone: operations in
+ * flight may have happened in part. */
+void nv_sim_crash(int file, bool cache_survives, struct sim_random *random, uint8_t *image);
 
 /* A connected socket pair: the returned descriptor is the server's end, and names the client's in the calls below. */
 int nv_sim_socket(void);

@@ -121,9 +121,10 @@ static int read_run(const struct reader *in, uint64_t index, uint64_t expected, 
     return error;
 }
 
-static int compare_pointers(const void *a, const void *b)
+/* By number, not by address: the order in which objects are synced must not depend on where they lie. */
+static int compare_objects(const void *a, const void *b)
 {
-    const uintptr_t left = *(const uintptr_t *)a, right = *(const uintptr_t *)b;
+    const uint32_t left = (*(struct nv_object *const *)a)->id, right = (*(struct nv_object *const *)b)->id;
 
     return left < right ? -1 : left > right;
 }
@@ -143,7 +144,7 @@ static int collect_objects(struct nv_map *map)
         if (object && object->align > map->memory_align)
             map->memory_align = object->align;
     }
-    qsort(map->objects, count, sizeof(struct nv_object *), compare_pointers);
+    qsort(map->objects, count, sizeof(struct nv_object *), compare_objects);
     for (uint32_t i = 0; i < count; i++)
         if (map->object_count == 0 || map->objects[map->object_count - 1] != map->objects[i])
             map->objects[map->object_count++] = map->objects[i];

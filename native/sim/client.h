@@ -1,0 +1,63 @@
+/*
+ * A model NBD client on a simulated socket: it makes random requests, tells the judge (check.h) what it sends and what
+ * comes back, and holds the server to the protocol: one answer per request, the right form for what was negotiated, an
+ * error only where one is due. It encodes and decodes by itself, with numbers of its own from the protocol document.
+ */
+#ifndef NV_SIM_CLIENT_H
+#define NV_SIM_CLIENT_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "nbdvvol.h"
+#include "sim/check.h"
+#include "sim/random.h"
+
+#define CLIENT_REQUESTS 24u
+
+struct client_rules {           /* what the scenario allows, shared by its clients */
+    struct check *check;
+    struct sim_random *random;
+    uint32_t cell_bytes;
+    uint32_t block_min;         /* of the volume: what is no multiple of it is EINVAL */
+    uint64_t cells;             /* the volume's size as every client may know it */
+    uint32_t cells_max;         /* longest request */
+    bool io_errors;             /* reads and writes may fail */
+    bool sync_errors;
+    bool latched;               /* a failed sync was reported: FLUSH must fail until it is cleared */
+    bool latched_all;           /* ... for every disk: so must FUA */
+    uint32_t clears;            /* how often it was */
+    bool closing;               /* ESHUTDOWN is a fair answer */
+    bool growing;               /* the end may have moved already */
+    bool read_only;             /* make no changes, for the final look */
+    bool trace;
+    uint64_t requests;          /* made, and */
+    uint64_t answers;           /* received by all clients of all lives */
+};
+
+struct client;
+
+/* Negotiated state is drawn by chance. `id` is unique for the judge. */
+struct client *client_create(struct client_rules *rules, uint32_t id, int socket, nv_connection_params *params);
+void client_destroy(struct client *client);
+uint32_t client_id(const struct client *client);
+
+/* Make one random request, if there is room for it. */
+void client_request(struct client *client);
+/* READ of a range, for the final look; false: no room now. */
+bool client_read(struct client *client, uint64_t first, uint64_t count);
+/* Bytes of the stream that the handshake may have taken in already; they are not sent again. */
+uint32_t client_early(struct client *client, uint8_t *out, uint32_t capacity);
+/* Move some bytes each way and judge complete answers. False: nothing moved. */
+bool client_pump(struct client *client, bool all);
+/* Ends: DISC, half-close (the server may drop what it has not parsed), close or reset. */
+void client_disconnect(struct client *client);
+void client_shut(struct client *client);
+void client_close(struct client *client, bool reset);
+
+bool client_open(const struct client *client);      /* requests may be made */
+bool client_ended(const struct client *client);     /* the server has closed, or nobody listens any more */
+uint32_t client_unanswered(const struct client *client);
+void client_describe(const struct client *client);  /* to stderr */
+
+#endif

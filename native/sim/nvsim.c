@@ -1,0 +1,452 @@
+/*
+ * nvsim: the plane, its sessions, the plain volume and the file backend on the simulated port, driven by model clients
+ * under a seed. A seed is a few lives of one volume: each life boots the plane on what the last one left, serves random
+ * requests with faults and hang-ups, and ends in a power cut, a kill or a clean stop, at any step. The last life reads
+ * everything. What must hold is written in check.h and client.h.
+ *
+ * usage: nvsim --seeds A..B [--steps N] [--trace]
+ */
+#include <assert.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "io/io_sim.h"
+#include "reactor/plane.h"
+#include "sim/check.h"
+#include "sim/client.h"
+#include "sim/scenario.h"
+
+#define CLIENTS 4u
+#define PATIENCE 400000u /* steps without faults after which everything must have been answered */
+
+struct life {
+    struct scenario *scenario;
+    struct client_rules *rules;
+    nv_plane *plane;
+    uint32_t objects[SCENARIO_DISKS];
+    int files[SCENARIO_DISKS];
+    uint32_t volume;
+    struct client *clients[CLIENTS];
+    uint32_t connections;   /* the plane has not told the end of */
+    bool changing;          /* a growth is under way */
+    bool volume_closed;
+    bool latched[SCENARIO_DISKS];
+    uint64_t *next_id;      /* of connections, over all lives */
+};
+
+static struct {
+    uint64_t seed;
+    uint32_t life, step, steps_override;
+    const char *program;
+    const struct life *now;
+} where;
+
+static void tell_where(void)
+{
+    fprintf(stderr, "seed %llu, life %u, step %u\n", (unsigned long long)where.seed, where.life, where.step);
+    for (uint32_t i = 0; where.now && i < CLIENTS; i++)
+        if (where.now->clients[i])
+            client_describe(where.now->clients[i]);
+    fprintf(stderr, "replay: %s --seeds %llu..%llu", where.program, (unsigned long long)where.seed,
+            (unsigned long long)where.seed);
+    if (where.steps_override)
+        fprintf(stderr, " --steps %u", where.steps_override);
+    fputs(" --trace\n", stderr);
+}
+
+static uint64_t below(struct life *life, uint64_t bound)
+{
+    return sim_random_below(&life->scenario->random, bound);
+}
+
+static bool chance(struct life *life, unsigned of_1024)
+{
+    return sim_random_chance(&life->scenario->random, of_1024);
+}
+
+/* ---- boot ---- */
+
+static void boot(struct life *life)
+{
+    struct scenario *scenario = life->scenario;
+    nv_plane_config config = {.reactors = scenario->reactors, .cpu_first = -1, .pool_bytes = 4u << 20,
+                              .connections_max = 64};
+    uint8_t record[1024];
+
+    nv_sim_begin(sim_random_next(&scenario->random), &scenario->faults);
+    if (nv_plane_build(&config, false, &life->plane) != 0)
+        nv_sim_violation("the plane does not start: %s", nv_last_error());
+    for (uint32_t i = 0; i < SCENARIO_DISKS; i++) {
+        life->files[i] = nv_sim_file(sim_disk_create(scenario->image[i], scenario->disk_size[i]));
+        if (nv_object_open(life->plane, life->files[i], 0, 1, scenario->disk_size[i], &life->objects[i]) != 0)
+            nv_sim_violation("an object does not open: %s", nv_last_error());
+    }
+    uint64_t length = scenario_describe(scenario, life->rules->cells, life->objects, 0, 1, record);
+    if (nv_volume_open(life->plane, record, length, &life->volume) != 0)
+        nv_sim_violation("the volume does not open: %s", nv_last_error());
+}
+
+static void open_client(struct life *life, uint32_t index)
+{
+    nv_connection_params params;
+    uint32_t id = (uint32_t)++*life->next_id, connection, early_length = 0;
+    int socket = nv_sim_socket();
+    uint8_t early[256];
+    struct client *client = client_create(life->rules, id, socket, &params);
+
+    if (chance(life, 512)) { /* a client that does not wait for GO's answer */
+        client_request(client);
+        early_length = client_early(client, early, (uint32_t)below(life, sizeof early));
+    }
+    if (nv_connection_open(life->plane, socket, life->volume, &params, early, early_length, id, &connection) != 0)
+        nv_sim_violation("a connection does not open: %s", nv_last_error());
+    life->clients[index] = client;
+    life->connections++;
+}
+
+/* ---- events ---- */
+
+static void tell_latches(struct life *life)
+{
+    life->rules->latched = life->latched[0] || life->latched[1];
+    life->rules->latched_all = life->latched[0] && life->latched[1];
+}
+
+static void take_sync_failure(struct life *life, uint32_t object)
+{
+    if (!life->rules->sync_errors)
+        nv_sim_violation("a sync is said to have failed, and none did");
+    for (uint32_t i = 0; i < SCENARIO_DISKS; i++)
+        life->latched[i] |= life->objects[i] == object;
+    tell_latches(life);
+}
+
+static void take_event(struct life *life, const nv_event *event)
+{
+    switch (event->kind) {
+    case NV_EVENT_CONNECTION_CLOSED:
+        check_connection_drained(life->rules->check, (uint32_t)event->token);
+        assert(life->connections > 0);
+        life->connections--;
+        break;
+    case NV_EVENT_SYNC_FAILED:
+        take_sync_failure(life, (uint32_t)event->args[0]);
+        break;
+    case NV_EVENT_VOLUME_CHANGED:
+        life->rules->cells = life->scenario->cells_final;
+        check_grow(life->rules->check, life->rules->cells);
+        life->changing = life->rules->growing = false;
+        break;
+    case NV_EVENT_VOLUME_CLOSED:
+        life->volume_closed = true;
+        break;
+    default:
+        nv_sim_violation("event of kind %u", event->kind);
+    }
+}
+
+static bool take_events(struct life *life)
+{
+    nv_event events[16];
+    int count = nv_plane_events(life->plane, events, 16);
+
+    for (int i = 0; i < count; i++)
+        take_event(life, &events[i]);
+    return count > 0;
+}
+
+/* ---- one step ---- */
+
+static bool turn_reactor(struct life *life)
+{
+    return nv_reactor_turn(nv_plane_reactor(life->plane, (uint32_t)below(life, life->scenario->reactors)));
+}
+
+static void grow(struct life *life)
+{
+    uint8_t record[1024];
+    uint64_t length;
+
+    if (life->changing || life->rules->cells == life->scenario->cells_final)
+        return;
+    length = scenario_describe(life->scenario, life->scenario->cells_final, life->objects, 1, 2, record);
+    if (nv_volume_change(life->plane, life->volume, record, length, 1) != 0)
+        nv_sim_violation("the volume does not grow: %s", nv_last_error());
+    life->changing = true;
+}
+
+/* The operator's word after a failed sync. */
+static void clear_fault(struct life *life)
+{
+    if (!life->rules->latched)
+        return;
+    check_fault_cleared(life->rules->check);
+    life->rules->clears++;
+    for (uint32_t i = 0; i < SCENARIO_DISKS; i++) {
+        if (life->latched[i] && nv_object_clear_fault(life->plane, life->objects[i]) != 0)
+            nv_sim_violation("a fault does not clear: %s", nv_last_error());
+        life->latched[i] = false;
+    }
+    tell_latches(life);
+}
+
+static void end_client(struct life *life, struct client *client)
+{
+    switch (below(life, 4)) {
+    case 0:
+        client_disconnect(client);
+        break;
+    case 1:
+        client_shut(client);
+        break;
+    default:
+        client_close(client, chance(life, 512));
+    }
+}
+
+static void act(struct life *life)
+{
+    uint32_t index = (uint32_t)below(life, CLIENTS);
+    struct client *client = life->clients[index];
+
+    if (client && client_ended(client)) {
+        client_pump(client, true);
+        if (client_ended(client) && chance(life, 512)) {
+            client_close(client, false);
+            client_destroy(client);
+            life->clients[index] = client = NULL;
+        }
+    }
+    if (!client) {
+        open_client(life, index);
+        return;
+    }
+    if (chance(life, 4))
+        end_client(life, client);
+    else if (chance(life, 400))
+        client_pump(client, false);
+    else
+        client_request(client);
+}
+
+static void step(struct life *life)
+{
+    uint64_t what = below(life, 1000);
+
+    if (what < 300)
+        act(life);
+    else if (what < 640)
+        nv_sim_step();
+    else if (what < 960)
+        turn_reactor(life);
+    else if (what < 990)
+        take_events(life);
+    else if (what < 995)
+        nv_sim_advance();
+    else if (what < 997)
+        clear_fault(life);
+    else
+        grow(life);
+}
+
+/* Everything that can move moves once. False: nothing did, not even the clock. */
+static bool settle_once(struct life *life)
+{
+    bool moved = nv_sim_step();
+
+    for (uint32_t i = 0; i < life->scenario->reactors; i++)
+        moved |= nv_reactor_turn(nv_plane_reactor(life->plane, i));
+    moved |= take_events(life);
+    for (uint32_t i = 0; i < CLIENTS; i++)
+        if (life->clients[i])
+            moved |= client_pump(life->clients[i], true);
+    return moved || nv_sim_advance();
+}
+
+static bool all_answered(const struct life *life)
+{
+    for (uint32_t i = 0; i < CLIENTS; i++)
+        if (life->clients[i] && !client_ended(life->clients[i]) && client_unanswered(life->clients[i]))
+            return false;
+    return !life->changing;
+}
+
+/* Without further faults every request is answered, and every connection that was asked to end has ended. */
+static void settle(struct life *life)
+{
+    struct nv_sim_faults calm = life->scenario->faults;
+
+    calm.read_error = calm.write_error = calm.sync_error = calm.dsync_error = calm.punch_error = 0;
+    nv_sim_set_faults(&calm);
+    for (uint32_t i = 0; !all_answered(life); i++) {
+        if (!settle_once(life) || i > PATIENCE)
+            nv_sim_violation("requests are never answered");
+    }
+}
+
+/* ---- ends ---- */
+
+static void stop_plane(struct life *life)
+{
+    bool finished = false;
+
+    nv_plane_stop(life->plane);
+    for (uint32_t i = 0; !finished; i++) {
+        settle_once(life);
+        finished = true;
+        for (uint32_t j = 0; j < life->scenario->reactors; j++)
+            finished &= nv_reactor_finished(nv_plane_reactor(life->plane, j));
+        if (i > PATIENCE)
+            nv_sim_violation("the plane does not stop");
+    }
+    nv_plane_free(life->plane);
+    life->plane = NULL;
+}
+
+static void take_images(struct life *life, bool cache_survives)
+{
+    for (uint32_t i = 0; i < SCENARIO_DISKS; i++)
+        nv_sim_crash(life->files[i], cache_survives, &life->scenario->random, life->scenario->image[i]);
+    scenario_check_gaps(life->scenario);
+}
+
+/* What happens to the plane after the images are taken happens to nobody: it only has to end tidily. */
+static void end_abruptly(struct life *life, bool cache_survives)
+{
+    take_images(life, cache_survives);
+    for (uint32_t i = 0; i < CLIENTS; i++)
+        if (life->clients[i])
+            client_close(life->clients[i], true);
+    check_crash(life->rules->check, cache_survives);
+    life->rules->closing = true;
+    stop_plane(life);
+}
+
+static void end_cleanly(struct life *life)
+{
+    settle(life);
+    life->rules->closing = true;
+    if (chance(life, 512) && nv_volume_close(life->plane, life->volume, 1) != 0)
+        nv_sim_violation("the volume does not close: %s", nv_last_error());
+    for (uint32_t i = 0; i < CLIENTS; i++)
+        if (life->clients[i] && chance(life, 512))
+            client_disconnect(life->clients[i]);
+    for (uint32_t i = (uint32_t)below(life, 200); i > 0; i--)
+        settle_once(life);
+    take_images(life, true); /* what is still in flight was never promised */
+    for (uint32_t i = 0; i < CLIENTS; i++)
+        if (life->clients[i])
+            client_close(life->clients[i], false);
+    check_crash(life->rules->check, true);
+    stop_plane(life);
+}
+
+static void read_everything(struct life *life)
+{
+    uint64_t at = 0;
+
+    open_client(life, 0);
+    while (at < life->rules->cells) {
+        uint64_t count = life->rules->cells - at < 64 ? life->rules->cells - at : 64;
+        if (client_read(life->clients[0], at, count))
+            at += count;
+        else
+            settle_once(life);
+    }
+    settle(life);
+}
+
+static void live(struct life *life, bool last)
+{
+    struct scenario *scenario = life->scenario;
+    uint32_t steps = where.steps_override ? where.steps_override : scenario->steps;
+
+    where.now = life;
+    where.step = 0;
+    life->rules->closing = life->rules->latched = life->rules->latched_all = false;
+    life->rules->read_only = last;
+    life->rules->growing = life->rules->cells < scenario->cells_final; /* past the end may soon not be */
+    boot(life);
+    if (last) {
+        struct nv_sim_faults none = {.atom = 0};
+        nv_sim_set_faults(&none);
+        read_everything(life);
+    }
+    for (; !last && where.step < steps; where.step++)
+        step(life);
+    if (!last && chance(life, 256)) /* all is answered: nothing is in flight when the end comes */
+        settle(life);
+    if (last || chance(life, 256))
+        end_cleanly(life);
+    else
+        end_abruptly(life, chance(life, 300));
+    nv_sim_end();
+    for (uint32_t i = 0; i < CLIENTS; i++)
+        if (life->clients[i])
+            client_destroy(life->clients[i]);
+    where.now = NULL;
+}
+
+static uint64_t run_seed(uint64_t seed, bool trace)
+{
+    struct scenario scenario;
+    uint64_t next_id = 0;
+
+    scenario_draw(&scenario, seed);
+    struct client_rules rules = {
+        .check = check_create(scenario.cell_bytes, scenario.cells_first),
+        .random = &scenario.random,
+        .cell_bytes = scenario.cell_bytes,
+        .block_min = scenario.block_min,
+        .cells = scenario.cells_first,
+        .cells_max = 128,
+        .io_errors = scenario.faults.read_error || scenario.faults.write_error || scenario.faults.punch_error,
+        .sync_errors = scenario.faults.sync_error || scenario.faults.dsync_error ||
+                       scenario.faults.write_error, /* a FUA write that fails counts as a failed sync */
+        .trace = trace,
+    };
+    where.seed = seed;
+    for (where.life = 0; where.life <= scenario.lives; where.life++) {
+        struct life life = {.scenario = &scenario, .rules = &rules, .next_id = &next_id};
+        live(&life, where.life == scenario.lives);
+    }
+    check_destroy(rules.check);
+    scenario_free(&scenario);
+    if (trace)
+        printf("seed %llu: %llu requests, %llu answers\n", (unsigned long long)seed,
+               (unsigned long long)rules.requests, (unsigned long long)rules.answers);
+    return rules.answers;
+}
+
+static int usage(const char *program)
+{
+    fprintf(stderr, "usage: %s --seeds A..B [--steps N] [--trace]\n", program);
+    return 2;
+}
+
+int main(int argc, char **argv)
+{
+    unsigned long long first = 0, last = 0;
+    uint64_t answers = 0;
+    bool trace = false, seeds = false;
+
+    for (int i = 1; i < argc; i++) {
+        if (!strcmp(argv[i], "--seeds") && i + 1 < argc)
+            seeds = sscanf(argv[++i], "%llu..%llu", &first, &last) == 2 && first <= last;
+        else if (!strcmp(argv[i], "--steps") && i + 1 < argc)
+            where.steps_override = (uint32_t)strtoul(argv[++i], NULL, 10);
+        else if (!strcmp(argv[i], "--trace"))
+            trace = true;
+        else
+            return usage(argv[0]);
+    }
+    if (!seeds)
+        return usage(argv[0]);
+    where.program = argv[0];
+    nv_sim_on_violation = tell_where;
+    for (uint64_t seed = first; seed <= last; seed++)
+        answers += run_seed(seed, trace);
+    printf("%llu seeds, %llu answers judged, no violation\n", last - first + 1, (unsigned long long)answers);
+    return 0;
+}

@@ -1,0 +1,45 @@
+/*
+ * One seed's world: what is drawn once and holds for all its lives (sizes, runs, faults, how many reactors), and the
+ * disks' contents that survive from life to life.
+ */
+#ifndef NV_SIM_SCENARIO_H
+#define NV_SIM_SCENARIO_H
+
+#include <stdint.h>
+
+#include "io/io_sim.h"
+#include "sim/random.h"
+
+#define SCENARIO_RUNS 8u
+#define SCENARIO_DISKS 2u
+
+struct scenario_run {
+    uint64_t offset, length, object_offset;
+    uint32_t disk;
+};
+
+struct scenario {
+    uint64_t seed;
+    struct sim_random random;
+    struct nv_sim_faults faults;
+    uint32_t reactors;
+    uint32_t lives;
+    uint32_t steps;             /* of a life, at most */
+    uint32_t cell_bytes;        /* the judge's unit: all requests are multiples of it */
+    uint32_t block_min;
+    uint64_t cells_first, cells_final; /* before and after growing */
+    struct scenario_run runs[SCENARIO_RUNS];
+    uint32_t run_count;
+    uint64_t disk_size[SCENARIO_DISKS];
+    uint8_t *image[SCENARIO_DISKS]; /* what the next life finds */
+};
+
+void scenario_draw(struct scenario *scenario, uint64_t seed);
+void scenario_free(struct scenario *scenario);
+/* A volume description of `cells` cells on these objects; returns its length. */
+uint64_t scenario_describe(const struct scenario *scenario, uint64_t cells, const uint32_t objects[SCENARIO_DISKS],
+                           uint64_t map_from, uint64_t map_to, uint8_t out[1024]);
+/* Bytes of the disks that belong to no run must be what they were; anything else is a violation. */
+void scenario_check_gaps(const struct scenario *scenario);
+
+#endif
