@@ -18,6 +18,8 @@ async def answers(socket: Path, export: str) -> bool:
             reader, writer = await asyncio.open_unix_connection(str(socket))
             try:
                 await _ask(reader, writer, export)
+                # The server answers our ABORT before it closes; leaving earlier would look like a failure to it.
+                await reader.read()
             finally:
                 writer.close()
     except (OSError, EOFError, NvError):
