@@ -21,12 +21,13 @@ class Writer:
         self.notes = f"/run/{folder.strip('/').replace('/', '-')}.sums"
         self._log = self.notes.replace(".sums", ".log")
         script = (
-            f"i=0; : >{self.notes}; while [ ! -e {self.notes}.stop ]; do i=$((i+1)); "
+            f"i=0; while [ ! -e {self.notes}.stop ]; do i=$((i+1)); "
             f"head -c {FILE_BYTES} /dev/urandom >{self.notes}.source || exit 1; "
             f"dd if={self.notes}.source of={folder}/file$i bs=64k conv=fsync 2>&1 || exit 1; "
             f'sum=$(sha256sum <{self.notes}.source); echo "${{sum%% *}}  {folder}/file$i" >>{self.notes}; '
             "done; echo ended well"
         )
+        guest.check(f": >{self.notes}")
         self._pid = guest.background(script, self._log)
 
     def count(self) -> int:
