@@ -116,7 +116,8 @@ def test_netlink_attach_survives_restarts_and_follows_the_size(farm: GuestFarm, 
     writer.wait_for(3)
     restart(farm)  # while the guest writes
     writer.wait_for(writer.count() + 3)
-    assert guest.check("dmesg").count("reconnected socket") == CONNECTIONS
+    # the driver's receive thread of a dead socket may take a fresh one down with it: then that is replaced too
+    assert guest.check("dmesg").count("reconnected socket") >= CONNECTIONS
 
     farm.task(farm.api("POST", "/v1/vvols/vm1/net/resize", {"size": 2 * DISK_BYTES}))
     guest.wait(f"test $(cat /sys/block/nbd0/size) = {2 * DISK_BYTES // 512}", 20)
