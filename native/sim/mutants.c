@@ -1,6 +1,7 @@
 /*
- * Deliberate bugs, to prove that the simulation would see them. Linked in place of the real function by
- * --wrap=FUNCTION (CMakeLists.txt), one per binary, so that the data plane's own code has no hooks.
+ * Deliberate bugs, to prove that the simulation would see them. The binary nvsim_mutants is nvsim with some functions
+ * replaced at link time (--wrap), so that the data plane's own code has no hooks; NVSIM_MUTANT=n in the environment
+ * chooses one bug:
  *
  *   1  FLUSH is answered without a sync                    nv_sync_begin
  *   2  FUA writes are not durable                          nv_io_submit
@@ -8,16 +9,14 @@
  *   4  a failed sync is forgotten at the next flush        nv_sync_begin
  *   5  a flush joins a sync that was already submitted     nv_sync_begin
  *   6  requests are parsed after the client hung up        nv_io_hung_up
+ *   7  a write's memory is reused while it is under way    nv_io_submit
  */
 #include <stdatomic.h>
+#include <stdlib.h>
 
 #include "io/io.h"
 #include "volume/flush.h"
 #include "volume/range.h"
-
-#ifndef NV_MUTANT
-#define NV_MUTANT 0 /* a compile for the warnings alone */
-#endif
 
 bool __real_nv_sync_begin(struct nv_sync *sync, struct nv_reactor *reactor, struct nv_sync_wait *wait);
 bool __wrap_nv_sync_begin(struct nv_sync *sync, struct nv_reactor *reactor, struct nv_sync_wait *wait);
@@ -25,43 +24,54 @@ void __real_nv_io_submit(struct nv_io *io, struct nv_op *op);
 void __wrap_nv_io_submit(struct nv_io *io, struct nv_op *op);
 void __real_nv_range_enter(struct nv_range_table *table, struct nv_range *range);
 void __wrap_nv_range_enter(struct nv_range_table *table, struct nv_range *range);
+bool __real_nv_io_hung_up(nv_handle handle);
 bool __wrap_nv_io_hung_up(nv_handle handle);
+
+static bool mutant(int number)
+{
+    const char *chosen = getenv("NVSIM_MUTANT");
+
+    return chosen && atoi(chosen) == number;
+}
 
 bool __wrap_nv_sync_begin(struct nv_sync *sync, struct nv_reactor *reactor, struct nv_sync_wait *wait)
 {
-#if NV_MUTANT == 1
-    wait->error = 0;
-    return true;
-#elif NV_MUTANT == 4
-    nv_sync_clear(sync);
-#elif NV_MUTANT == 5
-    if (sync->running && !atomic_load(&sync->fault)) {
+    if (mutant(1)) {
+        wait->error = 0;
+        return true;
+    }
+    if (mutant(4))
+        nv_sync_clear(sync);
+    if (mutant(5) && sync->running && !atomic_load(&sync->fault)) {
         wait->reactor = reactor;
         wait->next = sync->riders;
         sync->riders = wait;
         return false;
     }
-#endif
     return __real_nv_sync_begin(sync, reactor, wait);
 }
 
 void __wrap_nv_io_submit(struct nv_io *io, struct nv_op *op)
 {
-    op->flags &= (uint8_t)~NV_OP_DSYNC;
+    if (mutant(2))
+        op->flags &= (uint8_t)~NV_OP_DSYNC;
     __real_nv_io_submit(io, op);
+    if (mutant(7) && op->kind == NV_OP_WRITE && op->iov->iov_len == 1536)
+        *(uint8_t *)op->iov->iov_base ^= 1;
 }
 
 void __wrap_nv_range_enter(struct nv_range_table *table, struct nv_range *range)
 {
     static uint64_t unique;
 
-    range->offset = (1ull << 60) + ++unique; /* a place where nobody else is */
-    range->length = 1;
+    if (mutant(3)) {
+        range->offset = (1ull << 60) + ++unique; /* a place where nobody else is */
+        range->length = 1;
+    }
     __real_nv_range_enter(table, range);
 }
 
 bool __wrap_nv_io_hung_up(nv_handle handle)
 {
-    (void)handle;
-    return false;
+    return !mutant(6) && __real_nv_io_hung_up(handle);
 }
