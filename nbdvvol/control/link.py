@@ -213,7 +213,7 @@ class Links:
         if message.event == "sync_failed":
             await self.registry.run(stores.faulty, message.subject, message.message)
         elif message.event == "datastore_missing":
-            await self.registry.run(stores.missing, message.subject, host, message.message)
+            await self.registry.run(stores.missing, message.subject, f"host {host}: {message.message}")
 
     async def _done(self, message: link.WorkDone) -> None:
         if message.id < EPHEMERAL:
@@ -241,7 +241,7 @@ class Links:
             self._waiting.pop(order.id, None)
         if done.error:
             code = Code(done.code) if done.code in Code.__members__ else Code.IO
-            raise NvError(code, f"host {order.host}: {done.error}", "look at its filter's log")
+            raise NvError(code, f"host {order.host}: {done.error}")
         return done.result
 
     async def probe(self, name: str, host: str) -> dict[str, Any]:
@@ -254,8 +254,8 @@ class Links:
         try:
             result = await self.carry_out(order)
         except NvError as error:
-            await self.registry.run(stores.missing, name, host, error.message)
-            raise NvError(error.code, f"datastore {name}: {error.message}", error.hint) from None
+            await self.registry.run(stores.missing, name, error.message)
+            raise
         wrong = await self.registry.run(stores.probed, name, host, result)
         if wrong:
             raise NvError(

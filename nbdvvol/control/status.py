@@ -75,7 +75,7 @@ def _datastore_problems(store: Datastore) -> list[Problem]:
             Problem(
                 code="DATASTORE_MISSING",
                 subject=store.name,
-                message=f"{store.path} cannot be opened: {store.detail}",
+                message=f"it cannot be opened: {store.detail}",
                 action="bring it back, or correct its path and apply; VVols on other datastores are not concerned",
             )
         ]

@@ -44,8 +44,10 @@ async def registry(tmp_path: Path) -> AsyncIterator[Registry]:
     await it.close()
 
 
-def _hello(instance: str = "one", revision: int = 0, control: str = "", **held: int) -> link.Hello:
-    holding = [link.Held(uuid=uuid, epoch=epoch, generation=1, map_version=1) for uuid, epoch in held.items()]
+def _hello(
+    instance: str = "one", revision: int = 0, control: str = "", held: dict[str, int] | None = None
+) -> link.Hello:
+    holding = [link.Held(uuid=uuid, epoch=epoch, generation=1, map_version=1) for uuid, epoch in (held or {}).items()]
     return link.Hello(host="local", instance=instance, revision=revision, control=control, held=holding, run_dir="/r")
 
 
@@ -248,7 +250,7 @@ async def test_a_new_process_gets_new_epochs_and_a_snapshot(registry: Registry) 
     await registry.run(bindings.bind, uuid, "local")
     first = await registry.run(bindings.connect, _hello("one"))
     assert isinstance(first, link.Snapshot) and first.state.vvols[uuid].epoch == 2
-    again = await registry.run(bindings.connect, _hello("one", first.revision, registry.identity, **{uuid: 2}))
+    again = await registry.run(bindings.connect, _hello("one", first.revision, registry.identity, held={uuid: 2}))
     assert isinstance(again, link.Resumed), "the same process that missed nothing keeps its epochs"
     other = await registry.run(bindings.connect, _hello("two"))
     assert isinstance(other, link.Snapshot) and other.state.vvols[uuid].epoch == 3
@@ -302,7 +304,7 @@ async def test_a_hello_that_no_longer_holds_releases(registry: Registry) -> None
     await registry.run(bindings.bind, uuid, "local")
     await registry.run(bindings.connect, _hello("one"))
     await registry.run(bindings.unbind, uuid)
-    await registry.run(bindings.connect, _hello("one", **{uuid: 2}))
+    await registry.run(bindings.connect, _hello("one", held={uuid: 2}))
     assert await registry.run(bindings.unreleased, uuid) == ["local"], "it still holds it"
     await registry.run(bindings.connect, _hello("one"))
     assert await registry.run(bindings.unreleased, uuid) == []

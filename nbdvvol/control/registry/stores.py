@@ -148,12 +148,12 @@ def probed(tx: Tx, name: str, host: str, result: dict[str, Any]) -> str:
 
 
 @transaction
-def missing(tx: Tx, name: str, host: str, why: str) -> None:
+def missing(tx: Tx, name: str, why: str) -> None:
     """A filter that should see the datastore cannot open it."""
     row = store_row(tx, name)
     if row.state != "missing" or row.detail != why:
         tx.db.execute(update(s.datastores).where(s.datastores.c.name == name).values(state="missing", detail=why))
-        tx.event("datastore.missing", name, f"host {host}: {why}")
+        tx.event("datastore.missing", name, why)
 
 
 @transaction
