@@ -24,11 +24,12 @@
 #define NV_DF_ALWAYS_SERVED (64u << 10)        /* nbd.md 1.15.11 */
 #define NV_MESSAGE_MAX 120u                    /* text of an error chunk */
 #define NV_OPTION_MAX (64u << 10)              /* one TLS-haggling option */
+#define NV_ANSWER_MAX (16u << 20)              /* the replies to one option (LIST of many exports) */
 
 /* one connection */
 #define NV_REQUESTS_PER_CONNECTION 256u        /* parsed and not yet wholly answered */
 #define NV_RX_CHUNK (64u << 10)                /* receive chunk; the private one bounds idle memory */
-#define NV_INLINE_PAYLOAD (16u << 10)               /* a payload up to this is written from the chunk */
+#define NV_INLINE_PAYLOAD (16u << 10)          /* a payload up to this is written from the chunk */
 #define NV_RX_WINDOW_MIN 512u                  /* receive size right after a large payload */
 #define NV_TX_REQUESTS 64u                     /* replies gathered into one send */
 #define NV_TX_IOV (2u * NV_TX_REQUESTS)
@@ -37,6 +38,7 @@
 #define NV_EXTENTS_MAX 1000u                   /* extents in one BLOCK_STATUS answer: its memory is 32 KiB */
 
 /* TLS: ciphertext of one connection, memory taken only while it waits */
+#define NV_TLS_RECEIVE (32u << 10)             /* one receive of ciphertext */
 #define NV_TLS_CHUNK (64u << 10)
 #define NV_TLS_INPUT_MAX (128u << 10)          /* received, not yet read as plaintext */
 #define NV_TLS_OUTPUT_MAX (256u << 10)         /* encrypted, not yet sent */
@@ -61,6 +63,7 @@
 
 /* times */
 #define NV_SPIN_MAX_US 10000u
+#define NV_HANDSHAKE_MAX_MS 600000u
 #define NV_HAGGLE_SILENCE_MS 10000u
 #define NV_FORCE_CLOSE_MS 5000u                /* a closing connection that does not drain is cut */
 #define NV_TICK_MS 250u

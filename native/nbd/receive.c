@@ -8,6 +8,7 @@
 #include <errno.h>
 #include <string.h>
 
+#include "nbd/haggle.h"
 #include "nbd/session.h"
 #include "nbd/wire.h"
 
@@ -268,11 +269,46 @@ static bool parse_step(struct nv_conn *conn)
     }
 }
 
+static bool receive_target(struct nv_conn *conn);
+
+static void account(struct nv_conn *conn, uint32_t got)
+{
+    if (conn->rx_state == NV_RX_BODY) {
+        conn->rx_filled += got;
+        conn->rx_window = NV_RX_WINDOW_MIN; /* so that the next large payload's head is a small copy */
+    } else {
+        conn->rx_end += got;
+        if (got == conn->rx_window && conn->rx_window < NV_RX_CHUNK)
+            conn->rx_window *= 4;
+    }
+}
+
+/* TLS: decrypt to where the next bytes belong; false: nothing to decrypt now, or nowhere to put it. */
+static bool decrypt(struct nv_conn *conn)
+{
+    size_t got;
+
+    if (!conn->tls || conn->rx_stalled || conn->rx_done || !receive_target(conn))
+        return false;
+    got = nv_secure_read(conn, conn->rx_iov.iov_base, conn->rx_iov.iov_len);
+    account(conn, (uint32_t)got);
+    return got > 0;
+}
+
 void nv_conn_parse(struct nv_conn *conn)
 {
-    conn->rx_stalled = false;
-    while (!conn->rx_done && parse_step(conn))
-        ;
+    do {
+        conn->rx_stalled = false;
+        while (!conn->rx_done && parse_step(conn))
+            ;
+    } while (decrypt(conn));
+}
+
+bool nv_conn_between_requests(const struct nv_conn *conn)
+{
+    if (!conn->local)
+        return conn->haggle->state >= NV_HAGGLE_HEADER && conn->haggle->filled == 0;
+    return !conn->current && available(conn) == 0;
 }
 
 static void received(struct nv_op *op)
@@ -284,17 +320,13 @@ static void received(struct nv_op *op)
     nv_reactor_kick(conn->reactor, conn);
     if (got <= 0) {
         if (got != -ECANCELED)
-            nv_conn_stop_receiving(conn, got < 0 ? (int)got : conn->current || available(conn) ? -ECONNRESET : 0);
+            nv_conn_stop_receiving(conn, got < 0 ? (int)got : nv_conn_between_requests(conn) ? 0 : -ECONNRESET);
     } else if (!conn->rx_done && !conn->shut) {
         nv_count(&conn->reactor->counters.batches, 1);
-        if (conn->rx_state == NV_RX_BODY) {
-            conn->rx_filled += (uint32_t)got;
-            conn->rx_window = NV_RX_WINDOW_MIN; /* so that the next large payload's head is a small copy */
-        } else {
-            conn->rx_end += (uint32_t)got;
-            if ((uint64_t)got == conn->rx_window && conn->rx_window < NV_RX_CHUNK)
-                conn->rx_window *= 4;
-        }
+        if (conn->tls)
+            conn->cipher_end = (uint32_t)got;
+        else
+            account(conn, (uint32_t)got);
     }
 }
 
@@ -328,12 +360,19 @@ void nv_conn_arm_receive(struct nv_conn *conn)
 {
     if (conn->rx_pending || conn->rx_done || (conn->rx_stalled && !conn->shut))
         return;
-    if (conn->shut) /* the end: whatever still comes is thrown away */
+    if (conn->tls && !conn->shut) {
+        if (conn->cipher_start < conn->cipher_end)
+            return; /* TLS has no room: a send, or the reader, makes some */
+        if (!conn->local && conn->haggle->state >= NV_HAGGLE_WAIT)
+            return; /* it is Python's turn */
+        conn->cipher_start = conn->cipher_end = 0;
+        conn->rx_iov = (struct iovec){conn->cipher, NV_TLS_RECEIVE};
+    } else if (conn->shut) /* the end: whatever still comes is thrown away */
         conn->rx_iov = (struct iovec){nv_chunk_data(conn->private_chunk), NV_CHUNK_CAPACITY};
     else if (!receive_target(conn))
         return;
     conn->rx_op.kind = NV_OP_RECV;
-    conn->rx_op.flags = conn->rx_state == NV_RX_BODY && !conn->shut ? NV_OP_WHOLE : 0;
+    conn->rx_op.flags = conn->rx_state == NV_RX_BODY && !conn->shut && !conn->tls ? NV_OP_WHOLE : 0;
     conn->rx_op.handle = conn->handle;
     conn->rx_op.iov = &conn->rx_iov;
     conn->rx_op.iov_count = 1;

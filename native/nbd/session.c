@@ -10,6 +10,8 @@
 #include <stddef.h>
 #include <string.h>
 
+#include "nbd/haggle.h"
+#include "nbd/tls.h"
 #include "nbd/wire.h"
 #include "reactor/plane.h"
 
@@ -17,7 +19,7 @@
 #define ROUND(bytes) (((bytes) + PAGE - 1) / PAGE * PAGE)
 #define CONN_BYTES ROUND(sizeof(struct nv_conn))
 #define SLOTS_BYTES ROUND(NV_REQUESTS_PER_CONNECTION * sizeof(struct nv_request))
-#define ARENA_BYTES (CONN_BYTES + SLOTS_BYTES + NV_RX_CHUNK + NV_PAYLOAD_MAX)
+#define ARENA_BYTES (CONN_BYTES + SLOTS_BYTES + NV_RX_CHUNK + NV_TLS_RECEIVE + NV_PAYLOAD_MAX)
 
 struct nv_conn *nv_conn_create(struct nv_reactor *reactor, nv_handle handle)
 {
@@ -30,7 +32,8 @@ struct nv_conn *nv_conn_create(struct nv_reactor *reactor, nv_handle handle)
     conn->handle = handle;
     conn->slots = (struct nv_request *)(arena + CONN_BYTES);
     conn->private_chunk = (struct nv_chunk *)(arena + CONN_BYTES + SLOTS_BYTES);
-    conn->private_payload = arena + CONN_BYTES + SLOTS_BYTES + NV_RX_CHUNK;
+    conn->cipher = arena + CONN_BYTES + SLOTS_BYTES + NV_RX_CHUNK;
+    conn->private_payload = conn->cipher + NV_TLS_RECEIVE;
     conn->private_chunk->is_private = true;
     conn->private_chunk->refs = 1;
     conn->chunk = conn->private_chunk;
@@ -42,6 +45,9 @@ struct nv_conn *nv_conn_create(struct nv_reactor *reactor, nv_handle handle)
 
 void nv_conn_free(struct nv_conn *conn)
 {
+    if (conn->tls)
+        nv_tls_free(conn->tls);
+    nv_haggle_free(conn->haggle);
     nv_pages_unmap(conn, ARENA_BYTES);
 }
 
@@ -80,6 +86,8 @@ void nv_conn_enter(struct nv_conn *conn, struct nv_volume *volume, const nv_conn
 {
     nv_conn_set_params(conn, volume, params);
     link_volume(conn);
+    if (!conn->closing)
+        conn->deadline_ns = 0; /* the transmission phase knows no silence */
     if (conn->local->closing)
         nv_conn_close(conn, -ESHUTDOWN);
     nv_reactor_kick(conn->reactor, conn);
@@ -96,8 +104,11 @@ void nv_conn_opens(struct nv_reactor *reactor, struct nv_message *message)
         conn->next->back = &conn->next;
     reactor->connections = conn;
     nv_count(&reactor->counters.connections, 1);
-    link_volume(conn);
-    if (conn->local->closing || reactor->stopping)
+    if (conn->local)
+        link_volume(conn);
+    else
+        nv_haggle_begin(conn);
+    if (reactor->stopping || (conn->local && conn->local->closing))
         nv_conn_close(conn, -ESHUTDOWN);
     nv_reactor_kick(reactor, conn);
 }
@@ -174,14 +185,16 @@ static void finish(struct nv_conn *conn)
         conn->next->back = conn->back;
     nv_reactor_forget(reactor, conn);
     nv_count(&reactor->counters.connections, (uint64_t)-1);
-    unlink_volume(conn);
+    struct nv_volume_local *local = conn->local;
+    if (local)
+        unlink_volume(conn);
     conn->closed.event.kind = NV_EVENT_CONNECTION_CLOSED;
     conn->closed.event.result = conn->end_reason;
     conn->closed.event.args[0] = conn->id;
     conn->closed.subject = conn;
-    struct nv_volume_local *local = conn->local;
     nv_events_raise(&reactor->events, &conn->closed); /* the front may free it from here on */
-    nv_volume_local_left(reactor, local);
+    if (local)
+        nv_volume_local_left(reactor, local);
 }
 
 static void check_end(struct nv_conn *conn)
@@ -209,8 +222,12 @@ void nv_conn_turn(struct nv_conn *conn)
     if (conn->ended)
         return;
     if (!conn->rx_pending && !conn->rx_done && !conn->shut) {
-        nv_conn_parse(conn);
-        nv_conn_start_held(conn);
+        if (conn->local) {
+            nv_conn_parse(conn);
+            nv_conn_start_held(conn);
+        } else {
+            nv_haggle_turn(conn);
+        }
         nv_conn_arm_receive(conn);
     }
     check_end(conn);

@@ -122,7 +122,14 @@ struct nv_conn {
     bool close_sent;                /* front thread */
     /* TLS */
     struct nv_tls *tls;
-    struct nv_haggle *haggle;
+    struct nv_haggle *haggle;       /* with tls; its state says whether the transmission phase has begun */
+    uint32_t haggle_ms;
+    bool tls_bye;                   /* close_notify is queued */
+    uint8_t *cipher;                /* NV_TLS_RECEIVE bytes of received ciphertext */
+    uint32_t cipher_start, cipher_end;
+    struct iovec cipher_iov;
+    /* front thread */
+    struct nv_volume *bound;        /* the volume whose connection count this one raised */
 };
 
 /* Front: map a connection's memory and fill it in; NULL without address space. */
@@ -133,6 +140,12 @@ void nv_conn_free(struct nv_conn *conn);
 void nv_conn_set_params(struct nv_conn *conn, struct nv_volume *volume, const nv_connection_params *params);
 /* Front, before open: bytes that were read past the handshake (at most NV_RX_CHUNK / 2). */
 void nv_conn_preload(struct nv_conn *conn, const void *bytes, uint32_t length);
+/* Front, shared with the TLS entries (reactor/front.c): a connection in the table, its start, its volume. */
+int nv_connection_new(nv_plane *plane, int fd, uint64_t token, struct nv_conn **out);
+void nv_connection_launch(nv_plane *plane, struct nv_conn *conn);
+int nv_connection_aim(nv_plane *plane, struct nv_conn *conn, uint32_t volume_number,
+                      const nv_connection_params *params, struct nv_volume **volume);
+void nv_connection_bind(struct nv_conn *conn, struct nv_volume *volume);
 /* Reactor: the messages' handlers. */
 void nv_conn_opens(struct nv_reactor *reactor, struct nv_message *message);
 void nv_conn_closes(struct nv_reactor *reactor, struct nv_message *message);
@@ -140,7 +153,7 @@ void nv_conn_frees(struct nv_reactor *reactor, struct nv_message *message);
 
 /* Reactor: do whatever can be done now: parse, start, send, receive, end. */
 void nv_conn_turn(struct nv_conn *conn);
-/* Reactor: enter the transmission phase on a volume. */
+/* Reactor: the transmission phase on a volume begins. */
 void nv_conn_enter(struct nv_conn *conn, struct nv_volume *volume, const nv_connection_params *params);
 /* Reactor: finish what is in flight, then end; NV_FORCE_CLOSE_MS bounds it. */
 void nv_conn_close(struct nv_conn *conn, int reason);
@@ -154,6 +167,7 @@ void nv_conn_tick(struct nv_conn *conn, uint64_t now_ns);
 void nv_conn_parse(struct nv_conn *conn);
 void nv_conn_arm_receive(struct nv_conn *conn);
 void nv_conn_start_held(struct nv_conn *conn);
+bool nv_conn_between_requests(const struct nv_conn *conn); /* the stream may end here */
 
 /* memory.c */
 struct nv_request *nv_request_take(struct nv_conn *conn);
@@ -189,6 +203,9 @@ unsigned nv_reply_pieces(const struct nv_request *request);
 void nv_conn_stage(struct nv_request *request);         /* queue the reply */
 void nv_conn_transmit(struct nv_conn *conn);            /* send what is queued if nothing is in flight */
 void nv_conn_drop_replies(struct nv_conn *conn);        /* those that no send has taken yet */
-bool nv_conn_transmit_idle(const struct nv_conn *conn);
+bool nv_conn_transmit_idle(struct nv_conn *conn);       /* with TLS, queues close_notify: call at the end only */
+bool nv_conn_gather(struct nv_conn *conn);              /* fill tx_iov from the queue; false: nothing to send */
+void nv_conn_advance(struct nv_conn *conn, uint64_t bytes); /* that much of tx_iov has gone; releases whole requests */
+void nv_conn_submit_send(struct nv_conn *conn, struct iovec *iov, unsigned count);
 
 #endif

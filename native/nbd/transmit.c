@@ -6,6 +6,7 @@
 #include <errno.h>
 #include <stddef.h>
 
+#include "nbd/haggle.h"
 #include "nbd/session.h"
 
 static void sent(struct nv_op *op);
@@ -24,9 +25,11 @@ void nv_conn_stage(struct nv_request *request)
     nv_reactor_send_later(conn->reactor, conn);
 }
 
-bool nv_conn_transmit_idle(const struct nv_conn *conn)
+bool nv_conn_transmit_idle(struct nv_conn *conn)
 {
-    return !conn->tx_pending && !conn->tx_queue;
+    if (conn->tx_pending || conn->tx_queue)
+        return false;
+    return !conn->tls || nv_secure_finished(conn);
 }
 
 static void release_list(struct nv_request *list)
@@ -37,6 +40,14 @@ static void release_list(struct nv_request *list)
     }
 }
 
+static void release_sending(struct nv_conn *conn)
+{
+    struct nv_request *list = conn->tx_sending;
+
+    conn->tx_sending = NULL;
+    release_list(list);
+}
+
 void nv_conn_drop_replies(struct nv_conn *conn)
 {
     struct nv_request *list = conn->tx_queue;
@@ -44,6 +55,8 @@ void nv_conn_drop_replies(struct nv_conn *conn)
     conn->tx_queue = NULL;
     conn->tx_queue_tail = &conn->tx_queue;
     release_list(list);
+    if (!conn->tx_pending) /* else the kernel still reads their buffers */
+        release_sending(conn);
 }
 
 /* Move replies from the queue into tx_iov and tx_sending, up to the limits of one send. */
@@ -71,14 +84,21 @@ static void gather(struct nv_conn *conn)
         conn->tx_queue_tail = &conn->tx_queue;
 }
 
-static void submit(struct nv_conn *conn)
+bool nv_conn_gather(struct nv_conn *conn)
 {
-    assert(conn->tx_first < conn->tx_count);
+    if (!conn->tx_sending && conn->tx_queue)
+        gather(conn);
+    return conn->tx_sending;
+}
+
+void nv_conn_submit_send(struct nv_conn *conn, struct iovec *iov, unsigned count)
+{
+    assert(!conn->tx_pending && count > 0 && count <= NV_TX_IOV);
     conn->tx_op.kind = NV_OP_SEND;
     conn->tx_op.flags = 0;
     conn->tx_op.handle = conn->handle;
-    conn->tx_op.iov = &conn->tx_iov[conn->tx_first];
-    conn->tx_op.iov_count = (uint16_t)(conn->tx_count - conn->tx_first);
+    conn->tx_op.iov = iov;
+    conn->tx_op.iov_count = (uint16_t)count;
     conn->tx_op.done = sent;
     conn->tx_pending = true;
     nv_io_submit(conn->reactor->io, &conn->tx_op);
@@ -86,42 +106,42 @@ static void submit(struct nv_conn *conn)
 
 void nv_conn_transmit(struct nv_conn *conn)
 {
-    if (conn->tx_pending || !conn->tx_queue || conn->tx_dead)
+    if (conn->tls) {
+        nv_secure_transmit(conn);
         return;
-    gather(conn);
-    submit(conn);
+    }
+    if (conn->tx_pending || conn->tx_dead || !nv_conn_gather(conn))
+        return;
+    nv_conn_submit_send(conn, &conn->tx_iov[conn->tx_first], conn->tx_count - conn->tx_first);
 }
 
-/* True when something of the gathered replies is left to send. */
-static bool advance(struct nv_conn *conn, uint64_t bytes)
+void nv_conn_advance(struct nv_conn *conn, uint64_t bytes)
 {
     while (conn->tx_first < conn->tx_count && bytes >= conn->tx_iov[conn->tx_first].iov_len)
         bytes -= conn->tx_iov[conn->tx_first++].iov_len;
     if (conn->tx_first == conn->tx_count) {
         assert(bytes == 0);
-        return false;
+        release_sending(conn);
+        return;
     }
     conn->tx_iov[conn->tx_first].iov_base = (uint8_t *)conn->tx_iov[conn->tx_first].iov_base + bytes;
     conn->tx_iov[conn->tx_first].iov_len -= bytes;
-    return true;
 }
 
 static void sent(struct nv_op *op)
 {
     struct nv_conn *conn = (struct nv_conn *)((char *)op - offsetof(struct nv_conn, tx_op));
-    struct nv_request *list;
 
     conn->tx_pending = false;
-    if (op->result > 0 && !conn->tx_dead && advance(conn, (uint64_t)op->result)) {
-        submit(conn);
-        return;
-    }
-    list = conn->tx_sending;
-    conn->tx_sending = NULL;
-    if (op->result <= 0)
+    if (conn->tls && !conn->tx_dead)
+        nv_secure_sent(conn, op->result);
+    else if (op->result > 0 && !conn->tx_dead)
+        nv_conn_advance(conn, (uint64_t)op->result);
+    else
         nv_conn_kill(conn, op->result < 0 ? (int)op->result : -EPIPE);
-    release_list(list);
-    if (conn->tx_queue)
+    if (conn->tx_dead)
+        release_sending(conn);
+    else if (conn->tx_sending || conn->tx_queue)
         nv_reactor_send_later(conn->reactor, conn);
     nv_reactor_kick(conn->reactor, conn);
 }

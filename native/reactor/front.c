@@ -311,7 +311,7 @@ static int check_params(const nv_connection_params *params)
     return 0;
 }
 
-static int new_connection(nv_plane *plane, int fd, uint64_t token, struct nv_conn **out)
+int nv_connection_new(nv_plane *plane, int fd, uint64_t token, struct nv_conn **out)
 {
     struct nv_reactor *reactor = nv_plane_least_loaded(plane);
     struct nv_conn *conn = nv_conn_create(reactor, -1);
@@ -335,29 +335,52 @@ static int new_connection(nv_plane *plane, int fd, uint64_t token, struct nv_con
     return 0;
 }
 
+void nv_connection_launch(nv_plane *plane, struct nv_conn *conn)
+{
+    plane->assigned[conn->reactor->index]++;
+    conn->open_message.run = nv_conn_opens;
+    nv_reactor_send(conn->reactor, &conn->open_message); /* from here on it may end at any moment */
+}
+
+int nv_connection_aim(nv_plane *plane, struct nv_conn *conn, uint32_t volume_number,
+                      const nv_connection_params *params, struct nv_volume **volume)
+{
+    int error = find_volume(plane, volume_number, volume);
+
+    if (!error && !params)
+        error = nv_fail(EINVAL, "entering the transmission phase needs parameters");
+    if (!error && conn && conn->bound)
+        error = nv_fail(EALREADY, "connection %u is in the transmission phase", conn->id);
+    return error ? error : check_params(params);
+}
+
+void nv_connection_bind(struct nv_conn *conn, struct nv_volume *volume)
+{
+    assert(!conn->bound);
+    conn->bound = volume;
+    conn->closed.event.volume = volume->id;
+    atomic_fetch_add(&volume->connections, 1);
+}
+
 int nv_connection_open(nv_plane *plane, int fd, uint32_t volume_number, const nv_connection_params *params,
                        const void *early, uint64_t early_length, uint64_t token, uint32_t *number)
 {
     struct nv_volume *volume;
     struct nv_conn *conn = NULL;
-    int error = find_volume(plane, volume_number, &volume);
+    int error = nv_connection_aim(plane, NULL, volume_number, params, &volume);
 
-    if (error || (error = check_params(params)))
-        return error;
-    if (early_length > NV_CHUNK_CAPACITY)
-        return nv_fail(E2BIG, "%" PRIu64 " early bytes, above %u", early_length, NV_CHUNK_CAPACITY);
-    error = new_connection(plane, fd, token, &conn);
+    if (!error && early_length > NV_CHUNK_CAPACITY)
+        error = nv_fail(E2BIG, "%" PRIu64 " early bytes, above %u", early_length, NV_CHUNK_CAPACITY);
+    if (!error)
+        error = nv_connection_new(plane, fd, token, &conn);
     if (error)
         return error;
     nv_conn_set_params(conn, volume, params);
     if (early_length > 0)
         nv_conn_preload(conn, early, (uint32_t)early_length);
-    atomic_fetch_add(&volume->connections, 1);
-    plane->assigned[conn->reactor->index]++;
-    conn->closed.event.volume = volume_number;
-    conn->open_message.run = nv_conn_opens;
-    *number = conn->id; /* before the message: the connection may end at any moment after it */
-    nv_reactor_send(conn->reactor, &conn->open_message);
+    nv_connection_bind(conn, volume);
+    *number = conn->id;
+    nv_connection_launch(plane, conn);
     return 0;
 }
 

@@ -224,7 +224,7 @@ void nv_volume_forget(nv_plane *plane, struct nv_volume *volume)
 
 static void connection_ended(nv_plane *plane, struct nv_conn *conn)
 {
-    struct nv_volume *volume = conn->volume;
+    struct nv_volume *volume = conn->bound;
 
     nv_table_remove(&plane->connections, conn->id);
     plane->assigned[conn->reactor->index]--;
