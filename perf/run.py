@@ -85,7 +85,7 @@ class _Field:
 
 
 def _wanted(options: Options, suite: Suite) -> list[Peer]:
-    chosen = [p for p in PEERS if p.serves(suite.backend, suite.transport)]
+    chosen = [p for p in PEERS if p.serves(suite.backend, suite.transport) and p.name not in suite.without]
     return [p for p in chosen if not options.peers or p.name in options.peers]
 
 

@@ -63,6 +63,8 @@ class Suite(BaseModel):
     transport: Transport
     points: dict[str, Load] = {}
     jobs: str | None = None
+    without: tuple[str, ...] = ()
+    """Peers that cannot do this at all: the ceiling keeps no data."""
     name: str = ""
 
     @property

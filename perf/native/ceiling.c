@@ -363,6 +363,17 @@ static int listen_on(void)
     return fd;
 }
 
+static unsigned number_of(const char *text, unsigned most)
+{
+    char *end;
+    unsigned long n = strtoul(text, &end, 10);
+    if (end == text || *end || *text == '-' || n > most) {
+        fprintf(stderr, "ceiling: '%s' is not a number of 0..%u\n", text, most);
+        exit(2);
+    }
+    return (unsigned)n;
+}
+
 static void parse_options(int argc, char **argv)
 {
     static const struct option longs[] = {
@@ -372,11 +383,11 @@ static void parse_options(int argc, char **argv)
     for (int o; (o = getopt_long(argc, argv, "", longs, NULL)) != -1;) {
         switch (o) {
         case 'u': options.unix_path = optarg; break;
-        case 't': options.tcp_port = (uint16_t)atoi(optarg); break;
+        case 't': options.tcp_port = (uint16_t)number_of(optarg, 65535); break;
         case 's': options.size = strtoull(optarg, NULL, 10); break;
-        case 'n': options.threads = (unsigned)atoi(optarg); break;
-        case 'p': options.spin_us = (unsigned)atoi(optarg); break;
-        case 'b': options.buffer_bytes = atoi(optarg); break;
+        case 'n': options.threads = number_of(optarg, THREADS_MAX); break;
+        case 'p': options.spin_us = number_of(optarg, 1000000); break;
+        case 'b': options.buffer_bytes = (int)number_of(optarg, 1 << 30); break;
         default: exit(2);
         }
     }

@@ -52,13 +52,29 @@ static uint64_t bytes_of(const char *text)
     return n << shift;
 }
 
+static unsigned number_of(const char *text)
+{
+    char *end;
+    unsigned long n = strtoul(text, &end, 10);
+    if (end == text || *end || *text == '-' || n > 1u << 30) fail("not a number: '%s'", text);
+    return (unsigned)n;
+}
+
+static double seconds_of(const char *text)
+{
+    char *end;
+    double seconds = strtod(text, &end);
+    if (end == text || *end || !(seconds >= 0 && seconds < 1e6)) fail("not a time in seconds: '%s'", text);
+    return seconds;
+}
+
 /* "read=70,write=30": percents that add up to 100. */
 static void parse_mix(char *text, struct work *work)
 {
     unsigned at = 0;
     for (char *item = strtok(text, ","); item; item = strtok(NULL, ",")) {
         char *equals = strchr(item, '=');
-        unsigned percent = equals ? (unsigned)atoi(equals + 1) : 100, op = 0;
+        unsigned percent = equals ? number_of(equals + 1) : 100, op = 0;
         if (equals) *equals = 0;
         while (op < OP_COUNT && strcmp(op_names[op], item) != 0) op++;
         if (op == OP_COUNT || at + percent > 100) fail("--mix: '%s' is unknown, or the sum is above 100", item);
@@ -129,20 +145,20 @@ static void parse_options(int argc, char **argv)
         case 'u': options.target.unix_path = optarg; break;
         case 't': parse_tcp(optarg, &options.target); break;
         case 'e': options.target.export_name = optarg; break;
-        case 'c': options.connections = (unsigned)atoi(optarg); break;
-        case 'n': options.threads = (unsigned)atoi(optarg); break;
-        case 'd': w->depth = (unsigned)atoi(optarg); break;
+        case 'c': options.connections = number_of(optarg); break;
+        case 'n': options.threads = number_of(optarg); break;
+        case 'd': w->depth = number_of(optarg); break;
         case 'b': w->block = (uint32_t)bytes_of(optarg); break;
         case 'm': parse_mix(optarg, w); break;
         case 's': w->sequential = true; break;
         case 'r': w->span = bytes_of(optarg); break;
         case 'f': w->fua = true; break;
-        case 'S': options.seconds = atof(optarg); break;
-        case 'w': options.warmup_seconds = atof(optarg); break;
+        case 'S': options.seconds = seconds_of(optarg); break;
+        case 'w': options.warmup_seconds = seconds_of(optarg); break;
         case 'C': w->count = strtoull(optarg, NULL, 10); break;
         case 'l': w->lockstep = true; break;
-        case 'B': w->batch = (unsigned)atoi(optarg); break;
-        case 'p': w->spin_us = (unsigned)atoi(optarg); break;
+        case 'B': w->batch = number_of(optarg); break;
+        case 'p': w->spin_us = number_of(optarg); break;
         case 'v': w->verify = true; break;
         case 'x': w->seed = strtoull(optarg, NULL, 10); break;
         case 'q': options.target.structured = true; break;
@@ -150,9 +166,9 @@ static void parse_options(int argc, char **argv)
         case 'z': options.target.buffer_bytes = (int)bytes_of(optarg); break;
         case 'P':
             if (options.pid_count == PIDS_MAX) fail("--pid: at most %d", PIDS_MAX);
-            options.pids[options.pid_count++] = atoi(optarg);
+            options.pids[options.pid_count++] = (int)number_of(optarg);
             break;
-        case 'i': options.idle = true; options.idle_seconds = atof(optarg); break;
+        case 'i': options.idle = true; options.idle_seconds = seconds_of(optarg); break;
         default: usage();
         }
     }
