@@ -71,7 +71,7 @@ def filter_(
     from nbdvvol.cli import doors
 
     if serve is not None:
-        doors.standalone(serve, export=export, read_only=read_only, stdio=stdio)
+        doors.standalone(serve, export=export, read_only=read_only, stdio=stdio, reactors=reactors, spin_us=spin_us)
         return
     if stdio:
         raise typer.BadParameter("--stdio needs --serve PATH")

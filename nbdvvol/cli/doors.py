@@ -60,11 +60,11 @@ def filter_(
     _run(run_filter(options))
 
 
-def standalone(path: Path, *, export: str, read_only: bool, stdio: bool) -> None:
+def standalone(path: Path, *, export: str, read_only: bool, stdio: bool, reactors: int, spin_us: int) -> None:
     """One plain file or device, without control."""
     from nbdvvol.filter.standalone import run_standalone
 
-    _run(run_standalone(path, export=export, read_only=read_only, stdio=stdio))
+    _run(run_standalone(path, export=export, read_only=read_only, stdio=stdio, reactors=reactors, spin_us=spin_us))
 
 
 def attach(

@@ -67,7 +67,9 @@ class OneExport:
         return Opened(self._facts, self._volume)
 
 
-async def run_standalone(path: Path, *, export: str, read_only: bool, stdio: bool) -> None:
+async def run_standalone(
+    path: Path, *, export: str, read_only: bool, stdio: bool, reactors: int = 1, spin_us: int = 50
+) -> None:
     """Serve `path` until the one client is gone (stdio), or all clients of the given socket are.
 
     SIGTERM and SIGINT end it cleanly. Raises NvError when the file cannot be opened or nothing says where clients
@@ -84,7 +86,7 @@ async def run_standalone(path: Path, *, export: str, read_only: bool, stdio: boo
     parse_string(export.encode(), "the export's name")
     fd, spec = _open(path, read_only)
     try:
-        plane = Plane(PlaneConfig(lock_memory=False))
+        plane = Plane(PlaneConfig(reactors=reactors, spin_us=spin_us, lock_memory=False))
         try:
             server = _server(plane, fd, spec, export)
             work = _serve_stdio(server) if stdio else _serve_listener(server, next(iter(given.values())))
