@@ -62,15 +62,19 @@ def farms() -> Iterator[Callable[..., Farm]]:
             farm.remove()
 
 
-@pytest.fixture
-def unharmed(shared: SharedFarm) -> Iterator[Bystander]:
-    """Verified I/O of another client during the test; the same filter process must live on after it."""
-    filter_pid, control_pid = shared.filter_pid(), shared.control_pid
+@pytest.fixture(scope="module")
+def bystander(shared: SharedFarm) -> Iterator[Bystander]:
+    """Another client's verified I/O, all through a module."""
     bystander = Bystander(shared.open("bystander"))
-    try:
-        bystander.check()
-        yield bystander
-        bystander.check()
-        assert (shared.filter_pid(), shared.control_pid) == (filter_pid, control_pid), "a daemon was restarted"
-    finally:
-        bystander.stop()
+    yield bystander
+    bystander.stop()
+
+
+@pytest.fixture
+def unharmed(shared: SharedFarm, bystander: Bystander) -> Iterator[Bystander]:
+    """Verified I/O of another client during the test; the same daemons must live on after it."""
+    pids = shared.filter_pid(), shared.control_pid
+    bystander.check(1)
+    yield bystander
+    bystander.check(1)
+    assert (shared.filter_pid(), shared.control_pid) == pids, "a daemon was restarted"

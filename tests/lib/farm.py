@@ -22,7 +22,7 @@ from typing import Any
 import httpx
 import yaml
 
-from tests.lib.procs import Process, children, command_line, running, short_dir, wait_until
+from tests.lib.procs import Process, children, command_line, run, running, short_dir, wait_until
 from tests.lib.rawio import Style, Transmission, open_export
 from tests.lib.rawnbd import Closed, Haggle, OptionRefused
 
@@ -73,7 +73,8 @@ class Farm:
     def _process(self, name: str, *args: str | Path) -> Process:
         self._logs += 1
         argv = [sys.executable, "-m", "nbdvvol", *args]
-        process = Process(argv, self.folder / f"{name}-{self._logs}.log", env={"PYTHONUNBUFFERED": "1"})
+        env = {"PYTHONUNBUFFERED": "1", **sanitizer_env(os.environ.get("NBDVVOL_TEST_SANITIZER", ""))}
+        process = Process(argv, self.folder / f"{name}-{self._logs}.log", env=env)
         self._seen.add(process.pid)
         return process
 
@@ -279,9 +280,24 @@ class Farm:
 
     def cli(self, *args: str, check: bool = True, timeout_s: float = 60.0) -> Any:
         """Run the nbdvvol command against this farm; see procs.run."""
-        from tests.lib.procs import run
-
         return run([sys.executable, "-m", "nbdvvol", *args, "--run", self.run], timeout_s=timeout_s, check=check)
+
+
+def sanitizer_env(kind: str) -> dict[str, str]:
+    """What makes a daemon run on the data plane's asan or tsan build, its reports fatal; "" is the release build."""
+    if not kind:
+        return {}
+    build = Path(__file__).parents[2] / "build" / kind / "_native.abi3.so"
+    assert build.exists(), f"{build} is missing: scripts/build-native {kind}"
+    library = run(["gcc", f"-print-file-name=lib{kind}.so"]).stdout.strip()
+    options = "abort_on_error=1:halt_on_error=1:detect_leaks=0"
+    return {
+        "NBDVVOL_NATIVE": str(build),
+        "LD_PRELOAD": library,
+        "ASAN_OPTIONS": options,
+        "TSAN_OPTIONS": "halt_on_error=1",
+        "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
+    }
 
 
 def _module(pid: int, role: str) -> bool:

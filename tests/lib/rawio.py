@@ -222,6 +222,8 @@ class Transmission:
         return answer
 
     def _read_data(self, request: Request, chunks: list[Chunk], *, failed: bool) -> bytes:
+        if failed and all(chunk.error for chunk in chunks):
+            return b""  # the length asked for may have been absurd
         data = bytearray(request.length)
         covered: list[tuple[int, int]] = []
         for chunk in chunks:

@@ -12,5 +12,7 @@ pytestmark = pytest.mark.timeout(30)
 
 def test_list(shared: SharedFarm) -> None:
     host, port = shared.tcp
-    listing = run([need("nbd-client", "nbd-client"), "-l", host, str(port)]).stdout.split()
-    assert {"vm1/root", "vm1/ro", "vm2/root", "vm2/private", "vm3/only"} <= set(listing)
+    listing = run([need("nbd-client", "nbd-client"), "-l", host, str(port)]).stdout
+    names = {line.partition(":")[0] for line in listing.splitlines()}
+    assert {"vm1/root", "vm1/ro", "vm2/root", "vm2/private", "vm3/only"} <= names
+    assert "vm1/root: the first disk of vm1" in listing

@@ -57,6 +57,5 @@ def test_end_of_the_disk(shared: SharedFarm) -> None:
 
 def test_read_only(shared: SharedFarm) -> None:
     done = qemu_io(shared.uri("ro"), "write 0 512", check=False)
-    assert done.returncode != 0
-    assert "read-only" in (done.stdout + done.stderr).lower()
+    assert done.returncode != 0 and "Permission denied" in done.stderr, "opening it for writing is refused"
     qemu_io(shared.uri("ro"), "read 0 4M", options=("-r", "-f", "raw"))

@@ -76,13 +76,11 @@ def test_t2_unknown_command(nbd: Transmission, command: int) -> None:
     unchanged(nbd)
 
 
-@pytest.mark.parametrize("flag", [1 << 6, 1 << 7, 1 << 15])
-@pytest.mark.parametrize(
-    "command", [w.CMD_READ, w.CMD_WRITE, w.CMD_FLUSH, w.CMD_TRIM, w.CMD_CACHE, w.CMD_WRITE_ZEROES, w.CMD_BLOCK_STATUS]
-)
-def test_t3_unknown_flags(nbd: Transmission, command: int, flag: int) -> None:
-    length = 0 if command == w.CMD_FLUSH else 4096
-    assert error_of(nbd, command, 0, length, flag) == w.EINVAL
+def test_t3_unknown_flags(nbd: Transmission) -> None:
+    for command in (*PAST_END, w.CMD_FLUSH, w.CMD_BLOCK_STATUS):
+        for bit in range(6, 16):
+            length = 0 if command == w.CMD_FLUSH else 4096
+            assert error_of(nbd, command, 0, length, 1 << bit) == w.EINVAL, (command, bit)
     unchanged(nbd)
 
 
@@ -105,10 +103,10 @@ MISPLACED = [
 ]
 
 
-@pytest.mark.parametrize(("command", "flag"), MISPLACED)
-def test_t3_misplaced_flags(nbd: Transmission, command: int, flag: int) -> None:
-    length = 0 if command == w.CMD_FLUSH else 4096
-    assert error_of(nbd, command, 0, length, flag) == w.EINVAL
+def test_t3_misplaced_flags(nbd: Transmission) -> None:
+    for command, flag in MISPLACED:
+        length = 0 if command == w.CMD_FLUSH else 4096
+        assert error_of(nbd, command, 0, length, flag) == w.EINVAL, (command, flag)
     unchanged(nbd)
 
 
@@ -133,10 +131,10 @@ def test_t4_t5_cookie_reuse_and_zero(nbd: Transmission, cookie: int) -> None:
 WRAPPING = [(2**64 - 4096, 4096), (2**64 - 1, 1), (2**64 - 4096, 8192), (2**63, 4096), (2**63 - 4096, 4096)]
 
 
-@pytest.mark.parametrize(("offset", "length"), WRAPPING)
-@pytest.mark.parametrize("command", list(PAST_END))
-def test_t6_offset_plus_length_overflows(nbd: Transmission, command: int, offset: int, length: int) -> None:
-    assert error_of(nbd, command, offset, length) == PAST_END[command]
+def test_t6_offset_plus_length_overflows(nbd: Transmission) -> None:
+    for command, want in PAST_END.items():
+        for offset, length in WRAPPING:
+            assert error_of(nbd, command, offset, length) == want, (command, offset, length)
     unchanged(nbd)
 
 
@@ -159,18 +157,18 @@ def test_t6_64_bit_lengths(shared: SharedFarm, length: int) -> None:
         assert nbd.read(4096, 4096) == pattern(SEED, 4096, 4096)
 
 
-@pytest.mark.parametrize(("offset", "length"), [(ROOT_SIZE, 1), (ROOT_SIZE, 4096), (ROOT_SIZE - 4096, 8192)])
 @pytest.mark.parametrize("command", [*PAST_END, w.CMD_BLOCK_STATUS])
-def test_t7_offset_at_or_past_the_end(nbd: Transmission, command: int, offset: int, length: int) -> None:
-    assert error_of(nbd, command, offset, length) == PAST_END.get(command, w.EINVAL)
+def test_t7_offset_at_or_past_the_end(nbd: Transmission, command: int) -> None:
+    for offset, length in ((ROOT_SIZE, 1), (ROOT_SIZE, 4096), (ROOT_SIZE - 4096, 8192)):
+        assert error_of(nbd, command, offset, length) == PAST_END.get(command, w.EINVAL), (offset, length)
     unchanged(nbd)
 
 
-@pytest.mark.parametrize("offset", [0, 4096, ROOT_SIZE])
-@pytest.mark.parametrize("command", [*PAST_END, w.CMD_BLOCK_STATUS])
-def test_t8_length_zero(nbd: Transmission, command: int, offset: int) -> None:
-    error = error_of(nbd, command, offset, 0)
-    assert error == w.EINVAL if command == w.CMD_BLOCK_STATUS else error in (0, PAST_END[command]), error
+def test_t8_length_zero(nbd: Transmission) -> None:
+    for command in (*PAST_END, w.CMD_BLOCK_STATUS):
+        for offset in (0, 4096, ROOT_SIZE):
+            error = error_of(nbd, command, offset, 0)
+            assert error == (w.EINVAL if command == w.CMD_BLOCK_STATUS else 0), (command, offset)
     unchanged(nbd)
 
 
