@@ -26,6 +26,7 @@ from nbdvvol.filter.objects import ObjectTable
 from nbdvvol.filter.reconcile import merge
 from nbdvvol.filter.view import View
 from nbdvvol.filter.work import WorkShop
+from nbdvvol.logs import log_to_stderr
 from nbdvvol.model.errors import Code, NvError
 from nbdvvol.model.link import Delta, Held, HostState, Snapshot, Work
 
@@ -148,6 +149,7 @@ async def run_filter(options: FilterOptions) -> None:
     """Run a filter until SIGTERM or SIGINT. Raises NvError when another one has the run directory."""
     from nbdvvol.dataplane.plane import Plane
 
+    log_to_stderr()
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -125,6 +125,9 @@ class ControlLink:
                 # A bug must not cost the data path: start over from a whole snapshot.
                 _log.exception("the link failed")
                 self.revision = 0
+            except asyncio.CancelledError:
+                self.up = False  # we stop: that is no loss to complain about
+                raise
             finally:
                 self._down()
             await asyncio.sleep(delay_s)
@@ -248,6 +251,9 @@ class ControlLink:
         try:
             async for raw in socket:
                 self._take(welcome.control, _parse(raw))
+        except asyncio.CancelledError:
+            await socket.close()
+            raise
         finally:
             sender.cancel()
             await asyncio.gather(sender, return_exceptions=True)

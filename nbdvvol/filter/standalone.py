@@ -30,6 +30,7 @@ from nbdvvol.dataplane.types import (
 from nbdvvol.datastores.lock import lock_for_farm
 from nbdvvol.filter.activation import take_sockets
 from nbdvvol.filter.reconcile import transmission_flags
+from nbdvvol.logs import log_to_stderr
 from nbdvvol.model.errors import Code, NvError
 from nbdvvol.nbd.constants import Reply
 from nbdvvol.nbd.options import parse_string, quote
@@ -76,6 +77,7 @@ async def run_standalone(
     come from."""
     from nbdvvol.dataplane.plane import Plane
 
+    log_to_stderr()
     given = {} if stdio else take_sockets()
     if not stdio and len(given) != 1:
         raise NvError(
@@ -102,7 +104,7 @@ def _open(path: Path, read_only: bool) -> tuple[int, ObjectSpec]:
     try:
         fd = os.open(path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
     except OSError as error:
-        hint = "--read-only needs less" if not read_only else ""
+        hint = "" if read_only else "if it may only be read, add --read-only"
         raise NvError(Code.UNAVAILABLE, f"{path} cannot be opened: {error.strerror}", hint) from error
     mode = os.fstat(fd).st_mode
     if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
