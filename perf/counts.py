@@ -20,7 +20,7 @@ from pathlib import Path
 from perf import callgrind
 from perf.generators import PointError, loadgen_json
 from perf.model import Count
-from perf.peers import BY_NAME, OURS
+from perf.peers import ALONE, BY_NAME, OURS
 from perf.run import Options, fill
 from perf.servers import Place, Running, ServerError, free_port, running
 
@@ -30,6 +30,7 @@ IDLE_CONNECTIONS = 1000
 IDLE_S = 5.0
 ALLOCATORS = ("malloc", "calloc", "realloc", "posix_memalign", "aligned_alloc", "memalign")
 COPIERS = ("memcpy", "memmove", "__memcpy_avx_unaligned_erms", "__memmove_avx_unaligned_erms")
+VALGRIND_START_S = 300.0
 VALGRIND = ("valgrind", "--tool=callgrind", "--instr-atstart=no", "--quiet")
 
 
@@ -70,7 +71,7 @@ def _serving(options: Options, peer: str, prefix: tuple[str, ...] = ()) -> Itera
         place = Place(Path(name), "tmpfs", "unix", file, FILE_BYTES, free_port(), options.build, 0)
         plan = BY_NAME[peer].plan(place)
         if prefix:
-            plan = replace(plan, command=[*prefix, *plan.command])
+            plan = replace(plan, command=[*prefix, *plan.command], start_limit_s=VALGRIND_START_S)
         with running(plan, place) as server:
             yield server
 
@@ -150,11 +151,11 @@ def _sum(calls: dict[str, int], names: tuple[str, ...]) -> int:
     return sum(count for function, count in calls.items() if function.split("@")[0].split("'")[0] in names)
 
 
-def instructions(options: Options, peer: str, requests: int, say: Say) -> list[Count]:
-    """User-space instructions, allocator calls and library copies per request, for each work."""
+def instructions(options: Options, requests: int, say: Say) -> list[Count]:
+    """Our user-space instructions, allocator calls and library copies per request, for each work."""
     counts = []
     for work in WORKS:
-        profile = profile_work(options, peer, work, requests)
+        profile = profile_work(options, ALONE, work, requests)
         total = 4 * requests
         figures = (
             ("instructions", profile.instructions, 0.01),
@@ -162,10 +163,10 @@ def instructions(options: Options, peer: str, requests: int, say: Say) -> list[C
             ("library copies", _sum(profile.calls, COPIERS), 0.01),
         )
         counts += [
-            Count(peer=peer, work=work.name, name=name, value=value / total, tolerance=tolerance)
+            Count(peer=OURS, work=work.name, name=name, value=value / total, tolerance=tolerance)
             for name, value, tolerance in figures
         ]
-        say(f"  {peer} {work.name}: {profile.instructions / total:,.0f} instructions per request; most of it:")
+        say(f"  {OURS} {work.name}: {profile.instructions / total:,.0f} instructions per request; most of it:")
         for function, own in profile.own.most_common(12):
             say(f"    {own / total:8.1f}  {function}")
     return counts
@@ -207,5 +208,5 @@ def count_all(options: Options, peers: tuple[str, ...], say: Say) -> tuple[Count
         counts += _attempt(peer, say, partial(idle, options, peer, say))
     if OURS in peers and shutil.which("valgrind"):
         few = 640 if options.quick else 3200
-        counts += _attempt(OURS, say, partial(instructions, options, OURS, few, say))
+        counts += _attempt(OURS, say, partial(instructions, options, few, say))
     return tuple(counts)

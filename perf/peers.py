@@ -7,6 +7,7 @@ is left out.
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from collections.abc import Callable
@@ -14,11 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from perf.model import Backend, Transport
-from perf.servers import Place, Plan
+from perf.servers import PSK_IDENTITY, Place, Plan, ServerError
 from perf.usage import children
 
 ROOT = Path(__file__).parent.parent
 OURS = "nbdvvol"
+ALONE = "nbdvvol-alone"
 CEILING = "ceiling"
 STORAGE = "storage"
 """Not a server: fio's io_uring engine on the same kind of file."""
@@ -116,18 +118,44 @@ def _nbd_server(place: Place) -> Plan:
     return Plan(["nbd-server", "-C", str(config), "-p", str(pid_file)], export="disk", pid_file=pid_file)
 
 
-def _ours_standalone(place: Place) -> Plan:
-    """The filter alone on one file, adopted in place: one process, the real data path, no control daemon."""
-    command = [sys.executable, "-m", "nbdvvol", "filter", "--serve", str(place.file)]
-    return Plan(command, listen_fd=True, environment={"PYTHONPATH": str(ROOT)})
+def _ours(place: Place) -> Plan:
+    """A farm of one VVol, as anybody runs it: `nbdvvol up`. Only its filter is measured: data passes nowhere else."""
+    host: dict[str, object] = {"spin_us": place.spin_us, "reactors": place.reactors}
+    mode = "direct" if place.direct else "buffered"
+    farm: dict[str, object] = {
+        "datastores": {"store": {"kind": "file", "path": str(place.file), "io": mode}},
+        "profiles": {"plain": {"datastore": "store"}},
+        "hosts": {"local": host},
+        "vms": {PSK_IDENTITY: {"vvols": {"disk": {"adopt": {"datastore": "store"}, "profile": "plain"}}}},
+    }
+    if place.transport == "unix":
+        place.socket.symlink_to(place.folder / "run" / "vms" / f"{PSK_IDENTITY}.sock")
+    else:
+        tls = "required" if place.transport == "tls" else "none"
+        host["listen"] = {"address": f"127.0.0.1:{place.port}", "tls": tls}
+    if place.transport == "tls":
+        farm["tls"] = {"psk": str(place.write_psk())}
+    export = f"{PSK_IDENTITY}/disk" if place.transport == "tcp" else "disk"
+    path = place.folder / "farm.yaml"
+    path.write_text(json.dumps(farm))
+    folders = ["--state", str(place.folder / "state"), "--run", str(place.folder / "run")]
+    command = [sys.executable, "-m", "nbdvvol", "up", "-f", str(path), *folders]
+    return Plan(command, export, environment={"PYTHONPATH": str(ROOT)}, find_pid=_filter_of)
+
+
+def _ours_alone(place: Place) -> Plan:
+    """The filter on one file, adopted in place: one process, to be run under valgrind."""
+    shape = ["--reactors", str(place.reactors), "--spin-us", str(place.spin_us)]
+    command = [sys.executable, "-m", "nbdvvol", "filter", "--serve", str(place.file), *shape]
+    return Plan(command, listen_fd=True, hold=True, environment={"PYTHONPATH": str(ROOT)})
 
 
 def _filter_of(pid: int) -> int:
-    """`up` runs control and a filter as children: data passes through the filter alone."""
+    """`up` runs control and a filter as children."""
     for child in children(pid):
-        if b"filter" in Path(f"/proc/{child}/cmdline").read_bytes():
+        if b"filter" in Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0"):
             return child
-    raise LookupError(f"no filter among the children of {pid}")
+    raise ServerError(f"no filter among the children of {pid}")
 
 
 _EVERYWHERE: frozenset[Transport] = frozenset({"unix", "tcp", "tls"})
@@ -137,7 +165,7 @@ _ALL: frozenset[Backend] = frozenset({"tmpfs", "disk", "null"})
 _PAGE_CACHE: frozenset[Backend] = frozenset({"tmpfs"})
 
 PEERS: tuple[Peer, ...] = (
-    Peer(OURS, _FILES, _PLAIN, _ours_standalone, sys.executable),
+    Peer(OURS, _FILES, _EVERYWHERE, _ours, sys.executable),
     Peer(CEILING, _ALL, _PLAIN, _ceiling, "cc"),
     Peer("nbdkit-file", _FILES, _EVERYWHERE, _nbdkit_file, "nbdkit"),
     Peer("nbdkit-memory", _PAGE_CACHE, _EVERYWHERE, _nbdkit_memory, "nbdkit"),
@@ -147,6 +175,8 @@ PEERS: tuple[Peer, ...] = (
     Peer("qemu-storage-daemon", _ALL, _EVERYWHERE, _storage_daemon, "qemu-storage-daemon"),
     Peer("nbd-server", _PAGE_CACHE, _PLAIN, _nbd_server, "nbd-server"),
 )
-BY_NAME = {peer.name: peer for peer in PEERS}
+COUNTED = Peer(ALONE, _FILES, frozenset({"unix"}), _ours_alone, sys.executable)
+"""No part of a run: it is ours in one process, for tools that start what they watch."""
+BY_NAME = {peer.name: peer for peer in (*PEERS, COUNTED)}
 RIVALS = tuple(peer.name for peer in PEERS if peer.name not in (OURS, CEILING))
 QEMU_NBD = ("qemu-nbd-uring", "qemu-nbd-threads")
