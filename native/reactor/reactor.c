@@ -203,6 +203,8 @@ bool nv_reactor_turn(struct nv_reactor *reactor)
     }
     run_senders(reactor);
     nv_events_flush(&reactor->events);
+    if (reactor->stopping && !reactor->connections && reactor->tick_armed)
+        nv_io_cancel(reactor->io, &reactor->tick); /* nobody has a deadline any more */
     nv_io_enter(reactor->io);
     if (any)
         publish(reactor);
