@@ -421,15 +421,15 @@ void nv_io_counts(const struct nv_io *io, uint64_t *submissions, uint64_t *enter
 void nv_io_destroy(struct nv_io *io)
 {
     assert(io->in_ring == 0 && !io->ready.head && !io->backlog.head);
-    nv_worker_destroy(io->worker);
     if (io->wake_armed) { /* end the wake-up read, so that the kernel holds no address of ours */
         atomic_store(&io->sleeping, 1);
         nv_io_wake(io);
         while (io->wake_armed) {
             io_uring_submit_and_wait(&io->ring, 1);
-            reap(io);
+            reap(io); /* looks at the worker too, which therefore still lives */
         }
     }
+    nv_worker_destroy(io->worker); /* ends its thread, which may still be waking us, before the descriptor goes */
     io_uring_queue_exit(&io->ring);
     close(io->wake_fd);
     free(io);
