@@ -212,6 +212,10 @@ class ExportTable:
             export.error = f"{error.message} ({error.hint})" if error.hint else error.message
         except OSError as error:
             export.error = str(error)
+        except Exception as error:
+            # A bug must not end this VVol's task, or its neighbours' reports.
+            _log.exception("an export failed in an unexpected way", uuid=export.uuid)
+            export.error = repr(error)
         if export.error != before:
             subject = export.full_name() or export.uuid
             _log.error("VVol is not as control wants it", vvol=subject, error=export.error)
