@@ -26,7 +26,8 @@ class Signal:
         if self._next is None:
             self._next = asyncio.get_running_loop().create_future()
         try:
-            await asyncio.wait_for(asyncio.shield(self._next), timeout_s)
+            async with asyncio.timeout(timeout_s):  # wait_for of Python 3.11 may swallow a cancellation
+                await asyncio.shield(self._next)
         except TimeoutError:
             return False
         return True

@@ -45,6 +45,12 @@ class TestFarm:
         for fake in self.filters:
             await fake.disconnect()
 
+    async def end(self) -> None:
+        """Stop control and every filter."""
+        for fake in self.filters:
+            await fake.die()
+        await self.control.stop()
+
     async def filter(self, host: str = "local", run_dir: str = "/run/fake") -> FakeFilter:
         """A new filter process of a host, connected."""
         fake = FakeFilter(host, self.disks, run_dir)

@@ -98,6 +98,7 @@ class FakeFilter:
         self.refused = ""
         self._pipe: Pipe | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        self._working: list[asyncio.Task[None]] = []
         self._began: set[int] = set()
 
     async def connect(self, links: Links) -> None:
@@ -131,11 +132,18 @@ class FakeFilter:
         self._tasks.append(asyncio.ensure_future(work))
 
     async def disconnect(self) -> None:
-        """Lose the link; go on serving."""
+        """Lose the link; go on serving and working."""
         if self._pipe is not None:
             await self._pipe.close()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks.clear()
+
+    async def die(self) -> None:
+        """The process ends: nothing of it works on."""
+        for work in self._working:
+            work.cancel()
+        await asyncio.gather(*self._working, return_exceptions=True)
+        await self.disconnect()
 
     async def say(self, message: Any) -> None:
         """Send a message if connected."""
@@ -161,7 +169,7 @@ class FakeFilter:
             self.state.vms |= {k: v for k, v in message.vms.items() if v is not None}
             await self._follow(message.vvols, message.revision, whole=False)
         elif isinstance(message, link.Work):
-            self._spawn(self._work(message))
+            self._working.append(asyncio.ensure_future(self._work(message)))
 
     async def _follow(self, wanted: dict[str, Any], revision: int, *, whole: bool) -> None:
         gone = [u for u in self.serving if u not in wanted] if whole else [u for u, spec in wanted.items() if not spec]

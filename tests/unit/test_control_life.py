@@ -21,7 +21,7 @@ async def farm(tmp_path: Path) -> AsyncIterator[TestFarm]:
     it = TestFarm(tmp_path / "state")
     await it.start()
     yield it
-    await it.stop()
+    await it.end()
 
 
 async def test_apply_makes_a_served_vvol(farm: TestFarm) -> None:
