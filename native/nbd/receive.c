@@ -71,8 +71,7 @@ void nv_conn_start_held(struct nv_conn *conn)
 
     if (!request)
         return;
-    gone = conn->held_writes && !conn->said_goodbye && atomic_load(&conn->volume->connections) > 1 &&
-           nv_io_hung_up(conn->handle);
+    gone = conn->held_writes && atomic_load(&conn->volume->connections) > 1 && nv_io_hung_up(conn->handle);
     conn->held = NULL;
     conn->held_tail = &conn->held;
     conn->held_writes = false;
@@ -148,7 +147,6 @@ static bool parse_header(struct nv_conn *conn)
     nv_count(&conn->reactor->counters.requests, 1);
     if (request->type == NBD_CMD_DISC) {
         nv_request_release(request);
-        conn->said_goodbye = true;
         nv_conn_stop_receiving(conn, 0);
         return false;
     }

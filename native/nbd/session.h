@@ -80,7 +80,6 @@ struct nv_conn {
     /* receive */
     bool rx_pending;                /* rx_op is with the port */
     bool rx_done;                   /* nothing more is received or parsed */
-    bool said_goodbye;              /* DISC was received */
     bool rx_stalled;                /* the next step waits for a slot or memory */
     uint8_t rx_state;
     struct nv_op rx_op;
