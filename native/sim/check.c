@@ -404,7 +404,7 @@ void check_fault_cleared(struct check *check)
     check->time++;
     for (uint64_t i = 0; i < check->cells; i++)
         for (uint32_t j = 0; j < check->table[i].count; j++)
-            check->table[i].candidates[j].unsure |= check->writes[check->table[i].candidates[j].write].answered != 0;
+            check->table[i].candidates[j].unsure = true; /* its answer may be on its way: it may be lost already */
 }
 
 void check_crash(struct check *check, bool cache_survives)

@@ -48,7 +48,7 @@ void check_read_answer(struct check *check, uint64_t sent, uint64_t first, uint6
 
 uint64_t check_flush_sent(struct check *check);
 void check_flush_answered(struct check *check, uint64_t sent);
-/* The operator accepted a failed sync: nothing answered so far becomes durable by a later flush. */
+/* The operator accepted a failed sync: nothing sent so far becomes durable by a later flush. */
 void check_fault_cleared(struct check *check);
 /* The server is gone: by a power cut, or alone (then nothing that was answered is lost). */
 void check_crash(struct check *check, bool cache_survives);

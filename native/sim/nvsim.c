@@ -124,6 +124,8 @@ static void take_sync_failure(struct life *life, uint32_t object)
 
 static void take_event(struct life *life, const nv_event *event)
 {
+    if (life->rules->trace)
+        printf("-- event %u, token %llu, result %d\n", event->kind, (unsigned long long)event->token, event->result);
     switch (event->kind) {
     case NV_EVENT_CONNECTION_CLOSED:
         check_connection_drained(life->rules->check, (uint32_t)event->token);
@@ -181,6 +183,8 @@ static void clear_fault(struct life *life)
 {
     if (!life->rules->latched)
         return;
+    if (life->rules->trace)
+        puts("-- the operator clears the fault");
     check_fault_cleared(life->rules->check);
     life->rules->clears++;
     for (uint32_t i = 0; i < SCENARIO_DISKS; i++) {
@@ -306,6 +310,8 @@ static void stop_plane(struct life *life)
 
 static void take_images(struct life *life, bool cache_survives)
 {
+    if (life->rules->trace)
+        printf("-- the end: %s\n", cache_survives ? "the process dies" : "the power is cut");
     for (uint32_t i = 0; i < SCENARIO_DISKS; i++)
         nv_sim_crash(life->files[i], cache_survives, &life->scenario->random, life->scenario->image[i]);
     scenario_check_gaps(life->scenario);
@@ -368,6 +374,9 @@ static void live(struct life *life, bool last)
     life->rules->read_only = last;
     life->rules->growing = life->rules->cells < scenario->cells_final; /* past the end may soon not be */
     boot(life);
+    if (life->rules->trace)
+        printf("-- life %u: %u reactors, cells of %u bytes, blocks of %u, %u runs\n", where.life, scenario->reactors,
+               scenario->cell_bytes, scenario->block_min, scenario->run_count);
     if (last) {
         struct nv_sim_faults none = {.atom = 0};
         nv_sim_set_faults(&none);
