@@ -20,6 +20,7 @@ from nbdvvol.model.units import format_size
 KERNEL_MIN = (6, 1)
 MEMLOCK_WANTED = 256 << 20
 FILES_WANTED = 4096
+POOL_BYTES = 4 << 20
 
 
 class Finding(Model):
@@ -82,7 +83,9 @@ def _data_plane() -> Iterator[Finding]:
     try:
         features = asyncio.run(_features())
     except (ImportError, OSError) as error:
-        action = "run `make native`" if isinstance(error, ImportError) else "see io_uring and locked memory above"
+        action = (
+            "run `make native`" if isinstance(error, ImportError) else "see kernel, io_uring and locked memory above"
+        )
         yield Finding(name="data plane", verdict="missing", value=str(error), action=action)
         return
     yield Finding(name="data plane", verdict="ok", value="a reactor starts and stops")
@@ -96,7 +99,7 @@ async def _features() -> dict[str, bool]:
     from nbdvvol.dataplane.plane import Plane
     from nbdvvol.dataplane.types import PlaneConfig
 
-    plane = Plane(PlaneConfig(reactors=1, pool_bytes=1 << 20, connections_max=1))
+    plane = Plane(PlaneConfig(reactors=1, pool_bytes=POOL_BYTES, connections_max=1))
     try:
         return plane.features()
     finally:
@@ -131,17 +134,21 @@ def _datastore(name: str, datastore: DatastoreConfig) -> Finding:
         )
     if datastore.kind is DatastoreKind.DIR:
         free = shutil.disk_usage(path).free
-        return Finding(name=title, verdict="ok", value=f"{path}: {format_size(free >> 20 << 20)} free")
+        return Finding(name=title, verdict="ok", value=f"{path}: {_about(free)} free")
     return Finding(name=title, verdict="ok", value=f"{path}: {_direct(path)}")
 
 
 def _room(title: str, path: Path, size: int) -> Finding:
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     free = shutil.disk_usage(folder).free
-    value = f"{path} will be created with {format_size(size)}; {format_size(free >> 20 << 20)} are free there"
+    value = f"{path} will be created with {format_size(size)}; {_about(free)} are free there"
     if free >= size:
         return Finding(name=title, verdict="ok", value=value)
     return Finding(name=title, verdict="missing", value=value, action="make room, or give the datastore a smaller size")
+
+
+def _about(size: int) -> str:
+    return f"{size / (1 << 30):.1f}GiB"
 
 
 def _direct(path: Path) -> str:

@@ -248,4 +248,7 @@ def _succeeded(task: Task) -> Task:
     what = f"task {task.id} ({task.kind} {task.subject})"
     if task.state is TaskState.CANCELLED:
         raise NvError(Code.CONFLICT, f"{what} was cancelled")
+    word, _, reason = task.error.partition(": ")
+    if word in Code.__members__:
+        raise NvError(Code(word), f"{what} failed: {reason}")
     raise NvError(Code.INTERNAL, f"{what} failed: {task.error}", "see `nbdvvol status`")
