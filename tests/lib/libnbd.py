@@ -15,12 +15,13 @@ import nbd
 P = json.loads(sys.argv[1])
 MiB = 1 << 20
 
-def connect(uri=None, contexts=(), structured=True, tls_dir=None):
+def connect(uri=None, contexts=(), structured=True):
     """A connected handle."""
     h = nbd.NBD()
     for context in contexts:
         h.add_meta_context(context)
     h.set_request_structured_replies(structured)
+    h.set_uri_allow_local_file(True)
     h.connect_uri(uri or P["uri"])
     return h
 
