@@ -11,7 +11,7 @@ import pytest
 from nbdvvol.control.registry import bindings, tasks, views, vvols
 from nbdvvol.model import link
 from nbdvvol.model.errors import Code, NvError
-from nbdvvol.model.resources import BindVVol, ResizeVVol, TaskState, VVolState
+from nbdvvol.model.resources import BindVVol, CreateVVol, ResizeVVol, TaskState, VVolState
 from tests.unit.control_farm import MIB, PLAIN, TestFarm
 
 pytestmark = pytest.mark.timeout(60)
@@ -84,7 +84,7 @@ async def test_bytes_of_a_failed_vvol_wait_for_the_order_that_may_still_run(farm
     slow = await farm.filter("a", "/run/a")
     assert (await farm.create("first", MIB)).state is TaskState.SUCCESS
     slow.hold_work.add("scrub")
-    body = vvols.CreateVVol(vm="vm1", name="x", size=4 * MIB)
+    body = CreateVVol(vm="vm1", name="x", size=4 * MIB)
     task = (await farm.control.registry.run(vvols.begin_create, body)).task
     scrubs = len(farm.begun("scrub"))
     await farm.until(lambda: _count_is(farm, "scrub", scrubs + 1))

@@ -65,7 +65,6 @@ class Guard:
 
     async def _counted(self, scope: Scope, receive: Receive, send: Send) -> None:
         seen = 0
-        started = False
 
         async def counting() -> Message:
             nonlocal seen
@@ -75,16 +74,16 @@ class Guard:
                 raise _TooLargeError
             return message
 
-        async def noting(message: Message) -> None:
-            nonlocal started
-            started = True
-            await send(message)
+        async def filtering(message: Message) -> None:
+            if seen <= BODY_BYTES_MAX:  # else whatever the application makes of the broken-off body is not the answer
+                await send(message)
 
         try:
-            await self._app(scope, counting, noting)
+            await self._app(scope, counting, filtering)
         except _TooLargeError:
-            if not started:
-                await send_error(send, 413, _too_large(f"at least {seen}"))
+            assert seen > BODY_BYTES_MAX, "raised by counting() only"
+        if seen > BODY_BYTES_MAX:
+            await send_error(send, 413, _too_large(f"at least {seen}"))
 
     def _denied(self, scope: Scope, headers: dict[bytes, str]) -> NvError | None:
         peer: Peer = scope.get("state", {}).get("peer", Peer(local=False))
