@@ -11,8 +11,17 @@ from typing import Any
 import pytest
 
 from tests.lib.procs import short_dir
-from tests.vm.guest import Guest, build_initramfs
+from tests.vm.guest import ACTIVE, Guest, build_initramfs
 from tests.vm.kernel import find_kernel
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport() -> Iterator[None]:
+    """Show the logs of every running guest with a failure."""
+    outcome = yield
+    report = outcome.get_result()  # type: ignore[attr-defined]
+    if report.failed:
+        report.sections += [(f"guest {guest.dir}", guest.logs()) for guest in list(ACTIVE)]
 
 
 @pytest.fixture(scope="session")

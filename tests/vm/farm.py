@@ -26,3 +26,9 @@ class GuestFarm(Farm):
         """QEMU's -drive value for a VVol of vm1; it waits 30 s for a daemon that is away."""
         server = f"server.type=unix,server.path={self.socket()}"
         return f"driver=nbd,{server},export={name},reconnect-delay=30,if=virtio,discard=unmap"
+
+    def grow(self, name: str, size: int) -> None:
+        """Resize a VVol of vm1, in the farm file too."""
+        self.task(self.api("POST", f"/v1/vvols/vm1/{name}/resize", {"size": size}))
+        self.spec["vms"]["vm1"]["vvols"][name]["size"] = size
+        self.write_file()

@@ -14,6 +14,7 @@ import shutil
 import socket
 import subprocess
 import time
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,9 @@ from tests.vm.kernel import Kernel, find_kernel, module_files, program, virtiofs
 HOST = "10.0.2.2"
 """The host's loopback, as the guest sees it."""
 BOOT_LIMIT_S = 60.0
-CONSOLE_TAIL_BYTES = 4000
+LOG_TAIL_CHARS = 4000
+ACTIVE: weakref.WeakSet[Guest] = weakref.WeakSet()
+"""Guests whose logs a failing test shows."""
 
 
 class GuestError(AssertionError):
@@ -120,6 +123,7 @@ class Guest:
         self._command: LineSocket | None = None
         self._qmp: LineSocket | None = None
         self._serial = 0
+        ACTIVE.add(self)
 
     def __enter__(self) -> Self:
         try:
@@ -164,6 +168,7 @@ class Guest:
         for child in reversed(self._children):
             child.kill_group()
         self._children.clear()
+        ACTIVE.discard(self)
         shutil.rmtree(self.dir, ignore_errors=True)
 
     def run(self, script: str, timeout_s: float = 30.0) -> Result:
@@ -175,8 +180,11 @@ class Guest:
         ident = str(self._serial)
         encoded = base64.b64encode(script.encode()).decode()
         try:
+            start = time.monotonic()
             self._command.send(f"{ident} {timeout_s:.0f} {encoded}\n".encode())
-            return self._answer(ident, time.monotonic() + timeout_s + 10)
+            result = self._answer(ident, start + timeout_s + 10)
+            self._note(f"{time.monotonic() - start:6.1f} s  status {result.status}  {script[:100]!r}")
+            return result
         except OSError as error:
             raise self._failure(f"no answer within {timeout_s + 10:.0f} s to: {script}: {error}") from error
 
@@ -214,11 +222,6 @@ class Guest:
                 raise GuestError(f"QEMU refused {execute}: {answer['error']['desc']}")
             if "return" in answer:
                 return answer["return"]
-
-    def console(self) -> str:
-        """Return the end of what the guest's kernel printed."""
-        log = self.dir / "console.log"
-        return log.read_bytes()[-CONSOLE_TAIL_BYTES:].decode(errors="replace") if log.exists() else ""
 
     def _qemu_command(self) -> list[str]:
         kernel = find_kernel()
@@ -262,10 +265,17 @@ class Guest:
             if found == ident:
                 return Result(int(status), base64.b64decode("".join(body)).decode(errors="replace"))
 
-    def _failure(self, text: str) -> GuestError:
-        logs = [
-            f"--- {log.name}\n{log.read_text(errors='replace')[-CONSOLE_TAIL_BYTES:]}"
+    def _note(self, line: str) -> None:
+        with (self.dir / "commands.log").open("a") as log:
+            log.write(line + "\n")
+
+    def logs(self) -> str:
+        """The ends of the console, of QEMU's and virtiofsd's words, and of the list of commands with their times."""
+        return "\n".join(
+            f"--- {log.name}\n{log.read_text(errors='replace')[-LOG_TAIL_CHARS:]}"
             for log in sorted(self.dir.glob("*.log"))
             if log.stat().st_size
-        ]
-        return GuestError("\n".join([text, *logs]))
+        )
+
+    def _failure(self, text: str) -> GuestError:
+        return GuestError(f"{text}\n{self.logs()}")

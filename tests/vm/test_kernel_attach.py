@@ -15,7 +15,7 @@ from tests.vm.farm import DISK_BYTES, GuestFarm
 from tests.vm.guest import HOST, Guest, GuestError
 from tests.vm.writer import Writer, assert_no_io_errors, make_file_system, remount
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(480)
 ROOT = Path(__file__).parents[2]
 PYTHON_LIMIT_S = 120.0
 """The project's imports take 15 s under software emulation."""
@@ -72,7 +72,7 @@ class Shell:
     def __call__(self, what: str, argument: str) -> dict[str, Any]:
         """Run one order; return the attachment's record, or the error."""
         self._answers += 1
-        self.guest.check(f"echo '{json.dumps([what, argument])}' >/run/orders")
+        self.guest.check(f"echo '{json.dumps([what, argument])}' >/run/orders", PYTHON_LIMIT_S)  # waits for its reader
         try:
             self.guest.wait(f"test $(wc -l </run/answers) -ge {self._answers}", PYTHON_LIMIT_S)
         except GuestError as error:
@@ -119,7 +119,7 @@ def test_netlink_attach_survives_restarts_and_follows_the_size(farm: GuestFarm, 
     # the driver's receive thread of a dead socket may take a fresh one down with it: then that is replaced too
     assert guest.check("dmesg").count("reconnected socket") >= CONNECTIONS
 
-    farm.task(farm.api("POST", "/v1/vvols/vm1/net/resize", {"size": 2 * DISK_BYTES}))
+    farm.grow("net", 2 * DISK_BYTES)
     guest.wait(f"test $(cat /sys/block/nbd0/size) = {2 * DISK_BYTES // 512}", 20)
     guest.check("resize2fs /dev/nbd0", 60)
     assert int(guest.check("df --output=size -B1 /mnt/net | tail -n1")) > DISK_BYTES
