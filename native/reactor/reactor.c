@@ -12,6 +12,16 @@
 #include "limits.h"
 #include "nbd/session.h"
 
+static void publish(struct nv_reactor *reactor)
+{
+    uint64_t submissions, enters;
+
+    nv_io_counts(reactor->io, &submissions, &enters);
+    atomic_store_explicit(&reactor->counters.submissions, submissions, memory_order_relaxed);
+    atomic_store_explicit(&reactor->counters.enters, enters, memory_order_relaxed);
+    atomic_store_explicit(&reactor->counters.pool_free_bytes, nv_pool_free_bytes(reactor->pool), memory_order_relaxed);
+}
+
 int nv_reactor_setup(struct nv_reactor *reactor, const struct nv_io_config *config, struct nv_io_features *features,
                      uint64_t pool_bytes)
 {
@@ -27,6 +37,7 @@ int nv_reactor_setup(struct nv_reactor *reactor, const struct nv_io_config *conf
     }
     reactor->kicked_tail = &reactor->kicked;
     reactor->starving_tail = &reactor->starving;
+    publish(reactor);
     return 0;
 }
 
@@ -180,16 +191,6 @@ void nv_reactor_want_tick(struct nv_reactor *reactor)
     nv_io_submit(reactor->io, &reactor->tick);
 }
 
-static void publish(struct nv_reactor *reactor)
-{
-    uint64_t submissions, enters;
-
-    nv_io_counts(reactor->io, &submissions, &enters);
-    atomic_store_explicit(&reactor->counters.submissions, submissions, memory_order_relaxed);
-    atomic_store_explicit(&reactor->counters.enters, enters, memory_order_relaxed);
-    atomic_store_explicit(&reactor->counters.pool_free_bytes, nv_pool_free_bytes(reactor->pool), memory_order_relaxed);
-}
-
 bool nv_reactor_turn(struct nv_reactor *reactor)
 {
     bool any = false;
@@ -202,12 +203,12 @@ bool nv_reactor_turn(struct nv_reactor *reactor)
         any = true;
     }
     run_senders(reactor);
+    if (any)
+        publish(reactor); /* before the events: who hears of an end sees its memory counted back */
     nv_events_flush(&reactor->events);
     if (reactor->stopping && !reactor->connections && reactor->tick_armed)
         nv_io_cancel(reactor->io, &reactor->tick); /* nobody has a deadline any more */
     nv_io_enter(reactor->io);
-    if (any)
-        publish(reactor);
     return any;
 }
 

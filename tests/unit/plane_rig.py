@@ -8,6 +8,7 @@ import os
 import socket
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -157,6 +158,14 @@ class Rig:
     def stats(self, volume: int) -> VolumeStats:
         """The volume's counters."""
         return self.call(self.plane.volume_stats, volume)
+
+
+def eventually(what: str, check: Callable[[], object], timeout_s: float = 10) -> None:
+    """Wait until `check` holds."""
+    end = time.monotonic() + timeout_s
+    while not check():
+        assert time.monotonic() < end, f"not within {timeout_s} s: {what}"
+        time.sleep(0.01)
 
 
 @contextlib.contextmanager
