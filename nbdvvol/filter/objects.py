@@ -18,6 +18,7 @@ from typing import TypeVar
 from nbdvvol.dataplane.types import DataPlane, ObjectSpec
 from nbdvvol.datastores import store_of
 from nbdvvol.datastores.base import OpenObject, Store
+from nbdvvol.datastores.format import HEADER_AREA, decode_header
 from nbdvvol.model.errors import Code, NvError
 from nbdvvol.model.link import DatastoreSpec
 
@@ -130,7 +131,27 @@ class ObjectTable:
             )
         finally:
             os.close(found.fd)
+        if spec.uuid and not key[1]:
+            try:
+                await self._check_header(spec, number, facts.path)
+            except BaseException:
+                await self._plane.close_object(number)
+                raise
         return HeldObject(key, spec.name, number, facts)
+
+    async def _check_header(self, spec: DatastoreSpec, number: int, path: str) -> None:
+        """A formatted datastore says who it is: a path may lead to another disk since it was looked at last."""
+        raw = await self._plane.read(number, 0, HEADER_AREA)
+        try:
+            found = str(decode_header(raw).uuid)
+        except NvError as error:
+            raise NvError(error.code, f"datastore {spec.name}: {path}: {error.message}", error.hint) from None
+        if found != spec.uuid:
+            raise NvError(
+                Code.CONFLICT,
+                f"datastore {spec.name}: {path} is another datastore, {found} instead of {spec.uuid}",
+                "bring the right one back, or correct the path; nothing was changed",
+            )
 
     async def _close_unused(self, held: HeldObject) -> None:
         if held.users == 0 and not held.faulty and self._held.get(held.key) is held:
