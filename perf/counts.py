@@ -7,20 +7,18 @@ write, then all replies), so that how requests meet in batches depends little on
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from perf import callgrind
+from perf import profile as profiles
 from perf.generators import PointError, loadgen_json
 from perf.model import Count
-from perf.peers import ALONE, BY_NAME, OURS
+from perf.peers import BY_NAME, CEILING, OURS
 from perf.run import Options, fill
 from perf.servers import Place, Running, ServerError, free_port, running
 
@@ -29,9 +27,7 @@ FILE_BYTES = 64 << 20
 IDLE_CONNECTIONS = 1000
 IDLE_S = 5.0
 ALLOCATORS = ("malloc", "calloc", "realloc", "posix_memalign", "aligned_alloc", "memalign")
-COPIERS = ("memcpy", "memmove", "__memcpy_avx_unaligned_erms", "__memmove_avx_unaligned_erms")
-VALGRIND_START_S = 300.0
-VALGRIND = ("valgrind", "--tool=callgrind", "--instr-atstart=no", "--quiet")
+COPIERS = ("memcpy", "memmove")
 
 
 @dataclass(frozen=True)
@@ -60,8 +56,8 @@ WORKS = (
 
 
 @contextmanager
-def _serving(options: Options, peer: str, prefix: tuple[str, ...] = ()) -> Iterator[Running]:
-    """One server on a tmpfs file, if wanted under another program."""
+def _serving(options: Options, peer: str) -> Iterator[Running]:
+    """One server on a tmpfs file, not spinning."""
     with (
         tempfile.TemporaryDirectory(prefix="nv", dir="/tmp") as name,
         tempfile.TemporaryDirectory(prefix="nbdvvol-perf-", dir=options.tmpfs) as store,
@@ -69,10 +65,7 @@ def _serving(options: Options, peer: str, prefix: tuple[str, ...] = ()) -> Itera
         file = Path(store) / "disk.img"
         fill(file, FILE_BYTES)
         place = Place(Path(name), "tmpfs", "unix", file, FILE_BYTES, free_port(), options.build, 0)
-        plan = BY_NAME[peer].plan(place)
-        if prefix:
-            plan = replace(plan, command=[*prefix, *plan.command], start_limit_s=VALGRIND_START_S)
-        with running(plan, place) as server:
+        with running(BY_NAME[peer].plan(place), place) as server:
             yield server
 
 
@@ -115,47 +108,56 @@ def system_calls(options: Options, peer: str, requests: int, say: Say) -> list[C
 # ---- instructions, allocations, copies ----
 
 
-def _control(pid: int, *arguments: str) -> None:
-    done = subprocess.run(
-        ["callgrind_control", *arguments, str(pid)], capture_output=True, text=True, timeout=120, check=False
-    )
-    if done.returncode != 0 or "Error" in done.stdout:
-        raise PointError(f"callgrind_control {' '.join(arguments)}: {(done.stderr or done.stdout).strip()[-200:]}")
+def _busiest_thread(pid: int, load: Callable[[], None]) -> int:
+    """The one that serves: it uses the most processor time while there is load."""
+
+    def times() -> dict[int, int]:
+        tasks = Path(f"/proc/{pid}/task").iterdir()
+        return {int(task.name): int((task / "schedstat").read_text().split()[0]) for task in tasks}
+
+    before = times()
+    load()
+    after = times()
+    return max(after, key=lambda thread: after[thread] - before.get(thread, 0))
 
 
-def _dump(pid: int, pattern: Path, number: int) -> callgrind.Profile:
-    _control(pid, "-d")
-    path = Path(f"{pattern}.{number}")
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        if path.is_file() and "totals:" in path.read_text(errors="replace"):
-            return callgrind.parse_file(path)
-        time.sleep(0.05)
-    raise PointError(f"callgrind wrote no {path.name}")
+def _steps(options: Options, server: Running, thread: int, work: Work, requests: int) -> profiles.Profile:
+    """One load, every instruction of `thread` counted."""
+    with tempfile.TemporaryDirectory(prefix="nvsteps") as folder:
+        out = Path(folder) / "steps"
+        command = [str(options.build / "steps"), str(thread), str(out)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as counter:
+            assert counter.stdout is not None and counter.stderr is not None
+            if counter.stdout.readline() != "counting\n":
+                raise PointError(f"cannot count instructions: {counter.stderr.read().strip()}")
+            try:
+                _load(options, server, work, requests)
+                where = profiles.mappings(Path(f"/proc/{server.pid}/maps").read_text())
+            finally:
+                counter.terminate()
+                counter.wait(timeout=60)
+            if counter.returncode != 0:
+                raise PointError(f"counting instructions failed: {counter.stderr.read().strip()}")
+        return profiles.parse(out.read_text(), where)
 
 
-def profile_work(options: Options, peer: str, work: Work, requests: int) -> callgrind.Profile:
-    """What 4 x `requests` requests execute in the server, connecting and closing cancelled out."""
-    with tempfile.TemporaryDirectory(prefix="nvcg") as folder:
-        pattern = Path(folder) / "out"
-        with _serving(options, peer, (*VALGRIND, f"--callgrind-out-file={pattern}")) as server:
-            _load(options, server, work, requests)
-            _control(server.pid, "-i", "on")
-            _load(options, server, work, requests)
-            few = _dump(server.pid, pattern, 1)
-            _load(options, server, work, 5 * requests)
-            return _dump(server.pid, pattern, 2).minus(few)
+def profile_work(options: Options, peer: str, work: Work, requests: int) -> profiles.Profile:
+    """What 4 x `requests` requests execute in the serving thread, connecting and closing cancelled out."""
+    with _serving(options, peer) as server:
+        thread = _busiest_thread(server.pid, lambda: _load(options, server, work, 64 * requests))
+        few = _steps(options, server, thread, work, requests)
+        return _steps(options, server, thread, work, 5 * requests).minus(few)
 
 
 def _sum(calls: dict[str, int], names: tuple[str, ...]) -> int:
-    return sum(count for function, count in calls.items() if function.split("@")[0].split("'")[0] in names)
+    return sum(count for function, count in calls.items() if function in names)
 
 
-def instructions(options: Options, requests: int, say: Say) -> list[Count]:
-    """Our user-space instructions, allocator calls and library copies per request, for each work."""
+def instructions(options: Options, peer: str, requests: int, say: Say) -> list[Count]:
+    """User-space instructions, allocator calls and library copies per request, for each work."""
     counts = []
     for work in WORKS:
-        profile = profile_work(options, ALONE, work, requests)
+        profile = profile_work(options, peer, work, requests)
         total = 4 * requests
         figures = (
             ("instructions", profile.instructions, 0.01),
@@ -163,10 +165,10 @@ def instructions(options: Options, requests: int, say: Say) -> list[Count]:
             ("library copies", _sum(profile.calls, COPIERS), 0.01),
         )
         counts += [
-            Count(peer=OURS, work=work.name, name=name, value=value / total, tolerance=tolerance)
+            Count(peer=peer, work=work.name, name=name, value=value / total, tolerance=tolerance)
             for name, value, tolerance in figures
         ]
-        say(f"  {OURS} {work.name}: {profile.instructions / total:,.0f} instructions per request; most of it:")
+        say(f"  {peer} {work.name}: {profile.instructions / total:,.0f} instructions per request; most of it:")
         for function, own in profile.own.most_common(12):
             say(f"    {own / total:8.1f}  {function}")
     return counts
@@ -198,7 +200,7 @@ def _attempt(peer: str, say: Say, step: Callable[[], list[Count]]) -> list[Count
 
 
 def count_all(options: Options, peers: tuple[str, ...], say: Say) -> tuple[Count, ...]:
-    """System calls and idle cost of every peer given, instructions of ours."""
+    """System calls and idle cost of every peer given; instructions where one thread does the serving."""
     counts: list[Count] = []
     requests = 3200 if options.quick else 16000
     for peer in peers:
@@ -206,7 +208,7 @@ def count_all(options: Options, peers: tuple[str, ...], say: Say) -> tuple[Count
             continue
         counts += _attempt(peer, say, partial(system_calls, options, peer, requests, say))
         counts += _attempt(peer, say, partial(idle, options, peer, say))
-    if OURS in peers and shutil.which("valgrind"):
-        few = 640 if options.quick else 3200
-        counts += _attempt(OURS, say, partial(instructions, options, few, say))
+        if peer in (OURS, CEILING):
+            few = 64 if options.quick else 320
+            counts += _attempt(peer, say, partial(instructions, options, peer, few, say))
     return tuple(counts)

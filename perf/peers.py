@@ -20,7 +20,6 @@ from perf.usage import children
 
 ROOT = Path(__file__).parent.parent
 OURS = "nbdvvol"
-ALONE = "nbdvvol-alone"
 CEILING = "ceiling"
 STORAGE = "storage"
 """Not a server: fio's io_uring engine on the same kind of file."""
@@ -140,14 +139,7 @@ def _ours(place: Place) -> Plan:
     path.write_text(json.dumps(farm))
     folders = ["--state", str(place.folder / "state"), "--run", str(place.folder / "run")]
     command = [sys.executable, "-m", "nbdvvol", "up", "-f", str(path), *folders]
-    return Plan(command, export, environment={"PYTHONPATH": str(ROOT)}, find_pid=_filter_of)
-
-
-def _ours_alone(place: Place) -> Plan:
-    """The filter on one file, adopted in place: one process, to be run under valgrind."""
-    shape = ["--reactors", str(place.reactors), "--spin-us", str(place.spin_us)]
-    command = [sys.executable, "-m", "nbdvvol", "filter", "--serve", str(place.file), *shape]
-    return Plan(command, listen_fd=True, hold=True, environment={"PYTHONPATH": str(ROOT)})
+    return Plan(command, export, environment={"PYTHONPATH": str(ROOT)}, find_pid=_filter_of, ready="\nready\n")
 
 
 def _filter_of(pid: int) -> int:
@@ -175,8 +167,6 @@ PEERS: tuple[Peer, ...] = (
     Peer("qemu-storage-daemon", _ALL, _EVERYWHERE, _storage_daemon, "qemu-storage-daemon"),
     Peer("nbd-server", _PAGE_CACHE, _PLAIN, _nbd_server, "nbd-server"),
 )
-COUNTED = Peer(ALONE, _FILES, frozenset({"unix"}), _ours_alone, sys.executable)
-"""No part of a run: it is ours in one process, for tools that start what they watch."""
-BY_NAME = {peer.name: peer for peer in (*PEERS, COUNTED)}
+BY_NAME = {peer.name: peer for peer in PEERS}
 RIVALS = tuple(peer.name for peer in PEERS if peer.name not in (OURS, CEILING))
 QEMU_NBD = ("qemu-nbd-uring", "qemu-nbd-threads")
