@@ -241,8 +241,10 @@ static void start_piece(struct nv_vreq *request, const struct nv_run *run, uint6
     piece->offset = run->object_offset + into;
     piece->length = length;
     piece->data = request->data ? request->data + request->done : NULL;
-    piece->extents = request->extents + request->extents_max;
-    piece->extents_max = request->extents_max - request->extents_count;
+    if (request->kind == NV_REQUEST_STATUS) {
+        piece->extents = request->extents + request->extents_max;
+        piece->extents_max = request->extents_max - request->extents_count;
+    }
     piece->finished = piece_finished;
     request->piece_length = length;
     nv_piece_start(piece);
