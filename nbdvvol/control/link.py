@@ -99,7 +99,11 @@ class Links:
         helpers = [asyncio.create_task(self._push(me)), asyncio.create_task(self._probe_all(me))]
         try:
             while True:
-                await self._take(me, await channel.receive())
+                text = await channel.receive()
+                try:
+                    await self._take(me, text)
+                except NvError as error:
+                    log.warning("what the filter says cannot be kept", host=host, error=str(error))
         except ConnectionError as error:
             log.info("filter disconnected", host=host, reason=str(error))
         except ValidationError as error:

@@ -11,7 +11,7 @@ from nbdvvol import __version__
 from nbdvvol.control.credentials import HostTokens, read_tokens
 from nbdvvol.control.lifecycle import BODIES, UNDO
 from nbdvvol.control.link import Links
-from nbdvvol.control.registry import Committed, Registry, farm, views
+from nbdvvol.control.registry import Committed, Registry, farm, upkeep, views
 from nbdvvol.control.signal import Signal
 from nbdvvol.control.status import host_view, problems
 from nbdvvol.control.tasks import Tasks
@@ -19,6 +19,7 @@ from nbdvvol.model.farm import ControlConfig
 from nbdvvol.model.resources import Event, Host, Status, Task, TaskState
 
 TASKS_SHOWN = 50
+UPKEEP_S = 3600.0
 
 
 class Control:
@@ -35,7 +36,7 @@ class Control:
         self.tokens: dict[str, str] = {}
         self.config = ControlConfig()
         self.on_settings: Callable[[ControlConfig], Awaitable[None]] | None = None
-        self._running: asyncio.Task[None] | None = None
+        self._running: list[asyncio.Task[None]] = []
         registry.on_commit = self._committed
 
     def _committed(self, committed: Committed) -> None:
@@ -47,13 +48,22 @@ class Control:
     async def start(self) -> None:
         """Read what was applied last and go on with every task."""
         await self.settings_changed()
-        self._running = asyncio.create_task(self.tasks.run(), name="tasks")
+        self._running = [
+            asyncio.create_task(self.tasks.run(), name="tasks"),
+            asyncio.create_task(self._keep_short(), name="upkeep"),
+        ]
+
+    async def _keep_short(self) -> None:
+        """Forget what nobody asks for any more."""
+        while True:
+            await self.registry.run(upkeep.prune)
+            await asyncio.sleep(UPKEEP_S)
 
     async def stop(self) -> None:
         """End the links, leave the tasks where they are, close the registry."""
-        if self._running is not None:
-            self._running.cancel()
-            await asyncio.gather(self._running, return_exceptions=True)
+        for running in self._running:
+            running.cancel()
+        await asyncio.gather(*self._running, return_exceptions=True)
         await self.links.close()
         await self.registry.close()
 

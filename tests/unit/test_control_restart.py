@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from nbdvvol.control.registry import bindings, tasks, views, vvols
+from nbdvvol.control.registry import bindings, stores, tasks, views, vvols
 from nbdvvol.model import link
 from nbdvvol.model.errors import Code, NvError
 from nbdvvol.model.resources import BindVVol, CreateVVol, ResizeVVol, TaskState, VVolState
 from tests.unit.control_farm import MIB, PLAIN, TestFarm
+from tests.unit.fake_filter import FakeFilter
 
 pytestmark = pytest.mark.timeout(60)
 EMPTY = PLAIN | {"vms": {"vm1": {"vvols": {}}}}
@@ -293,3 +294,57 @@ async def test_a_broken_transaction_names_its_code(farm: TestFarm) -> None:
     with pytest.raises(NvError) as unknown:
         await farm.control.registry.run(views.resolve, "nothing")
     assert unknown.value.code is Code.NOT_FOUND
+
+
+async def test_a_bind_that_waits_can_be_forced(farm: TestFarm) -> None:
+    two = PLAIN | {"hosts": {"a": {}, "b": {}}, "vms": {"vm1": {"host": "a", "vvols": {"root": {"size": "1MiB"}}}}}
+    result = await farm.apply(two)
+    one, other = await farm.filter("a", "/run/a"), await farm.filter("b", "/run/b")
+    await farm.settle(result)
+    await one.disconnect()
+    ref = await farm.control.registry.run(vvols.begin_bind, "vm1", "root", BindVVol(host="b"))
+    await asyncio.sleep(0.1)
+    assert not other.serving
+    forced = await farm.control.registry.run(vvols.begin_bind, "vm1", "root", BindVVol(host="b", force=True))
+    assert forced.task.id == ref.task.id
+    assert (await farm.over(ref.task.id)).state is TaskState.SUCCESS
+    assert [spec.epoch for spec in other.serving.values()] == [2]
+    await one.connect(farm.control.links)
+    await farm.until(lambda: _nothing_serves(one))
+
+
+async def _nothing_serves(fake: FakeFilter) -> bool:
+    return not fake.serving
+
+
+async def test_a_notice_about_nothing_harms_nothing(farm: TestFarm) -> None:
+    await farm.apply()
+    fake = await farm.filter()
+    await fake.say(link.Notice(event="datastore_missing", subject="nowhere", message="x"))
+    await fake.say(link.Notice(event="sync_failed", subject="local", message="EIO on /fake/local.img"))
+    await farm.until(lambda: _has_problem(farm, "SYNC_FAILED"))
+    ref = await farm.control.registry.run(stores.begin_clear_fault, "local")
+    assert (await farm.over(ref.task.id)).state is TaskState.SUCCESS
+    assert (await farm.control.status()).problems == []
+
+
+async def _has_problem(farm: TestFarm, code: str) -> bool:
+    return any(problem.code == code for problem in (await farm.control.status()).problems)
+
+
+async def test_status_names_what_is_wrong(farm: TestFarm) -> None:
+    result = await farm.apply()
+    fake = await farm.filter()
+    await farm.settle(result)
+    assert (await farm.control.status()).problems == []
+    vvol = await farm.vvol()
+    bad = link.ExportReport(
+        uuid=vvol.uuid, epoch=1, size=0, flags=0, block_min=1, block_preferred=1, block_max=1, error="no such file"
+    )
+    await fake.say(link.Exports(exports=[bad]))
+    await farm.until(lambda: _has_problem(farm, "EXPORT_FAILED"))
+    await fake.die()
+    await farm.until(lambda: _has_problem(farm, "HOST_DOWN"))
+    await farm.control.registry.run(bindings.unbind, vvol.uuid)
+    assert await _has_problem(farm, "RELEASE_WAITS")
+    assert all(problem.action for problem in (await farm.control.status()).problems)

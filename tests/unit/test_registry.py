@@ -21,8 +21,8 @@ from nbdvvol.control.registry import (
     migrations,
     orders,
     schema,
-    store,
     tasks,
+    upkeep,
     views,
     vvols,
 )
@@ -385,4 +385,18 @@ async def test_closing_refuses_later_work(tmp_path: Path) -> None:
     await registry.close()
     with pytest.raises((NvError, RuntimeError)):
         await registry.run(views.revision)
-    assert store.Registry is Registry
+
+
+async def test_old_things_are_forgotten_but_ids_go_on(registry: Registry) -> None:
+    for number in range(30):
+        await registry.run(bindings.notice, "h", "test", "s", str(number))
+    last = (await registry.run(views.events, 0, 1000))[-1].id
+    probe = next(job for job in await registry.run(tasks.live_jobs) if job.kind == "probe")
+    await registry.run(tasks.finish, probe.id, "success")
+    await registry.run(upkeep.prune, 10, 0)
+    kept = await registry.run(views.events, 0, 1000)
+    assert [event.id for event in kept] == list(range(last - 9, last + 1))
+    assert [task.kind for task in await registry.run(views.tasks)] == ["create"], "what is not over stays"
+    await registry.run(upkeep.prune, 0, 0)
+    await registry.run(bindings.notice, "h", "test", "s", "next")
+    assert (await registry.run(views.events, 0, 1000))[0].id == last + 1

@@ -182,10 +182,16 @@ def start_bind(tx: Tx, row: Row[Any], host: str, force: bool = False) -> Task:
 
 @transaction
 def begin_bind(tx: Tx, vm: str, name: str, body: BindVVol) -> TaskRef:
-    """Bind a VVol to a host (left out: its VM's). Raises CONFLICT unless it is ready and idle."""
+    """Bind a VVol to a host (left out: its VM's). Raises CONFLICT unless it is ready and idle.
+
+    `force` takes it from a host that does not answer, also for a bind that waits already."""
     row = find_vvol(tx, vm, name)
     if row.state != "ready":
         raise NvError(Code.CONFLICT, f"VVol {vm}/{name} is {row.state}, not ready", "wait for its task to end")
+    running = tx.db.execute(select(s.tasks).where(s.tasks.c.id == row.task)).one_or_none()
+    if running is not None and body.force and running.kind == "bind":
+        bindings.unbind(tx, row.uuid, True)
+        return _ref(tx, task_view(running), row.uuid)
     home: str = tx.db.execute(select(s.vms.c.host).where(s.vms.c.name == vm)).scalar_one()
     return _ref(tx, start_bind(tx, row, body.host or home, body.force), row.uuid)
 
