@@ -87,7 +87,8 @@ class Child:
         process.send_signal(signal.SIGTERM)
         try:
             async with asyncio.timeout(STOP_S):
-                return await process.wait() == 0
+                # One that was still starting has no handler yet, and nothing to lose.
+                return await process.wait() in ((0,) if self.proven else (0, -signal.SIGTERM))
         except TimeoutError:
             self._say(f"{self.name} did not end within {STOP_S:g} s; killing it")
             process.kill()

@@ -34,7 +34,9 @@ from nbdvvol.supervisor import Child
 LOCK_WAIT_S = 15.0
 """How long the processes of an `up` that was killed may take to vanish (one may sit in a slow disk's sync)."""
 CONTROL_START_S = 60.0
-TELL_EVERY_S = 5.0
+TELL_FIRST_S = 5.0
+TELL_EVERY_S = 60.0
+"""What is still missing is told when it changes, and this often."""
 POLL_S = 0.05
 SOCKET_PATH_MAX = 107
 
@@ -211,16 +213,17 @@ async def _until_connected(farm: _Farm) -> None:
 async def _until_exports_answer(farm: _Farm, tasks: list[int]) -> None:
     """Print each export once a client can open it; tell now and then what is still missing."""
     told: set[str] = set()
-    next_tell = time.monotonic() + TELL_EVERY_S
+    quiet_until, before = time.monotonic() + TELL_FIRST_S, ""
     while True:
         status = await _patiently(lambda: asyncio.to_thread(farm.client.status))
         tasks = await _unfinished(farm, tasks)
         missing = await _missing(farm, status, told)
         if not missing and not tasks:
             return
-        if time.monotonic() >= next_tell:
-            next_tell = time.monotonic() + TELL_EVERY_S
-            say("waiting: " + ("; ".join(missing) or f"tasks {', '.join(map(str, tasks))}"))
+        text = "; ".join(missing) or f"tasks {', '.join(map(str, tasks))}"
+        if time.monotonic() >= quiet_until and (text != before or time.monotonic() >= quiet_until + TELL_EVERY_S):
+            quiet_until, before = time.monotonic(), text
+            say(f"waiting: {text}")
         await asyncio.sleep(POLL_S)
 
 
@@ -245,8 +248,11 @@ async def _missing(farm: _Farm, status: Status, told: set[str]) -> list[str]:
             continue
         if vvol.binding is None or vvol.binding.host not in hosts:
             # Unbound by the operator, or served by another machine: not ours to wait for. Else it comes with its task.
-            if vvol.state is not VVolState.READY:
-                missing.append(f"{vvol.full_name} is {vvol.state}")
+            if vvol.state is VVolState.CREATING:
+                missing.append(f"{vvol.full_name} is being created")
+            elif vvol.state is VVolState.FAILED:
+                retry = f"`nbdvvol delete vvol {vvol.full_name}`, then apply the file again"
+                missing.append(f"{vvol.full_name} could not be created ({retry})")
             continue
         socket = hosts[vvol.binding.host] / "vms" / f"{vvol.vm}.sock"
         if vvol.binding.state == "bound" and await answers(socket, vvol.name):
