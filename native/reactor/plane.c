@@ -84,7 +84,7 @@ static void *thread_main(void *argument)
     pthread_mutex_lock(&plane->start_lock); /* nobody may wake a port that is gone: leave together */
     plane->finished++;
     pthread_cond_broadcast(&plane->start_changed);
-    while (plane->finished < plane->config.reactors && !plane->start_error)
+    while (!plane->released || (plane->finished < plane->config.reactors && !plane->start_error))
         pthread_cond_wait(&plane->start_changed, &plane->start_lock);
     pthread_mutex_unlock(&plane->start_lock);
     nv_reactor_teardown(reactor);
@@ -373,6 +373,10 @@ void nv_plane_stop(nv_plane *plane)
         if (plane->reactors[i].io)
             nv_reactor_send(&plane->reactors[i], &plane->stops[i].message);
     }
+    pthread_mutex_lock(&plane->start_lock);
+    plane->released = true; /* from here on the front wakes no port any more */
+    pthread_cond_broadcast(&plane->start_changed);
+    pthread_mutex_unlock(&plane->start_lock);
 }
 
 static void free_tables(nv_plane *plane)

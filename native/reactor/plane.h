@@ -31,6 +31,7 @@ struct nv_plane {
     pthread_cond_t start_changed;
     uint32_t started;               /* under start_lock: threads that are set up, or failed to */
     uint32_t finished;              /* ... that have left their loop */
+    bool released;                  /* ... the front is through with their ports */
     int start_error;
     struct nv_stop *stops;
     bool threads;
