@@ -46,9 +46,9 @@ is always whole.
 from __future__ import annotations
 
 import struct
-import uuid
 from dataclasses import dataclass
 from typing import NoReturn
+from uuid import UUID
 
 import google_crc32c
 
@@ -80,8 +80,8 @@ RUNS_MAX = (MAP_SLOT_BYTES - ENTRY_BYTES) // _RUN.size
 class Header:
     """What a datastore says of itself."""
 
-    uuid: uuid.UUID
-    registry: uuid.UUID
+    uuid: UUID
+    registry: UUID
     extent_size: int
     size: int
     directory_offset: int
@@ -99,7 +99,7 @@ class Header:
 class Entry:
     """A directory entry: where a leg's metadata region lies."""
 
-    vvol: uuid.UUID
+    vvol: UUID
     leg: int
     offset: int
     length: int
@@ -109,7 +109,7 @@ class Entry:
 class Label:
     """A leg's stamp."""
 
-    vvol: uuid.UUID
+    vvol: UUID
     leg: int
     epoch: int
     generation: int
@@ -131,7 +131,7 @@ class MapRun:
 class MapCopy:
     """A leg's map with its version."""
 
-    vvol: uuid.UUID
+    vvol: UUID
     leg: int
     version: int
     size: int
@@ -165,7 +165,7 @@ def check_extent_size(extent_size: int) -> None:
         )
 
 
-def plan_header(store: uuid.UUID, registry: uuid.UUID, extent_size: int, size: int) -> Header:
+def plan_header(store: UUID, registry: UUID, extent_size: int, size: int) -> Header:
     """The header of a datastore to be formatted. Raises NO_SPACE when not one extent is left behind the head."""
     check_extent_size(extent_size)
     data_offset = round_up(HEAD_BYTES_MIN, extent_size)
@@ -247,9 +247,7 @@ def _header_copy(raw: bytes) -> Header | None:
     )
     if not sane:
         return None
-    return Header(
-        uuid.UUID(bytes=store), uuid.UUID(bytes=registry), extent, size, dir_offset, dir_length, data_offset, sequence
-    )
+    return Header(UUID(bytes=store), UUID(bytes=registry), extent, size, dir_offset, dir_length, data_offset, sequence)
 
 
 def decode_header(raw: bytes) -> Header:
@@ -293,7 +291,7 @@ def decode_page(raw: bytes, page: int) -> tuple[dict[int, Entry], list[int]]:
         if crc != google_crc32c.value(body) or used != 1:
             damaged.append(slot)
         else:
-            entries[slot] = Entry(uuid.UUID(bytes=vvol), leg, offset, length)
+            entries[slot] = Entry(UUID(bytes=vvol), leg, offset, length)
     return entries, damaged
 
 
@@ -337,7 +335,7 @@ def decode_label(raw: bytes) -> Label:
         slot = raw[at : at + PAGE]
         if _unseal(slot, _LABEL_MAGIC, "the leg's label"):
             _, _, leg, vvol, epoch, generation, size, sequence = _LABEL.unpack_from(slot)
-            found.append(Label(uuid.UUID(bytes=vvol), leg, epoch, generation, size, sequence))
+            found.append(Label(UUID(bytes=vvol), leg, epoch, generation, size, sequence))
     if not found:
         raise NvError(Code.INVALID, "no valid label in either slot of the leg's metadata region", "nothing was changed")
     return max(found, key=lambda label: label.sequence)
@@ -374,7 +372,7 @@ def _map_slot(raw: bytes) -> MapCopy | None:
     if version != VERSION:
         return None
     runs = tuple(MapRun(o, n, at, state) for o, n, at, state, _ in _RUN.iter_unpack(body))
-    return MapCopy(uuid.UUID(bytes=vvol), leg, map_version, size, runs)
+    return MapCopy(UUID(bytes=vvol), leg, map_version, size, runs)
 
 
 def decode_map(slots: tuple[bytes, bytes]) -> MapCopy:

@@ -96,7 +96,7 @@ class TestFarm:
     async def until(self, check: Any, timeout_s: float = 5.0) -> None:
         """Wait until `await check()` is true."""
         async with asyncio.timeout(timeout_s):
-            while not await check():  # noqa: ASYNC110
+            while not await check():
                 await asyncio.sleep(0.005)
 
     def begun(self, what: str) -> list[dict[str, Any]]:

@@ -216,7 +216,7 @@ class FakeFilter:
             return
         self._began.add(order.id)
         self.disks.log.append((self.host, order.what, order.args))
-        while order.what in self.hold_work:  # noqa: ASYNC110
+        while order.what in self.hold_work:
             await asyncio.sleep(0.005)
         if order.what in self.fail_work:
             done = link.WorkDone(id=order.id, error=self.fail_work[order.what], code=Code.IO)

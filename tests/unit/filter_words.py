@@ -70,5 +70,5 @@ class Reports:
 async def until(true: Callable[[], Any], limit_s: float = 5.0) -> None:
     """Wait for a condition; fail when it does not come true in time."""
     async with asyncio.timeout(limit_s):
-        while not true():  # noqa: ASYNC110 -- a condition of any kind
+        while not true():
             await asyncio.sleep(0.005)
