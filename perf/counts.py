@@ -17,7 +17,7 @@ from pathlib import Path
 
 from perf import profile as profiles
 from perf.generators import PointError, loadgen_json
-from perf.model import Count
+from perf.model import Count, Transport
 from perf.peers import BY_NAME, CEILING, OURS
 from perf.run import Options, fill
 from perf.servers import Place, Running, ServerError, free_port, running
@@ -56,7 +56,7 @@ WORKS = (
 
 
 @contextmanager
-def _serving(options: Options, peer: str) -> Iterator[Running]:
+def _serving(options: Options, peer: str, transport: Transport = "unix") -> Iterator[Running]:
     """One server on a tmpfs file, not spinning."""
     with (
         tempfile.TemporaryDirectory(prefix="nv", dir="/tmp") as name,
@@ -64,7 +64,7 @@ def _serving(options: Options, peer: str) -> Iterator[Running]:
     ):
         file = Path(store) / "disk.img"
         fill(file, FILE_BYTES)
-        place = Place(Path(name), "tmpfs", "unix", file, FILE_BYTES, free_port(), options.build, 0)
+        place = Place(Path(name), "tmpfs", transport, file, FILE_BYTES, free_port(), options.build, 0)
         with running(BY_NAME[peer].plan(place), place) as server:
             yield server
 
@@ -73,35 +73,56 @@ def _load(options: Options, server: Running, work: Work, requests: int) -> None:
     loadgen_json(options.build / "loadgen", server, work.load(requests), limit_s=600)
 
 
-# ---- system calls ----
+# ---- system calls and what else the kernel's tracepoints tell ----
+
+EVENTS = {
+    "raw_syscalls:sys_enter": ("system calls", 0.2),
+    "io_uring:io_uring_queue_async_work": ("hand-overs to io-wq", 0.2),
+    "context-switches": ("context switches", 0.5),
+}
+"""perf's events: unlike strace they do not slow the server down. With each: our name, and its tolerance."""
 
 
-def _syscalls_once(options: Options, server: Running, work: Work, requests: int) -> int:
-    """By the kernel's tracepoint: unlike strace it does not slow the server down."""
+def parse_perf_stat(text: str) -> dict[str, int]:
+    """Counts of `perf stat -x,` by our names; an event the kernel lacks is left out."""
+    found: dict[str, int] = {}
+    for line in text.splitlines():
+        fields = line.split(",")
+        name = EVENTS.get(fields[2].removesuffix(":u"), ("", 0.0))[0] if len(fields) > 2 else ""
+        if name and fields[0].isdecimal():
+            found[name] = int(fields[0])
+    return found
+
+
+def _events_once(options: Options, server: Running, work: Work, requests: int) -> dict[str, int]:
     arguments = [*server.loadgen_arguments(), *work.load(requests)]
-    command = ["perf", "stat", "-x,", "-e", "raw_syscalls:sys_enter", "-p", str(server.pid), "--"]
+    command = ["perf", "stat", "-x,", "-e", ",".join(EVENTS), "-p", str(server.pid), "--"]
     done = subprocess.run(
         [*command, str(options.build / "loadgen"), *arguments],
         capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
-    for line in done.stderr.splitlines():
-        fields = line.split(",")
-        if len(fields) > 2 and "sys_enter" in line and fields[0].isdecimal():
-            return int(fields[0])
-    raise PointError(f"perf stat counted nothing: {done.stderr.strip()[-200:]}")
+    found = parse_perf_stat(done.stderr)
+    if done.returncode != 0 or not found:
+        raise PointError(f"perf stat counted nothing: {done.stderr.strip()[-300:]}")
+    return found
 
 
-def system_calls(options: Options, peer: str, requests: int, say: Say) -> list[Count]:
+def kernel_events(options: Options, peer: str, requests: int, say: Say) -> list[Count]:
     """Per request, for each work."""
     counts = []
+    tolerances = dict(EVENTS.values())
     with _serving(options, peer) as server:
         for work in WORKS:
             _load(options, server, work, requests)
-            few = _syscalls_once(options, server, work, requests)
-            many = _syscalls_once(options, server, work, 5 * requests)
-            value = (many - few) / (4 * requests)
-            counts.append(Count(peer=peer, work=work.name, name="system calls", value=value, tolerance=0.2))
-            say(f"  {peer} {work.name}: {value:.3f} system calls per request")
+            few = _events_once(options, server, work, requests)
+            many = _events_once(options, server, work, 5 * requests)
+            values = {name: (many[name] - few[name]) / (4 * requests) for name in few.keys() & many.keys()}
+            counts += [
+                Count(peer=peer, work=work.name, name=name, value=values[name], tolerance=tolerances[name])
+                for name in sorted(values)
+            ]
+            said = ", ".join(f"{value:.3f} {name}" for name, value in sorted(values.items()))
+            say(f"  {peer} {work.name}: {said}")
     return counts
 
 
@@ -109,10 +130,10 @@ def system_calls(options: Options, peer: str, requests: int, say: Say) -> list[C
 
 
 def _busiest_thread(pid: int, load: Callable[[], None]) -> int:
-    """The one that serves: it uses the most processor time while there is load."""
+    """The one that serves: it uses the most processor time under load. The kernel's io_uring workers are not it."""
 
     def times() -> dict[int, int]:
-        tasks = Path(f"/proc/{pid}/task").iterdir()
+        tasks = [t for t in Path(f"/proc/{pid}/task").iterdir() if not (t / "comm").read_text().startswith("iou-")]
         return {int(task.name): int((task / "schedstat").read_text().split()[0]) for task in tasks}
 
     before = times()
@@ -178,8 +199,8 @@ def instructions(options: Options, peer: str, requests: int, say: Say) -> list[C
 
 
 def idle(options: Options, peer: str, say: Say) -> list[Count]:
-    """What many idle connections cost: processor share, and private memory each."""
-    with _serving(options, peer) as server:
+    """What many idle connections cost: processor share, and private memory each. By TCP: a VM's socket takes fewer."""
+    with _serving(options, peer, "tcp") as server:
         arguments = ["--connections", str(IDLE_CONNECTIONS), "--idle", str(IDLE_S), "--warmup", "1"]
         out = loadgen_json(options.build / "loadgen", server, arguments, limit_s=120)["server"]
     each = (out["rss_anon_bytes"] - out["rss_anon_before_bytes"]) / IDLE_CONNECTIONS
@@ -206,7 +227,7 @@ def count_all(options: Options, peers: tuple[str, ...], say: Say) -> tuple[Count
     for peer in peers:
         if BY_NAME[peer].missing():
             continue
-        counts += _attempt(peer, say, partial(system_calls, options, peer, requests, say))
+        counts += _attempt(peer, say, partial(kernel_events, options, peer, requests, say))
         counts += _attempt(peer, say, partial(idle, options, peer, say))
         if peer in (OURS, CEILING):
             few = 64 if options.quick else 320
