@@ -277,7 +277,8 @@ def test_an_idle_connection_keeps_little_memory() -> None:
             one.write(0, b"m" * (64 << 10))
             assert len(one.read(0, SIZE)) == SIZE
         time.sleep(0.7)
-        assert (resident_kib() - before) / count < 100, "64 KiB of receive memory and some bookkeeping"
+        limit = 100 if "NBDVVOL_NATIVE" not in os.environ else 4000  # a sanitizer's own memory comes on top
+        assert (resident_kib() - before) / count < limit, "64 KiB of receive memory and some bookkeeping"
 
 
 def test_connection_limit() -> None:
