@@ -215,8 +215,9 @@ async def _until_exports_answer(farm: _Farm, tasks: list[int]) -> None:
     told: set[str] = set()
     quiet_until, before = time.monotonic() + TELL_FIRST_S, ""
     while True:
-        status = await _patiently(lambda: asyncio.to_thread(farm.client.status))
+        # Tasks first: a status taken before the last one ended would not show what it made.
         tasks = await _unfinished(farm, tasks)
+        status = await _patiently(lambda: asyncio.to_thread(farm.client.status))
         missing = await _missing(farm, status, told)
         if not missing and not tasks:
             return
