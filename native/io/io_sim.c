@@ -1,8 +1,8 @@
 /*
  * See io_sim.h. Invariants: an operation is in exactly one of {staged (not yet entered), pending, ready}; only
  * nv_sim_step() moves one from pending to ready, at the moment of its effect; `done` runs only from nv_io_run().
- * While an operation is not ready the port owns its memory: outgoing bytes are hashed when they come and when they
- * are used, and incoming memory is scribbled over first, so that nobody can rely on what was there.
+ * While an operation is not ready the port owns its memory: outgoing bytes are hashed when they come and when
+ * they go back, and incoming memory is scribbled over first, so that nobody can rely on what was there.
  */
 #include "io/io_sim.h"
 
@@ -475,7 +475,6 @@ static bool perform(struct nv_op *op)
     struct handle *handle = op->kind == NV_OP_TIMER ? NULL : &world.handles[op->handle];
 
     world.time++;
-    check_stable(op);
     switch (op->kind) {
     case NV_OP_READ:
         return do_read(op, handle->disk);
