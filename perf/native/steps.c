@@ -82,14 +82,36 @@ static void count_steps(pid_t tid)
     }
 }
 
-/* It may run, or sleep in the kernel: stop it, so that it can be let go. */
+/* Is a SIGTRAP of ours still on its way to the thread? */
+static int trap_pending(pid_t tid)
+{
+    char path[64], line[128];
+    unsigned long long pending = 0;
+    snprintf(path, sizeof path, "/proc/%d/status", tid);
+    FILE *file = fopen(path, "re");
+    if (!file) return 0;
+    while (fgets(line, sizeof line, file))
+        if (strncmp(line, "SigPnd:", 7) == 0) pending = strtoull(line + 7, NULL, 16);
+    fclose(file);
+    return (pending >> (SIGTRAP - 1) & 1) != 0;
+}
+
+/*
+ * The thread may run, or sleep in the kernel: stop it, so that it can be let go. A sleep that the stop
+ * ends leaves the trap of its last step pending, and a trap that nobody traces kills the process.
+ */
 static void let_go(pid_t tid)
 {
     int status;
     if (ptrace(PTRACE_DETACH, tid, NULL, NULL) == 0) return;
     if (ptrace(PTRACE_INTERRUPT, tid, NULL, NULL) < 0) return;
-    while (waitpid(tid, &status, __WALL) < 0)
-        if (errno != EINTR) return;
+    for (;;) {
+        while (waitpid(tid, &status, __WALL) < 0)
+            if (errno != EINTR) return;
+        if (!WIFSTOPPED(status)) return;
+        if (!trap_pending(tid)) break;
+        if (ptrace(PTRACE_CONT, tid, NULL, NULL) < 0) return;
+    }
     ptrace(PTRACE_DETACH, tid, NULL, NULL);
 }
 
