@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from nbdvvol.control import queries
 from nbdvvol.control.registry import Registry, bindings, feed, orders, stores
 from nbdvvol.control.registry.orders import Order
-from nbdvvol.control.signal import Signal
+from nbdvvol.control.signal import Signals
 from nbdvvol.model import link
 from nbdvvol.model.errors import Code, NvError
 
@@ -61,7 +61,7 @@ class HostLink:
 class Links:
     """Every connected filter, and the orders that are out."""
 
-    def __init__(self, registry: Registry, changed: Signal) -> None:
+    def __init__(self, registry: Registry, changed: Signals) -> None:
         self.registry = registry
         self.changed = changed
         self.connected: dict[str, HostLink] = {}
@@ -95,7 +95,7 @@ class Links:
             return
         me = refusal
         log.info("filter connected", host=host)
-        self.changed.fire()
+        self.changed.fire_all()
         helpers = [asyncio.create_task(self._push(me)), asyncio.create_task(self._probe_all(me))]
         try:
             while True:
@@ -114,7 +114,7 @@ class Links:
             if self.connected.get(host) is me:
                 del self.connected[host]
             await channel.close()
-            self.changed.fire()
+            self.changed.fire_all()
 
     async def _hello(self, host: str, channel: Channel) -> HostLink | str:
         """Take the hello and send what follows. Returns the link, or why the filter is refused."""

@@ -12,7 +12,7 @@ from nbdvvol.control.credentials import HostTokens, read_tokens
 from nbdvvol.control.lifecycle import BODIES, UNDO
 from nbdvvol.control.link import Links
 from nbdvvol.control.registry import Committed, Registry, farm, upkeep, views
-from nbdvvol.control.signal import Signal
+from nbdvvol.control.signal import Signal, Signals
 from nbdvvol.control.status import host_view, problems
 from nbdvvol.control.tasks import Tasks
 from nbdvvol.model.farm import ControlConfig
@@ -28,10 +28,13 @@ class Control:
     def __init__(self, registry: Registry, state_dir: Path) -> None:
         self.registry = registry
         self.changed = Signal()
+        """Anything but a task's progress."""
         self.moved = Signal()
-        """Also fires for a task's progress."""
-        self.links = Links(registry, self.changed)
-        self.tasks = Tasks(registry, self.links, self.changed, BODIES, UNDO)
+        """Anything."""
+        self._waited_for = Signals()
+        self._queued = Signal()
+        self.links = Links(registry, self._waited_for)
+        self.tasks = Tasks(registry, self.links, self._waited_for, self._queued, BODIES, UNDO)
         self.host_tokens = HostTokens(state_dir)
         self.tokens: dict[str, str] = {}
         self.config = ControlConfig()
@@ -41,6 +44,9 @@ class Control:
 
     def _committed(self, committed: Committed) -> None:
         self.links.poke(committed.hosts)
+        self._waited_for.fire(committed.vvols)
+        if committed.queued:
+            self._queued.fire()
         if not committed.progress_only:
             self.changed.fire()
         self.moved.fire()

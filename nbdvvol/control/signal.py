@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
+from weakref import WeakValueDictionary
 
 
 class Signal:
@@ -31,3 +33,26 @@ class Signal:
         except TimeoutError:
             return False
         return True
+
+
+class Signals:
+    """A signal for each subject, so that a change wakes those whom it concerns and nobody else."""
+
+    def __init__(self) -> None:
+        self._of: WeakValueDictionary[str, Signal] = WeakValueDictionary()
+
+    def of(self, subject: str) -> Signal:
+        """The signal of one subject, which lives as long as somebody keeps it."""
+        return self._of.setdefault(subject, Signal())
+
+    def fire(self, subjects: Iterable[str]) -> None:
+        """These changed."""
+        for subject in subjects:
+            signal = self._of.get(subject)
+            if signal is not None:
+                signal.fire()
+
+    def fire_all(self) -> None:
+        """Something changed that may concern anybody: a host came or went."""
+        for signal in list(self._of.values()):
+            signal.fire()

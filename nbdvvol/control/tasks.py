@@ -17,7 +17,7 @@ from nbdvvol.control.registry import Registry, bindings, orders, stores, tasks
 from nbdvvol.control.registry.orders import Order
 from nbdvvol.control.registry.stores import Store
 from nbdvvol.control.registry.tasks import Job
-from nbdvvol.control.signal import Signal
+from nbdvvol.control.signal import Signal, Signals
 from nbdvvol.model.errors import NvError
 
 log = structlog.get_logger()
@@ -32,12 +32,12 @@ class Context:
     """What a running task works with."""
 
     def __init__(
-        self, job: Job, registry: Registry, links: Links, changed: Signal, locks: dict[str, asyncio.Lock]
+        self, job: Job, registry: Registry, links: Links, changed: Signals, locks: dict[str, asyncio.Lock]
     ) -> None:
         self.job = job
         self.registry = registry
         self.links = links
-        self._changed = changed
+        self._changed = changed.of(job.vvol)
         self._locks = locks
         self._said = (-1.0, "")
 
@@ -145,13 +145,15 @@ class Tasks:
         self,
         registry: Registry,
         links: Links,
-        changed: Signal,
+        changed: Signals,
+        queued: Signal,
         bodies: Mapping[str, Body],
         undo: Mapping[str, Undo],
     ) -> None:
         self._registry = registry
         self._links = links
         self._changed = changed
+        self._queued = queued
         self._bodies = bodies
         self._undo = undo
         self._running: dict[int, asyncio.Task[None]] = {}
@@ -161,11 +163,11 @@ class Tasks:
         """Start every task that is not done, for ever; cancelled at the end, it leaves them as they are."""
         try:
             while True:
-                ticket = self._changed.ticket
+                ticket = self._queued.ticket
                 for job in await self._registry.run(tasks.live_jobs):
                     if job.id not in self._running:
                         self._running[job.id] = asyncio.create_task(self._one(job), name=f"task {job.id} {job.kind}")
-                await self._changed.after(ticket, LOOK_AGAIN_S)
+                await self._queued.after(ticket, LOOK_AGAIN_S)
         finally:
             for running in self._running.values():
                 running.cancel()

@@ -36,6 +36,7 @@ def touch_holder(tx: Tx, host: str, uuid: str, vm: str) -> None:
     """A binding on this host changed: its VVol, and whether it needs the VM's socket."""
     tx.touch(host, "vvol", uuid)
     tx.touch(host, "vm", vm)
+    tx.about.add(uuid)
 
 
 def touch_holders(tx: Tx, uuid: str) -> None:
@@ -80,6 +81,7 @@ def bind(tx: Tx, uuid: str, host: str, force: bool = False) -> str:
 
 def _force(tx: Tx, uuid: str, host: str, name: str) -> None:
     _move(tx, uuid, host, "forced")
+    tx.about.add(uuid)
     risk = (
         f"taken from host {host} by force: if its filter still runs, it may go on writing until it hears of this; "
         "its extents stay unused until it confirms"
@@ -148,6 +150,7 @@ def released(tx: Tx, host: str, uuid: str, epoch: int) -> None:
         return
     tx.db.execute(delete(s.holders).where(s.holders.c.vvol == uuid, s.holders.c.host == host))
     tx.touch(host, "vm", row.vm)
+    tx.about.add(uuid)
     tx.event("vvol.released", f"{row.vm}/{row.name}", f"released by host {host}, epoch {row.epoch}")
 
 
@@ -167,6 +170,7 @@ def report(tx: Tx, host: str, exports: list[ExportReport]) -> None:
             tx.event("vvol.not_served", name, f"host {host} cannot serve it: {export.error}")
         elif state != row.state:
             tx.event("vvol.bound", name, f"served by host {host} under epoch {row.epoch}")
+        tx.about.add(export.uuid)
         tx.changed = True
 
 

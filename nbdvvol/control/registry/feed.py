@@ -14,7 +14,7 @@ from sqlalchemy import Row, delete, func, select, update
 from nbdvvol.control.policy import opens_direct
 from nbdvvol.control.registry import schema as s
 from nbdvvol.control.registry.tx import Tx, transaction
-from nbdvvol.control.registry.views import HELD, leg_runs
+from nbdvvol.control.registry.views import HELD, LegRows, leg_rows
 from nbdvvol.model.farm import DatastoreConfig, HostConfig, SocketConfig, TlsFiles, VVolType
 from nbdvvol.model.link import DatastoreSpec, Delta, HostState, LegSpec, RunSpec, Snapshot, VmSpec, VVolSpec
 
@@ -39,20 +39,18 @@ def datastore_spec(tx: Tx, row: Row[Any]) -> DatastoreSpec:
     )
 
 
-def _vvol_spec(tx: Tx, row: Row[Any], epoch: int) -> VVolSpec:
-    legs = []
-    for leg in tx.db.execute(select(s.legs).where(s.legs.c.vvol == row.uuid).order_by(s.legs.c.id)).all():
-        runs = [RunSpec(o=o, n=n, at=at, s=state) for o, n, at, state in leg_runs(tx, row.uuid, leg.id, row.size)]
-        legs.append(
-            LegSpec(
-                id=leg.id,
-                datastore=leg.datastore,
-                state=leg.state,
-                object=leg.object,
-                adopted=leg.adopted,
-                runs=runs,
-            )
+def _vvol_spec(row: Row[Any], found: LegRows) -> VVolSpec:
+    legs = [
+        LegSpec(
+            id=leg.id,
+            datastore=leg.datastore,
+            state=leg.state,
+            object=leg.object,
+            adopted=leg.adopted,
+            runs=[RunSpec(o=o, n=n, at=at, s=state) for o, n, at, state in found.runs[row.uuid, leg.id]],
         )
+        for leg in found.legs[row.uuid]
+    ]
     return VVolSpec(
         uuid=row.uuid,
         vm=row.vm,
@@ -61,7 +59,7 @@ def _vvol_spec(tx: Tx, row: Row[Any], epoch: int) -> VVolSpec:
         type=VVolType(row.type),
         description=row.description,
         read_only=row.read_only,
-        epoch=epoch,
+        epoch=row.held_epoch,
         generation=row.generation,
         map_version=row.map_version,
         legs=legs,
@@ -91,7 +89,9 @@ def held_vvols(tx: Tx, host: str, only: Iterable[str] | None = None) -> dict[str
     query = query.where(s.holders.c.host == host, s.holders.c.state.in_(HELD), s.vvols.c.state == "ready")
     if only is not None:
         query = query.where(s.vvols.c.uuid.in_(list(only)))
-    return {row.uuid: _vvol_spec(tx, row, row.held_epoch) for row in tx.db.execute(query).all()}
+    rows = tx.db.execute(query).all()
+    found = leg_rows(tx, rows)
+    return {row.uuid: _vvol_spec(row, found) for row in rows}
 
 
 def host_settings(tx: Tx, host: str) -> tuple[HostConfig, TlsFiles | None]:

@@ -51,7 +51,10 @@ def give(tx: Tx, task: int, vvol: str, key: str, host: str, what: str, args: dic
 @transaction
 def settle(tx: Tx, order: int) -> None:
     """The filter answered: nothing of the order runs any more."""
-    if tx.db.execute(delete(s.orders).where(s.orders.c.id == order)).rowcount:
+    vvol = tx.db.execute(select(s.orders.c.vvol).where(s.orders.c.id == order)).scalar_one_or_none()
+    if vvol is not None:
+        tx.db.execute(delete(s.orders).where(s.orders.c.id == order))
+        tx.about.add(vvol)
         tx.changed = True
 
 

@@ -14,7 +14,7 @@ from nbdvvol.control.registry import bindings
 from nbdvvol.control.registry import schema as s
 from nbdvvol.control.registry.stores import load_areas, load_space, save_areas, store_row
 from nbdvvol.control.registry.tx import Tx, transaction
-from nbdvvol.control.registry.views import leg_runs, vvol_row
+from nbdvvol.control.registry.views import leg_rows, vvol_row
 from nbdvvol.datastores import format as disk
 from nbdvvol.model.errors import Code, NvError
 from nbdvvol.model.farm import AdoptConfig, DatastoreConfig, DatastoreKind
@@ -304,7 +304,7 @@ def stamp(tx: Tx, uuid: str) -> tuple[disk.Label, disk.MapCopy]:
     leg = tx.db.execute(select(s.legs).where(s.legs.c.vvol == uuid, s.legs.c.id == LEG)).one()
     sequence = leg.stamp + 1
     tx.db.execute(update(s.legs).where(s.legs.c.vvol == uuid, s.legs.c.id == LEG).values(stamp=sequence))
-    runs = tuple(disk.MapRun(o, n, at, state) for o, n, at, state in leg_runs(tx, uuid, LEG, row.size))
+    runs = tuple(disk.MapRun(o, n, at, state) for o, n, at, state in leg_rows(tx, [row]).runs[uuid, LEG])
     vvol = uuids.UUID(uuid)
     label = disk.Label(vvol, LEG, row.epoch, row.generation, row.size, sequence)
     return label, disk.MapCopy(vvol, LEG, row.map_version, row.size, runs)

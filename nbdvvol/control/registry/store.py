@@ -35,9 +35,12 @@ _SQLITE_MAGIC, _SQLITE_HEADER_BYTES, _SQLITE_APPLICATION_ID = b"SQLite format 3\
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """What a transaction changed: hosts whose state moved; whether it was no more than a task's progress."""
+    """What a transaction changed: hosts whose state moved, VVols whose tasks should look again, whether a task
+    was queued, whether it was no more than a task's progress."""
 
     hosts: frozenset[str]
+    vvols: frozenset[str]
+    queued: bool
     progress_only: bool
 
 
@@ -199,7 +202,8 @@ class Registry:
         with self._db.begin():
             result = name(tx, *args, **kwargs)
         if tx.changed or tx.touched or tx.progressed:
-            committed = Committed(frozenset(tx.touched), not (tx.changed or tx.touched))
+            only_progress = not (tx.changed or tx.touched)
+            committed = Committed(frozenset(tx.touched), frozenset(tx.about), tx.queued, only_progress)
             self._loop.call_soon_threadsafe(self._publish, committed)
         return result
 

@@ -54,7 +54,7 @@ def add_task(tx: Tx, kind: str, subject: str, vvol: str = "", **args: object) ->
                 f"VVol {subject} is busy: task {holder} ({running}) is not done",
                 f"wait for it: nbdvvol task watch {holder}",
             )
-    tx.changed = True
+    tx.changed = tx.queued = True
     return task_view(tx.db.execute(select(s.tasks).where(s.tasks.c.id == key[0])).one())
 
 
@@ -101,6 +101,7 @@ def cancel(tx: Tx, task_id: int) -> Task:
     if row.kind not in CANCELLABLE:
         raise NvError(Code.CONFLICT, f"task {task_id}: {row.kind} cannot be taken back once begun", "let it finish")
     tx.db.execute(update(s.tasks).where(s.tasks.c.id == task_id).values(cancel=True, updated=now()))
+    tx.about.add(row.vvol)
     tx.changed = True
     return task_view(tx.db.execute(select(s.tasks).where(s.tasks.c.id == task_id)).one())
 

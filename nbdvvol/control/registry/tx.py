@@ -30,6 +30,10 @@ class Tx:
     touched: set[str] = field(default_factory=set)
     changed: bool = False
     progressed: bool = False
+    queued: bool = False
+    """A task was queued."""
+    about: set[str] = field(default_factory=set)
+    """VVols whose waiting tasks should look again; "" stands for tasks without one."""
     _revision: int = 0
 
     def meta(self, key: str) -> str:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sqlalchemy import Row, func, select
+from sqlalchemy import ColumnElement, Row, Select, func, select
 
 from nbdvvol.control.registry import schema as s
 from nbdvvol.control.registry.tx import Tx, transaction
@@ -30,6 +30,7 @@ from nbdvvol.model.resources import (
 )
 
 HELD = ("binding", "bound")
+FEW = 100
 REGION_STATES: tuple[Literal["mapped", "zero", "write-protected"], ...] = ("mapped", "zero", "write-protected")
 
 
@@ -49,41 +50,72 @@ def find_vvol(tx: Tx, vm: str, name: str) -> Row[Any]:
     return row
 
 
-def clipped_runs(rows: Iterable[Row[Any]], size: int) -> list[tuple[int, int, int, int]]:
-    """(offset, length, at, state) of the runs that lie inside the VVol's size."""
-    return [(r.offset, min(r.length, size - r.offset), r.at, r.state) for r in rows if r.offset < size]
+RunTuple = tuple[int, int, int, int]
 
 
-def leg_runs(tx: Tx, uuid: str, leg: int, size: int) -> list[tuple[int, int, int, int]]:
-    """The visible runs of one leg, sorted."""
-    rows = tx.db.execute(select(s.runs).where(s.runs.c.vvol == uuid, s.runs.c.leg == leg).order_by(s.runs.c.offset))
-    return clipped_runs(rows.all(), size)
+@dataclass(frozen=True, slots=True)
+class LegRows:
+    """Legs and visible runs of some VVols, read in two queries however many there are."""
+
+    legs: dict[str, list[Row[Any]]]
+    runs: dict[tuple[str, int], list[RunTuple]]
+
+
+def leg_rows(tx: Tx, rows: Sequence[Row[Any]]) -> LegRows:
+    """Legs of these VVols; (offset, length, at, state) of the runs that lie inside each VVol's size."""
+    sizes = {row.uuid: row.size for row in rows}
+    legs: dict[str, list[Row[Any]]] = {uuid: [] for uuid in sizes}
+    runs: dict[tuple[str, int], list[RunTuple]] = {}
+    for leg in tx.db.execute(_of(select(s.legs), s.legs.c.vvol, rows).order_by(s.legs.c.id)):
+        if leg.vvol in legs:
+            legs[leg.vvol].append(leg)
+            runs[leg.vvol, leg.id] = []
+    for run in tx.db.execute(_of(select(s.runs), s.runs.c.vvol, rows).order_by(s.runs.c.offset)):
+        size = sizes.get(run.vvol, 0)
+        if run.offset < size:
+            runs[run.vvol, run.leg].append((run.offset, min(run.length, size - run.offset), run.at, run.state))
+    return LegRows(legs, runs)
+
+
+def _of(query: Select[Any], column: ColumnElement[str], rows: Sequence[Row[Any]]) -> Select[Any]:
+    """Narrow a query to some VVols; when they are many, reading all is quicker."""
+    return query.where(column.in_([row.uuid for row in rows])) if len(rows) <= FEW else query
+
+
+def vvol_views(tx: Tx, rows: Sequence[Row[Any]]) -> list[VVol]:
+    """VVols as the API shows them."""
+    found = leg_rows(tx, rows)
+    bindings: dict[str, tuple[Binding, str]] = {}
+    query = select(s.holders, s.hosts.c.run_dir).join(s.hosts, s.hosts.c.name == s.holders.c.host)
+    for holder in tx.db.execute(_of(query.where(s.holders.c.state != "forced"), s.holders.c.vvol, rows)):
+        if holder.vvol not in bindings or holder.state in HELD:
+            binding = Binding(host=holder.host, epoch=holder.epoch, state=holder.state)
+            bindings[holder.vvol] = binding, holder.run_dir
+    return [_vvol_view(row, found, bindings.get(row.uuid)) for row in rows]
 
 
 def vvol_view(tx: Tx, row: Row[Any]) -> VVol:
     """A VVol as the API shows it."""
-    legs = []
-    for leg in tx.db.execute(select(s.legs).where(s.legs.c.vvol == row.uuid).order_by(s.legs.c.id)):
-        regions = [
-            Region(offset=o, length=n, object_offset=at, state=REGION_STATES[state])
-            for o, n, at, state in leg_runs(tx, row.uuid, leg.id, row.size)
-        ]
-        legs.append(
-            Leg(
-                id=leg.id,
-                datastore=leg.datastore,
-                state=leg.state,
-                object=leg.object,
-                adopted=leg.adopted,
-                regions=regions,
-            )
+    return vvol_views(tx, [row])[0]
+
+
+def _vvol_view(row: Row[Any], found: LegRows, bound: tuple[Binding, str] | None) -> VVol:
+    legs = [
+        Leg(
+            id=leg.id,
+            datastore=leg.datastore,
+            state=leg.state,
+            object=leg.object,
+            adopted=leg.adopted,
+            regions=[
+                Region(offset=o, length=n, object_offset=at, state=REGION_STATES[state])
+                for o, n, at, state in found.runs[row.uuid, leg.id]
+            ],
         )
-    binding, uri = None, ""
-    query = select(s.holders, s.hosts.c.run_dir).join(s.hosts, s.hosts.c.name == s.holders.c.host)
-    for holder in tx.db.execute(query.where(s.holders.c.vvol == row.uuid, s.holders.c.state != "forced")):
-        if binding is None or holder.state in HELD:
-            binding = Binding(host=holder.host, epoch=holder.epoch, state=holder.state)
-            uri = unix_uri(holder.run_dir, row.vm, row.name) if holder.state in HELD else ""
+        for leg in found.legs[row.uuid]
+    ]
+    binding, run_dir = bound if bound is not None else (None, "")
+    held = binding is not None and binding.state in HELD
     return VVol(
         uuid=row.uuid,
         vm=row.vm,
@@ -99,7 +131,7 @@ def vvol_view(tx: Tx, row: Row[Any]) -> VVol:
         map_version=row.map_version,
         binding=binding,
         legs=legs,
-        uri=uri,
+        uri=unix_uri(run_dir, row.vm, row.name) if held else "",
     )
 
 
@@ -146,8 +178,7 @@ def _datastore_view(tx: Tx, row: Row[Any]) -> Datastore:
 @transaction
 def vvols(tx: Tx) -> list[VVol]:
     """Every VVol, by name."""
-    rows = tx.db.execute(select(s.vvols).order_by(s.vvols.c.vm, s.vvols.c.name)).all()
-    return [vvol_view(tx, row) for row in rows]
+    return vvol_views(tx, tx.db.execute(select(s.vvols).order_by(s.vvols.c.vm, s.vvols.c.name)).all())
 
 
 @transaction
@@ -188,19 +219,19 @@ def profiles(tx: Tx) -> list[Profile]:
 def vms(tx: Tx) -> list[Vm]:
     """Every VM, by name."""
     query = select(s.vms, s.hosts.c.run_dir).join(s.hosts, s.hosts.c.name == s.vms.c.host).order_by(s.vms.c.name)
-    out = []
-    for row in tx.db.execute(query).all():
-        names = tx.db.execute(select(s.vvols.c.name).where(s.vvols.c.vm == row.name).order_by(s.vvols.c.name)).scalars()
-        out.append(
-            Vm(
-                name=row.name,
-                host=row.host,
-                socket=socket_path(row.run_dir, row.name) if row.run_dir else "",
-                socket_config=SocketConfig.model_validate_json(row.socket),
-                vvols=list(names),
-            )
+    names: dict[str, list[str]] = {}
+    for vm, name in tx.db.execute(select(s.vvols.c.vm, s.vvols.c.name).order_by(s.vvols.c.name)):
+        names.setdefault(vm, []).append(name)
+    return [
+        Vm(
+            name=row.name,
+            host=row.host,
+            socket=socket_path(row.run_dir, row.name) if row.run_dir else "",
+            socket_config=SocketConfig.model_validate_json(row.socket),
+            vvols=names.get(row.name, []),
         )
-    return out
+        for row in tx.db.execute(query)
+    ]
 
 
 @dataclass(frozen=True, slots=True)
