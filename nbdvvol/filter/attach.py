@@ -21,20 +21,19 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import structlog
-
 import nbdvvol
 from nbdvvol.filter.attachments import Attachment, Attachments
 from nbdvvol.filter.dial import NbdDialer
 from nbdvvol.filter.keeper import Keeper, Wanted
 from nbdvvol.filter.nbdnetlink import NetlinkKernel
+from nbdvvol.logs import log_to_stderr
 from nbdvvol.model.base import Model
 from nbdvvol.model.errors import Code, ErrorBody, NvError
 from nbdvvol.nbd.uri import NbdUri, parse_uri
 
 CONNECTIONS_MAX = 16
 TIMEOUT_MAX_S = 86400
-START_LIMIT_S = 90.0
+START_LIMIT_S = 180.0
 """Longest time for a keeper in the background to attach or say why not."""
 MCL_CURRENT, MCL_FUTURE, MCL_ONFAULT = 1, 2, 4
 PR_SET_IO_FLUSHER = 57
@@ -315,7 +314,7 @@ def main() -> None:
         print(json.dumps(outcome.model_dump(mode="json")), flush=True)
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # nobody reads on
 
-    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+    log_to_stderr()
     _stay_in_memory()
     try:
         asyncio.run(serve(order, lambda attachment: tell(Outcome(attachment=attachment))))
