@@ -39,6 +39,8 @@ from nbdvvol.model.resources import (
 TIMEOUT_S = 30.0
 RETRY_S = 15.0
 """How long a request is repeated while control is away in the middle of something."""
+RETRY_FIRST_S = 2.0
+"""The same for one that never answered: it may be starting, or not be there at all."""
 POLL_S = 0.1
 DONE = frozenset({TaskState.SUCCESS, TaskState.ERROR, TaskState.CANCELLED})
 
@@ -65,6 +67,7 @@ class Client:
         self._http = http
         self._where = where
         self._retry_s = retry_s
+        self._answered = False
 
     @classmethod
     def connect(cls, run: Path | None = None) -> Client:
@@ -192,7 +195,7 @@ class Client:
         headers = {"Content-Type": "application/json"} if content is not None else {}
         if method != "GET":
             headers["Idempotency-Key"] = str(uuid.uuid4())
-        deadline = time.monotonic() + self._retry_s
+        deadline = time.monotonic() + (self._retry_s if self._answered else min(self._retry_s, RETRY_FIRST_S))
         while True:
             try:
                 answer = self._http.request(
@@ -203,10 +206,11 @@ class Client:
                     Code.TIMEOUT, f"control at {self._where} did not answer within {timeout:g} s", "see its log"
                 ) from None
             except httpx.TransportError as error:
-                if time.monotonic() > deadline:
+                if time.monotonic() > deadline or _is_about_tls(error):
                     raise self._away(error) from None
                 time.sleep(POLL_S)
                 continue
+            self._answered = True
             return _content(answer, self._where)
 
     def _away(self, error: Exception) -> NvError:
@@ -216,17 +220,25 @@ class Client:
 
 def _https(url: str) -> httpx.Client:
     """A client of an https control: $NBDVVOL_TOKEN_FILE, $NBDVVOL_CA, $NBDVVOL_CERT and $NBDVVOL_KEY."""
-    context = ssl.create_default_context(cafile=os.environ.get("NBDVVOL_CA"))
-    if os.environ.get("NBDVVOL_CERT"):
-        context.load_cert_chain(os.environ["NBDVVOL_CERT"], os.environ.get("NBDVVOL_KEY"))
-    headers = {}
-    if os.environ.get("NBDVVOL_TOKEN_FILE"):
-        try:
-            token = Path(os.environ["NBDVVOL_TOKEN_FILE"]).read_text().strip()
-        except OSError as error:
-            raise NvError(Code.DENIED, f"cannot read the token file {error.filename}: {error.strerror}") from None
-        headers["Authorization"] = f"Bearer {token}"
+    try:
+        context = ssl.create_default_context(cafile=os.environ.get("NBDVVOL_CA"))
+        if os.environ.get("NBDVVOL_CERT"):
+            context.load_cert_chain(os.environ["NBDVVOL_CERT"], os.environ.get("NBDVVOL_KEY"))
+        words = (
+            Path(os.environ["NBDVVOL_TOKEN_FILE"]).read_text().split() if os.environ.get("NBDVVOL_TOKEN_FILE") else []
+        )
+    except OSError as error:
+        hint = "see $NBDVVOL_TOKEN_FILE, $NBDVVOL_CA, $NBDVVOL_CERT and $NBDVVOL_KEY"
+        raise NvError(Code.DENIED, f"cannot use the credentials for {url}: {error}", hint) from None
+    # The token alone, or a line of control's own file, `NAME TOKEN`.
+    headers = {"Authorization": f"Bearer {words[-1]}"} if words else {}
     return httpx.Client(base_url=url, verify=context, headers=headers, timeout=TIMEOUT_S)
+
+
+def _is_about_tls(error: BaseException | None) -> bool:
+    while error is not None and not isinstance(error, ssl.SSLError):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _content(answer: httpx.Response, where: str) -> Any:
