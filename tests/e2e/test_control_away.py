@@ -5,25 +5,38 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
-from tests.e2e.test_kills import connected, split_farm
+from tests.e2e.test_kills import connected
 from tests.lib import nbdwords as w
-from tests.lib.farm import Farm, listed, serves
+from tests.lib.farm import Farm, listed, plain_spec, serves
 from tests.lib.ledger import Ledger, Writer
 from tests.lib.pattern import pattern
 from tests.lib.procs import wait_until
 from tests.lib.rawnbd import Closed, Haggle, OptionRefused
 
 pytestmark = pytest.mark.timeout(120)
-MakeFarm = Callable[..., Farm]
+
+
+@pytest.fixture(scope="module")
+def whole() -> Iterator[Farm]:
+    with Farm(plain_spec()) as farm:
+        farm.start_split()
+        yield farm
 
 
 @pytest.fixture
-def farm(farms: MakeFarm) -> Farm:
-    return split_farm(farms)
+def farm(whole: Farm) -> Farm:
+    """A farm with control and filter at work; tests may kill either."""
+    if whole.control is None or not whole.control.alive():
+        whole.start_control()
+    if not whole.filters["local"].alive():
+        whole.start_filter()
+    wait_until("the filter is connected", lambda: connected(whole))
+    whole.wait_bound("vm1/root")
+    return whole
 
 
 def kill_control(farm: Farm) -> None:
@@ -153,6 +166,7 @@ def test_work_waits_for_control_and_is_done_once_it_is_back(farm: Farm) -> None:
     farm.task(farm.api("GET", f"/v1/tasks/{task}"))
     with farm.open("late", wait_s=10) as nbd:
         assert not any(nbd.read(0, 4 << 20))
+    farm.delete("vm1/late")
 
 
 @pytest.fixture

@@ -28,10 +28,7 @@ MakeFarm = Callable[..., Farm]
 def split_farm(farms: MakeFarm) -> Farm:
     """Control and filter as processes of their own, the farm applied."""
     farm = farms(plain_spec())
-    farm.start_control()
-    farm.cli("apply", "-f", str(farm.file), "--no-wait")
-    farm.start_filter()
-    farm.wait_bound("vm1/root")
+    farm.start_split()
     return farm
 
 

@@ -22,6 +22,7 @@ from typing import Any
 import httpx
 import yaml
 
+from nbdvvol import farmfile
 from tests.lib.procs import Process, children, command_line, run, running, short_dir, wait_until
 from tests.lib.rawio import Style, Transmission, open_export
 from tests.lib.rawnbd import Closed, Haggle, OptionRefused
@@ -100,10 +101,20 @@ class Farm:
             time.sleep(0.02)
         self._seen.update(children(self.up.pid))
 
+    def start_split(self) -> None:
+        """Control and the filter as processes of their own, the farm applied, every VVol bound."""
+        self.start_control()
+        farm = farmfile.load(self.file).model_dump(mode="json", by_alias=True)
+        self.api("POST", "/v1/apply", {"farm": farm})
+        self.start_filter()
+        for vm, config in self.spec["vms"].items():
+            for name in config["vvols"]:
+                self.wait_bound(f"{vm}/{name}")
+
     def start_control(self, timeout_s: float = START_S) -> Process:
         """Start `nbdvvol control` alone and wait until its API answers."""
         self.control = self._process("control", "control", "--state", self.state, "--run", self.run)
-        wait_until("control answers", lambda: self.api_answers() or not self._alive(self.control), timeout_s)
+        wait_until("control answers", lambda: self.api_answers() or not self._alive(self.control), timeout_s, 0.1)
         assert self.control.alive(), f"control ended:\n{self.control.text()}"
         return self.control
 
@@ -227,7 +238,7 @@ class Farm:
 
     def client(self) -> httpx.Client:
         """An HTTP client on control's unix socket."""
-        transport = httpx.HTTPTransport(uds=str(self.run / "control.sock"))
+        transport = httpx.HTTPTransport(uds=str(self.run / "control.sock"), verify=False)  # no TLS on a unix socket
         return httpx.Client(transport=transport, base_url="http://nbdvvol", timeout=30.0)
 
     def api_answers(self) -> bool:
