@@ -122,14 +122,33 @@ static bool make_table(struct nv_table *table, uint32_t capacity)
     return table->slots != NULL;
 }
 
-/* Locking counts against RLIMIT_MEMLOCK for every later mapping: only without a limit, or with the privilege. */
-static bool lock_memory(void)
+/*
+ * Locking counts against RLIMIT_MEMLOCK for every later mapping, so it is done only where no limit applies: whether
+ * the privilege lifts it is found out by locking (on fault: no page is touched) one page more than the limit allows.
+ */
+static bool may_lock_all(void)
 {
     struct rlimit limit;
+    void *probe;
+    size_t size;
+    bool allowed;
 
-    if (getrlimit(RLIMIT_MEMLOCK, &limit) != 0 || limit.rlim_cur != RLIM_INFINITY)
+    if (getrlimit(RLIMIT_MEMLOCK, &limit) != 0)
         return false;
-    return mlockall(MCL_CURRENT | MCL_FUTURE | MCL_ONFAULT) == 0;
+    if (limit.rlim_cur == RLIM_INFINITY)
+        return true;
+    size = (size_t)limit.rlim_cur / NV_POOL_PAGE * NV_POOL_PAGE + NV_POOL_PAGE;
+    probe = nv_pages_map(size);
+    if (!probe)
+        return false;
+    allowed = mlock2(probe, size, MLOCK_ONFAULT) == 0;
+    nv_pages_unmap(probe, size);
+    return allowed;
+}
+
+static bool lock_memory(void)
+{
+    return may_lock_all() && mlockall(MCL_CURRENT | MCL_FUTURE | MCL_ONFAULT) == 0;
 }
 
 static int build(struct nv_plane *plane)
@@ -431,6 +450,8 @@ void nv_plane_free(nv_plane *plane)
         drop_events(plane);
     }
     free_tables(plane);
+    if (plane->features.memory_locked)
+        munlockall();
     if (plane->bell >= 0)
         nv_bell_destroy(plane->bell);
     pthread_mutex_destroy(&plane->start_lock);

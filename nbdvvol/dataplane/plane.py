@@ -101,6 +101,7 @@ class Plane:
         self._tokens = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[Any]] = {}
         self._buffers: dict[int, Any] = {}
+        self._connections: set[int] = set()
         self._tls: dict[int, Connection] = {}
         self._events = ffi.new("nv_event[]", _EVENTS_AT_ONCE)
         self.on_sync_failed: SyncFailedHandler | None = None
@@ -137,6 +138,7 @@ class Plane:
     def _started(self, token: int, result: int) -> None:
         if result < 0:
             self._waiting.pop(token, None)
+            self._connections.discard(token)
             self._buffers.pop(token, None)
         check(result)
 
@@ -167,6 +169,7 @@ class Plane:
 
     def _finish(self, kind: int, token: int, result: int) -> None:
         future = self._waiting.pop(token, None)
+        self._connections.discard(token)
         buffer = self._buffers.pop(token, None)
         if future is None or future.done():
             return
@@ -273,6 +276,7 @@ class Plane:
         encoded = encode_params(params)
         copy = os.dup(fd)
         token, future = self._expect()
+        self._connections.add(token)
         number = ffi.new("uint32_t *")
         result = lib.nv_connection_open(plane, copy, volume, encoded, early, len(early), token, number)
         if result < 0:
@@ -291,6 +295,7 @@ class Plane:
         plane = self._live
         copy = os.dup(fd)
         token, future = self._expect()
+        self._connections.add(token)
         number = ffi.new("uint32_t *")
         result = lib.nv_tls_open(plane, copy, context.pointer, timeout_ms, token, number)
         if result < 0:
@@ -329,10 +334,15 @@ class Plane:
         await self._loop.run_in_executor(None, lib.nv_plane_destroy, plane)
         for connection in self._tls.values():
             connection.on_closed()
-        for future in self._waiting.values():
-            if not future.done():
+        for token, future in self._waiting.items():
+            if future.done():
+                continue
+            if token in self._connections:
                 future.set_result(ConnectionEnd(errno.ESHUTDOWN))
+            else:
+                future.set_exception(PlaneError(errno.ESHUTDOWN, "the data plane was closed meanwhile"))
         self._waiting.clear()
+        self._connections.clear()
         self._buffers.clear()
 
 

@@ -16,7 +16,7 @@ from nbdvvol.dataplane.errors import PlaneError
 from nbdvvol.dataplane.types import ConnectionParams, Run
 from tests.lib import nbdwords as w
 from tests.lib.rawio import STYLES, NbdError, Style
-from tests.unit.plane_rig import Client, Rig, describe, rig, running
+from tests.unit.plane_rig import Client, Rig, describe, eventually, rig, running
 
 __all__ = ["rig"]
 SIZE = 1 << 20
@@ -303,3 +303,27 @@ def test_features_and_stats(rig: Rig) -> None:
     stats = rig.stats(volume)
     assert (stats.reads, stats.writes, stats.flushes, stats.trims, stats.zeroes) == (1, 1, 1, 1, 1)
     assert (stats.read_bytes, stats.write_bytes, stats.errors, stats.connections) == (10, 4, 0, 1)
+
+
+def test_closing_the_plane_tells_everybody_who_waits() -> None:
+    with running(reactors=1) as rig:
+        volume = rig.volume()
+        client = rig.connect(volume, SIZE)
+        obj = rig.file_object(SIZE, "meta")
+        closing = rig.start(rig.plane.close())
+        job = rig.start(rig.plane.sync(obj))
+        closing.result(10)
+        assert client.ended().errno == errno.ESHUTDOWN
+        with pytest.raises(PlaneError) as caught:
+            job.result(10)
+        assert caught.value.errno == errno.ESHUTDOWN
+
+
+def test_locked_memory_still_comes_back() -> None:
+    """With everything locked a burst's payload memory is given back all the same."""
+    with running(reactors=1, lock_memory=True) as rig:
+        size = 32 << 20
+        client = rig.connect(rig.volume(size), size)
+        client.write(0, bytes(size))
+        before = resident_kib()
+        eventually("the pages' return", lambda: resident_kib() < before - (16 << 10))
