@@ -220,9 +220,9 @@ class Links:
             await self.registry.run(stores.missing, message.subject, f"host {host}: {message.message}")
 
     async def _done(self, message: link.WorkDone) -> None:
-        if message.id < EPHEMERAL:
-            await self.registry.run(orders.settle, message.id)
         entry = self._waiting.pop(message.id, None)
+        if message.id < EPHEMERAL:
+            await self.registry.run(orders.settle if entry is not None else orders.settle_if_over, message.id)
         if entry is not None and not entry[1].done():
             entry[1].set_result(message)
 

@@ -59,6 +59,15 @@ def settle(tx: Tx, order: int) -> None:
 
 
 @transaction
+def settle_if_over(tx: Tx, order: int) -> None:
+    """The filter answered, but nobody listened: the order's task asks again, unless it is over."""
+    over = select(s.tasks.c.id).where(s.tasks.c.state.not_in(LIVE))
+    query = select(s.orders.c.id).where(s.orders.c.id == order, s.orders.c.task.in_(over))
+    if tx.db.execute(query).one_or_none() is not None:
+        settle(tx, order)
+
+
+@transaction
 def of_host(tx: Tx, host: str) -> list[Order]:
     """Orders to send (again) to a host that connected."""
     rows = tx.db.execute(select(s.orders).where(s.orders.c.host == host).order_by(s.orders.c.id)).all()
