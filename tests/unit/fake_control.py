@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from pathlib import Path
 from typing import TypeVar
 
 from pydantic import BaseModel
-from websockets.asyncio.server import Server, ServerConnection, unix_serve
+from websockets.asyncio.server import Server, ServerConnection, serve, unix_serve
 from websockets.exceptions import ConnectionClosed
 
 from nbdvvol.model.link import Hello, HostState, Resumed, Snapshot, Welcome, from_filter
@@ -70,6 +71,13 @@ class FakeControl:
 
     async def start(self) -> None:
         self._server = await unix_serve(self._serve, str(self.path))
+
+    async def start_https(self, context: ssl.SSLContext) -> int:
+        """Listen on a TCP port of this machine instead; return it."""
+        self._server = await serve(self._serve, "127.0.0.1", 0, ssl=context)
+        [sock] = self._server.sockets
+        port: int = sock.getsockname()[1]
+        return port
 
     async def stop(self) -> None:
         if self._server is not None:

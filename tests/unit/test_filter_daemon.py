@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import shutil
 import socket
+import ssl
 import stat
 import struct
 import tempfile
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -317,6 +319,41 @@ async def test_another_control_means_a_new_snapshot(bench: Bench) -> None:
     hello = await last.greet(3, bench.state(1))
     assert hello.control == "control-1"
     assert (await last.next(Applied)).revision == 3
+
+
+@pytest.mark.parametrize("credential", ["token", "certificate"])
+async def test_a_link_over_https(bench: Bench, pki: Path, credential: str) -> None:
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=pki / "ca-cert.pem")
+    context.load_cert_chain(pki / "server-cert.pem", pki / "server-key.pem")
+    if credential == "certificate":
+        context.verify_mode = ssl.CERT_REQUIRED
+    port = await bench.control.start_https(context)
+    mine = pki / "clients" / "vm1"
+    bench.options = FilterOptions(
+        host="h1",
+        control=f"https://localhost:{port}",
+        run_dir=bench.folder / "run",
+        ca_file=pki / "ca-cert.pem",
+        token_file=bench.folder / "token" if credential == "token" else None,
+        cert_file=mine / "client-cert.pem" if credential == "certificate" else None,
+        key_file=mine / "client-key.pem" if credential == "certificate" else None,
+    )
+    bench.start()
+    session = await bench.control.session()
+    assert session.headers.get("Authorization") == ("Bearer secret" if credential == "token" else None)
+    await session.greet(5, bench.state(1))
+    assert (await session.next(Applied)).revision == 5
+
+
+async def test_a_control_with_a_strange_certificate_is_not_believed(bench: Bench, pki: Path) -> None:
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    strange = pki / "clients" / "stranger"
+    context.load_cert_chain(strange / "client-cert.pem", strange / "client-key.pem")
+    port = await bench.control.start_https(context)
+    bench.options = replace(bench.options, control=f"https://localhost:{port}", ca_file=pki / "ca-cert.pem")
+    bench.start()
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(bench.control._sessions.get(), 0.5)
 
 
 async def test_sockets_of_vms(bench: Bench) -> None:
