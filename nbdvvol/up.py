@@ -37,7 +37,7 @@ CONTROL_START_S = 60.0
 TELL_FIRST_S = 5.0
 TELL_EVERY_S = 60.0
 """What is still missing is told when it changes, and this often."""
-POLL_S = 0.05
+POLL_S = 0.1
 SOCKET_PATH_MAX = 107
 
 T = TypeVar("T")
@@ -185,7 +185,7 @@ async def _patiently(call: Callable[[], Awaitable[T]]) -> T:
         try:
             return await call()
         except NvError as error:
-            if error.code is not Code.NOT_RUNNING:
+            if error.code not in (Code.NOT_RUNNING, Code.TIMEOUT):
                 raise
             await asyncio.sleep(POLL_S)
 
@@ -211,25 +211,29 @@ async def _until_connected(farm: _Farm) -> None:
 
 
 async def _until_exports_answer(farm: _Farm, tasks: list[int]) -> None:
-    """Print each export once a client can open it; tell now and then what is still missing."""
-    told: set[str] = set()
+    """Print the exports, in the file's order, once clients can open them; tell what is still missing.
+
+    What answers is held back for a moment, for the order's sake, but not by one that never comes."""
+    exports = _Exports(farm)
     quiet_until, before = time.monotonic() + TELL_FIRST_S, ""
     while True:
         # Tasks first: a status taken before the last one ended would not show what it made.
         tasks = await _unfinished(farm, tasks)
-        status = await _patiently(lambda: asyncio.to_thread(farm.client.status))
-        missing = await _missing(farm, status, told)
+        missing = await exports.look()
+        now = time.monotonic()
         if not missing and not tasks:
-            return
+            return await exports.show()
         text = "; ".join(missing) or f"tasks {', '.join(map(str, tasks))}"
-        if time.monotonic() >= quiet_until and (text != before or time.monotonic() >= quiet_until + TELL_EVERY_S):
-            quiet_until, before = time.monotonic(), text
-            say(f"waiting: {text}")
+        if now >= quiet_until:
+            await exports.show()
+            if text != before or now >= quiet_until + TELL_EVERY_S:
+                quiet_until, before = now, text
+                say(f"waiting: {text}")
         await asyncio.sleep(POLL_S)
 
 
 async def _unfinished(farm: _Farm, tasks: list[int]) -> list[int]:
-    """Those tasks of the apply that go on; tells the failed ones. Raises NvError when a failed one is all there is."""
+    """Those tasks of the apply that go on; tells the failed ones."""
     left = []
     for number in tasks:
         task: Task = await _patiently(lambda number=number: asyncio.to_thread(farm.client.task, number))  # type: ignore[misc]
@@ -240,35 +244,48 @@ async def _unfinished(farm: _Farm, tasks: list[int]) -> list[int]:
     return left
 
 
-async def _missing(farm: _Farm, status: Status, told: set[str]) -> list[str]:
-    """What does not answer yet, with the reason; prints what does for the first time."""
-    missing = []
-    hosts = local_hosts(farm.farm, farm.run)
-    for vvol in _in_file_order(farm.farm, status.vvols):
-        if vvol.full_name in told or vvol.state is VVolState.DELETING:
-            continue
-        if vvol.binding is None or vvol.binding.host not in hosts:
-            # Unbound by the operator, or served by another machine: not ours to wait for. Else it comes with its task.
-            if vvol.state is VVolState.CREATING:
-                missing.append(f"{vvol.full_name} is being created")
-            elif vvol.state is VVolState.FAILED:
-                retry = f"`nbdvvol delete vvol {vvol.full_name}`, then apply the file again"
-                missing.append(f"{vvol.full_name} could not be created ({retry})")
-            continue
-        socket = hosts[vvol.binding.host] / "vms" / f"{vvol.vm}.sock"
+class _Exports:
+    """Which exports answer, and which of those were printed."""
+
+    def __init__(self, farm: _Farm) -> None:
+        self._farm = farm
+        self._hosts = local_hosts(farm.farm, farm.run)
+        self._answering: dict[str, VVol] = {}
+        self._shown: set[str] = set()
+
+    async def look(self) -> list[str]:
+        """Ask everything that did not answer yet; what still does not, with the reason."""
+        status = await _patiently(lambda: asyncio.to_thread(self._farm.client.status))
+        missing = []
+        for vvol in status.vvols:
+            why = "" if vvol.full_name in self._answering else await self._why_not(vvol, status)
+            if why:
+                missing.append(f"{vvol.full_name} {why}")
+        return missing
+
+    async def show(self) -> None:
+        """Print what answers and was not printed yet."""
+        order = [f"{vm}/{name}" for vm, config in self._farm.farm.vms.items() for name in config.vvols]
+        fresh = self._answering.keys() - self._shown
+        for name in sorted(fresh, key=lambda name: order.index(name) if name in order else len(order)):
+            uri = await _patiently(lambda name=name: asyncio.to_thread(self._farm.client.uri, name))  # type: ignore[misc]
+            _print_export(self._answering[name], uri, self._farm.run)
+            self._shown.add(name)
+
+    async def _why_not(self, vvol: VVol, status: Status) -> str:
+        """Why a VVol does not answer; empty when it does, or when nobody here has to serve it."""
+        if vvol.state is VVolState.DELETING:
+            return ""
+        if vvol.binding is None or vvol.binding.host not in self._hosts:
+            # Unbound by the operator, or served by another machine: not ours to wait for.
+            retry = f"could not be created (`nbdvvol delete vvol {vvol.full_name}`, then apply the file again)"
+            return {VVolState.CREATING: "is being created", VVolState.FAILED: retry}.get(vvol.state, "")
+        socket = self._hosts[vvol.binding.host] / "vms" / f"{vvol.vm}.sock"
         if vvol.binding.state == "bound" and await answers(socket, vvol.name):
-            uri = await _patiently(lambda name=vvol.full_name: asyncio.to_thread(farm.client.uri, name))  # type: ignore[misc]
-            _print_export(vvol, uri, farm.run)
-            told.add(vvol.full_name)
-        else:
-            why = next((problem.message for problem in status.problems if problem.subject == vvol.full_name), "")
-            missing.append(f"{vvol.full_name} is {vvol.binding.state}" + (f": {why}" if why else ""))
-    return missing
-
-
-def _in_file_order(farm: Farm, vvols: list[VVol]) -> list[VVol]:
-    order = [f"{vm}/{name}" for vm, config in farm.vms.items() for name in config.vvols]
-    return sorted(vvols, key=lambda vvol: order.index(vvol.full_name) if vvol.full_name in order else len(order))
+            self._answering[vvol.full_name] = vvol
+            return ""
+        reason = next((problem.message for problem in status.problems if problem.subject == vvol.full_name), "")
+        return f"is {vvol.binding.state}" + (f": {reason}" if reason else "")
 
 
 def _print_export(vvol: VVol, uri: ExportUri, run: Path) -> None:

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import time
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -89,3 +90,23 @@ def test_ci_calls_make_test() -> None:
     assert "make test" in (ROOT / ".ci" / "run").read_text()
     dry = run(["make", "-n", "-C", ROOT, "test"]).stdout
     assert "scripts/setup run test" in dry and "pytest" in dry
+
+
+def test_a_wheel_holds_the_data_plane(copy: Path) -> None:
+    python = copy / ".venv" / "bin" / "python"
+    build = ["-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", copy / "wheels", copy]
+    run([python, *build], timeout_s=300)
+    (wheel,) = (copy / "wheels").glob("nbdvvol-*-cp311-abi3-linux_*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        archive.extractall(copy / "unpacked")
+    assert names.count("nbdvvol/dataplane/_native.abi3.so") == 1
+    assert not [name for name in names if name.startswith(("tests/", "native/"))]
+    # Without the editable install's finder, so that the wheel's own files answer.
+    program = "import nbdvvol.dataplane._native as n; print(n.__file__)"
+    shown = run([python, "-S", "-c", f"import sys; sys.path[:0] = {_paths(copy)!r}; {program}"]).stdout
+    assert shown.strip() == str(copy / "unpacked" / "nbdvvol" / "dataplane" / "_native.abi3.so")
+
+
+def _paths(copy: Path) -> list[str]:
+    return [str(copy / "unpacked"), *map(str, copy.glob(".venv/lib/python3*/site-packages"))]
