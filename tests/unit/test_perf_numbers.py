@@ -1,15 +1,17 @@
-"""The measuring suite's pure parts: fio's JSON, statistics, bars, comparison, callgrind, suites, report."""
+"""The measuring suite's pure parts: fio's JSON, statistics, bars, comparison, profiles, suites, report."""
 
 from __future__ import annotations
 
+import ctypes
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perf import bars, callgrind, compare, fio, generators, report, stats, suites
+from perf import bars, compare, counts, fio, generators, profile, report, stats, suites
 from perf.model import Count, Latency, Machine, PointResult, Result, Sample
 
 CAPTURED = Path(__file__).with_name("perf_fio_mixed.json")
@@ -208,38 +210,38 @@ class TestCompare:
         assert compare.load(path) == before
 
 
-class TestCallgrind:
-    TEXT = """version: 1
-events: Ir
-fl=(1) a.c
-fn=(1) serve
-16 100
-+3 20
-cfn=(2) malloc
-calls=7 50
-+1 700
-* 5
-fn=(2)
-50 700
-fn=(3) parse'2
-cfi=(2) b.c
-cfn=(1)
-calls=1 16
-9 825
--2 3
-totals: 828
-"""
+class TestProfile:
+    def test_addresses_get_the_names_of_the_functions_they_lie_in(self, tmp_path: Path) -> None:
+        source = tmp_path / "two.c"
+        source.write_text("int one(int x) { return x + 1; }\nint two(int x) { return one(x) * 2; }\n")
+        library = tmp_path / "libtwo.so"
+        subprocess.run(["gcc", "-O0", "-shared", "-fPIC", "-o", library, source], check=True, timeout=60)
+        listed = subprocess.run(["nm", library], capture_output=True, text=True, check=True).stdout
+        starts = {line.split()[2]: int(line.split()[0], 16) for line in listed.splitlines() if " T " in line}
+        loaded = ctypes.CDLL(str(library))
+        where = profile.mappings(Path("/proc/self/maps").read_text())
+        one = ctypes.cast(loaded.one, ctypes.c_void_p).value
+        two = ctypes.cast(loaded.two, ctypes.c_void_p).value
+        assert one is not None and two is not None and two - one == starts["two"] - starts["one"]
+        found = profile.parse(f"{one:x} 5 5\n{one + 4:x} 5 0\n{two:x} 2 1\n10 9 9\n", where)
+        assert found.own == {"libtwo:one": 10, "libtwo:two": 2, "unknown": 9}
+        assert found.calls == {"one": 5, "two": 1}
+        assert found.minus(found).instructions == 0 and found.instructions == 21
 
-    def test_own_cost_and_calls_are_told_apart(self) -> None:
-        profile = callgrind.parse(self.TEXT)
-        assert profile.own == {"serve": 125, "malloc": 700, "parse'2": 3}
-        assert profile.calls == {"malloc": 7, "serve": 1}
-        assert profile.instructions == 828
+    def test_the_library_s_memcpy_is_found_where_the_processor_chose_it(self) -> None:
+        where = profile.mappings(Path("/proc/self/maps").read_text())
+        address = ctypes.cast(ctypes.CDLL(None).memcpy, ctypes.c_void_p).value
+        assert address is not None
+        assert profile.name_of(address, where) in {("libc:memcpy", True), ("libc:memmove", True)}
 
-    def test_a_difference_cancels_what_both_have(self) -> None:
-        both = callgrind.parse(self.TEXT)
-        assert both.minus(both).instructions == 0
-        assert both.own["serve"] == 125
+
+def test_perf_stat_is_read_by_event_and_lacks_none_silently() -> None:
+    text = (
+        "24,,raw_syscalls:sys_enter,1000,100.00,,\n"
+        "<not supported>,,io_uring:io_uring_queue_async_work,0,100.00,,\n"
+        "7,,context-switches,1000,100.00,,\nloadgen said something, too\n"
+    )
+    assert counts.parse_perf_stat(text) == {"system calls": 24, "context switches": 7}
 
 
 class TestSuites:

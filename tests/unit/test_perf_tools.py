@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from perf import generators, usage
+from perf import generators, profile, usage
 
 SIZE = 1 << 20
 
@@ -274,3 +274,30 @@ def test_usage_counts_a_process_and_its_children() -> None:
             os.kill(child, signal.SIGKILL)
         process.kill()
     assert usage.read(process.pid) == usage.Usage(0, 0, 0, 0)
+
+
+def test_steps_counts_every_instruction_of_a_thread_and_lets_it_live(tools: Path, tmp_path: Path) -> None:
+    source = tmp_path / "loop.c"
+    source.write_text(
+        "#include <unistd.h>\n__attribute__((noinline)) void turn(volatile int *x) { ++*x; }\n"
+        "int main(void) { volatile int x = 0; char c; while (read(0, &c, 1) == 1) {"
+        ' for (int i = 0; i < 50; i++) turn(&x); write(1, "k", 1); } return 7; }\n'
+    )
+    program, out = tmp_path / "loop", tmp_path / "out"
+    subprocess.run(["gcc", "-O1", "-o", program, source], check=True, timeout=60)
+    with subprocess.Popen([program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0) as traced:
+        assert traced.stdin is not None and traced.stdout is not None
+        with subprocess.Popen([tools / "steps", str(traced.pid), out], stdout=subprocess.PIPE) as counter:
+            assert counter.stdout is not None and counter.stdout.readline() == b"counting\n"
+            for _ in range(3):
+                traced.stdin.write(b"x")
+                assert traced.stdout.read(1) == b"k"
+            where = profile.mappings(Path(f"/proc/{traced.pid}/maps").read_text())
+            counter.terminate()
+        found = profile.parse(out.read_text(), where)
+        turns = [count for name, count in found.own.items() if name == "loop:turn"]
+        assert turns and turns[0] % 150 == 0 and turns[0] > 0
+        traced.stdin.write(b"x")
+        assert traced.stdout.read(1) == b"k"
+        traced.stdin.close()
+    assert traced.returncode == 7
