@@ -258,7 +258,13 @@ def _compare_vvol(plan: Plan, have: Have, farm: Farm, vm: str, short: str, new: 
     _check_same_place(name, old, new, where)
     read_only = new.read_only or (profile is not None and profile[1].read_only)
     done = _update_vvol(plan, name, old, new, read_only, vm_host(have, farm, vm), have.vms.get(vm))
-    plan.say("vvol", name, "update" if done else "keep", ", ".join(done))
+    if new.size is not None and new.size < old.size and old.adopt is None:
+        # No refusal: a VVol that was resized by hand must not keep its old file from starting the farm.
+        had, asked = format_size(old.size), format_size(new.size)
+        done_or_note = [*done, f"keeps its {had}: the file's {asked} is less, and a VVol only grows"]
+    else:
+        done_or_note = done
+    plan.say("vvol", name, "update" if done else "keep", ", ".join(done_or_note))
 
 
 def _check_same_place(name: str, old: HaveVVol, new: VVolConfig, where: str) -> None:
@@ -273,12 +279,6 @@ def _check_same_place(name: str, old: HaveVVol, new: VVolConfig, where: str) -> 
     if old.adopt != new.adopt:
         raise NvError(
             Code.CONFLICT, f"VVol {name}: what it adopts cannot change", "delete it (adopted bytes stay), apply again"
-        )
-    if new.size is not None and new.size < old.size and old.adopt is None:
-        raise NvError(
-            Code.INVALID,
-            f"VVol {name}: {format_size(new.size)} is less than the {format_size(old.size)} it has; a VVol only grows",
-            "make a smaller VVol and copy",
         )
 
 
