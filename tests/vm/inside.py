@@ -22,7 +22,8 @@ from nbdvvol.filter.attachments import Attachment
 from nbdvvol.model.errors import NvError
 
 RUN_DIR = Path("/run/nbdvvol")
-listeners: list[socket.socket] = []
+ACTIVATION_FD = 3
+listeners: list[int] = []
 
 
 def answer(*values: Any) -> None:
@@ -60,7 +61,9 @@ def listen(path: str) -> None:
     sock = socket.socket(socket.AF_UNIX)
     sock.bind(path)
     sock.listen(16)
-    listeners.append(sock)
+    listeners.append(os.dup(sock.fileno()))
+    while listeners[-1] <= ACTIVATION_FD:  # that place is taken anew each time
+        listeners.append(os.dup(sock.fileno()))
     answer("listening")
 
 
@@ -73,7 +76,7 @@ def serve(image: str, export: str) -> None:
         answer(pid)
         return
     while True:  # it ends whenever its last client is gone
-        os.dup2(listeners[0].fileno(), 3)
+        os.dup2(listeners[-1], ACTIVATION_FD)
         os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1")
         asyncio.run(run_standalone(Path(image), export=export, read_only=False, stdio=False))
 
