@@ -18,16 +18,20 @@ static uint64_t volume_cap(const struct nv_reactor *reactor)
     return nv_pool_total(reactor->pool) / 2;
 }
 
+/* At its own or its volume's cap: more free memory in the pool would not help. */
+static bool capped(const struct nv_conn *conn, uint32_t size)
+{
+    const uint64_t cost = nv_pool_cost(size);
+
+    return conn->pool_bytes + cost > connection_cap(conn->reactor) ||
+           conn->local->pool_bytes + cost > volume_cap(conn->reactor);
+}
+
 static void *take_pool(struct nv_conn *conn, uint32_t size)
 {
-    struct nv_reactor *reactor = conn->reactor;
     const uint64_t cost = nv_pool_cost(size);
-    void *block;
+    void *block = capped(conn, size) ? NULL : nv_pool_get(conn->reactor->pool, size);
 
-    if (conn->pool_bytes + cost > connection_cap(reactor) ||
-        conn->local->pool_bytes + cost > volume_cap(reactor))
-        return NULL;
-    block = nv_pool_get(reactor->pool, size);
     if (block) {
         conn->pool_bytes += cost;
         conn->local->pool_bytes += cost;
@@ -111,10 +115,15 @@ bool nv_request_buffer(struct nv_request *request, uint32_t size)
         conn->private_touched = true;
         nv_reactor_want_tick(reactor);
     } else {
-        nv_count(&reactor->counters.pool_waits, conn->starving ? 0 : 1);
-        nv_reactor_starve(reactor, conn);
+        nv_count(&reactor->counters.pool_waits, conn->rx_waiting ? 0 : 1);
+        conn->rx_waiting = true;
+        if (capped(conn, size)) /* its own next release wakes it; in the queue it would hold up the others */
+            nv_reactor_unstarve(reactor, conn);
+        else
+            nv_reactor_starve(reactor, conn);
         return false;
     }
+    conn->rx_waiting = false;
     nv_reactor_unstarve(reactor, conn);
     return true;
 }

@@ -80,6 +80,7 @@ struct nv_conn {
     /* receive */
     bool rx_pending;                /* rx_op is with the port */
     bool rx_done;                   /* nothing more is received or parsed */
+    bool rx_waiting;                /* the current request has been counted as waiting for memory */
     bool rx_stalled;                /* the next step waits for a slot or memory */
     uint8_t rx_state;
     struct nv_op rx_op;

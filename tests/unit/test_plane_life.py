@@ -54,6 +54,19 @@ def test_client_that_never_reads_is_pushed_back_and_harms_nobody() -> None:
             assert one.ended().errno != 0
 
 
+def test_a_stalled_client_at_its_cap_leaves_the_pool_to_others() -> None:
+    """It waits for its own memory, not at the head of everybody's queue."""
+    with running(reactors=1, pool_bytes=16 << 20) as rig:
+        stalled = rig.connect(rig.volume(SIZE), SIZE)
+        flood_reads(stalled, 4000, 1 << 20)
+        good = rig.connect(rig.volume(SIZE, [Run(0, SIZE, rig.file_object(SIZE, "other"), 0)]), SIZE)
+        before = rig.call(rig.plane.reactor_stats)[0].pool_waits
+        cookies = [good.send(w.CMD_READ, 0, 64 << 10) for _ in range(16)]
+        for cookie in cookies:
+            good.wait(cookie).check()
+        assert rig.call(rig.plane.reactor_stats)[0].pool_waits == before, "none of its reads had to wait"
+
+
 def test_16000_requests_are_answered_with_bounded_memory(rig: Rig) -> None:
     client = rig.connect(rig.volume(), SIZE)
     client.stream.polite = False

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from nbdvvol.dataplane.types import Run
 from tests.lib import nbdwords as w
 from tests.lib.rawio import STYLES, NbdError, Style
 from tests.unit.plane_rig import ALL_FLAGS, CONTEXT, Client, Rig, rig
@@ -309,6 +310,19 @@ def test_status_tells_data_from_holes(rig: Rig) -> None:
         assert client.status(260 << 10, 4096) == [(4096, 0)]
         assert client.status(0, SIZE, flags=w.CMD_FLAG_REQ_ONE) == [(256 << 10, 3)]
         assert client.status(1000, 3000) == [(3000, 3)]
+
+
+def test_status_keeps_to_the_minimum_block(rig: Rig) -> None:
+    """Holes of the file lie askew to the volume: a block that is partly data is data."""
+    obj = rig.file_object(SIZE + PAGE)
+    runs = [Run(0, SIZE, obj, 100)]
+    client = rig.connect(rig.volume(SIZE, runs, block_min=512), SIZE, "structured")
+    client.write(64 << 10, b"x" * 512)
+    extents = client.status(0, SIZE)
+    assert all(length % 512 == 0 for length, _ in extents)
+    assert [flags for _, flags in extents] == [3, 0, 3]
+    start, data = extents[0][0], extents[1][0]
+    assert start <= 64 << 10 < start + data <= (64 << 10) + 2 * PAGE
 
 
 def test_status_without_context(rig: Rig, style: Style) -> None:
