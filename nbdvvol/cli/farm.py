@@ -41,7 +41,11 @@ def apply(
         if output is not Output.TABLE:
             emit(result, output)
         else:
-            rows = [(one.action, one.kind, one.name, one.detail) for one in result.changes if one.action != "keep" or one.detail]
+            rows = [
+                (one.action, one.kind, one.name, one.detail)
+                for one in result.changes
+                if one.action != "keep" or one.detail
+            ]
             kept = len(result.changes) - len(rows)
             if rows:
                 table(("action", "kind", "name", "detail"), rows)
