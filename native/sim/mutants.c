@@ -31,7 +31,7 @@ static bool mutant(int number)
 {
     const char *chosen = getenv("NVSIM_MUTANT");
 
-    return chosen && atoi(chosen) == number;
+    return chosen && strtol(chosen, NULL, 10) == number;
 }
 
 bool __wrap_nv_sync_begin(struct nv_sync *sync, struct nv_reactor *reactor, struct nv_sync_wait *wait)
