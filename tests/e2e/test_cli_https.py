@@ -35,8 +35,8 @@ def farm(pki: Path) -> Iterator[Farm]:
     (made.folder / "tokens").chmod(0o600)
     with made:
         made.begin()
-        wait_until("the API answers", made.api_answers, 40)
-        wait_until("the farm is applied", (made.state / "hosts" / "away.token").exists, 40)
+        wait_until("the API answers", made.api_answers, 60)
+        wait_until("the farm is applied", (made.state / "hosts" / "away.token").exists, 60)
         yield made
 
 
@@ -59,8 +59,8 @@ def test_a_filter_of_another_host_joins_and_the_operator_sees_it(farm: Farm, pki
     away = Process([sys.executable, "-m", "nbdvvol", *words], farm.folder / "away.log")
     try:
         farm.wait_ready(60)
-        wait_until("its VVol is served", lambda: "vm2/far" in command_ok(farm, pki, "get", "vvols"), 30)
-        wait_until("it is bound", lambda: farm.vvol("vm2/far")["binding"]["state"] == "bound", 30)
+        wait_until("its VVol is served", lambda: "vm2/far" in command_ok(farm, pki, "get", "vvols"), 60)
+        wait_until("it is bound", lambda: farm.vvol("vm2/far")["binding"]["state"] == "bound", 60)
         assert "far" in listed(run_dir / "vms" / "vm2.sock")
         assert "all is well" in command_ok(farm, pki, "status", "-x")
         assert command_ok(farm, pki, "uri", "far").strip().endswith("/away/vms/vm2.sock")

@@ -31,7 +31,7 @@ def test_it_prints_each_export_then_ready(farms: Farms) -> None:
 def test_a_second_up_is_refused_at_once(farms: Farms) -> None:
     farm = farms(plain_spec()).start()
     second = up(farm)
-    assert second.popen.wait(20) == 1
+    assert second.popen.wait(60) == 1
     assert f"error: BUSY: process {farm.up.pid} runs a farm in {farm.run} already" in second.text()
     with farm.open("root") as client:
         client.read(0, 512)
@@ -46,7 +46,7 @@ def test_children_that_die_are_started_again(farms: Farms) -> None:
             f"another {role}", lambda pid=pid: pid not in children(farm.up.pid) and len(children(farm.up.pid)) == 2
         )
         wait_until("control answers", farm.api_answers)
-        with farm.open("root", wait_s=20) as client:
+        with farm.open("root", wait_s=60) as client:
             client.read(0, 512)
         assert "ended by SIGKILL; starting it again" in farm.up.text()
 
@@ -59,7 +59,7 @@ def test_killed_it_leaves_nothing_and_comes_back_at_once(farms: Farms) -> None:
         offspring = children(farm.up.pid)
         assert len(offspring) == 2
         os.kill(farm.up.pid, signal.SIGKILL)
-        farm.up.popen.wait(10)
+        farm.up.popen.wait(60)
         farm.start()
         assert not [pid for pid in offspring if running(pid)]
         with farm.open("root") as client:
@@ -70,7 +70,7 @@ def test_interrupt_ends_filters_first_and_cleanly(farms: Farms) -> None:
     farm = farms(plain_spec()).start()
     offspring = children(farm.up.pid)
     farm.up.signal(signal.SIGINT)
-    assert farm.up.popen.wait(20) == 0
+    assert farm.up.popen.wait(60) == 0
     assert not [pid for pid in offspring if running(pid)]
     text = farm.up.text()
     assert text.index("stopped") < text.index("control stops")
@@ -82,7 +82,7 @@ def test_stopping_while_it_starts(farms: Farms) -> None:
     farm.begin()
     wait_until("control runs", lambda: children(farm.up.pid))
     farm.up.signal(signal.SIGTERM)
-    assert farm.up.popen.wait(20) == 0
+    assert farm.up.popen.wait(60) == 0
     assert not farm.strays()
 
 
@@ -90,7 +90,7 @@ def test_a_bad_farm_file_starts_nothing(farms: Farms) -> None:
     farm = farms(plain_spec())
     farm.file.write_text("vms: {vm1: {hots: local}}\n")
     process = up(farm)
-    assert process.popen.wait(20) == 1
+    assert process.popen.wait(60) == 1
     assert "unknown key; did you mean host?" in process.text()
     assert not farm.state.exists()
 
@@ -100,7 +100,7 @@ def test_what_control_refuses_ends_it(farms: Farms) -> None:
     farm.stop()
     farm.write_file(plain_spec(vvols={"root": {"size": "4MiB", "profile": "plain"}}))
     process = up(farm)
-    assert process.popen.wait(30) == 1
+    assert process.popen.wait(60) == 1
     assert "error: " in process.text() and "vm1/root" in process.text()
     assert not children(process.pid)
 
@@ -122,7 +122,7 @@ def test_a_broken_registry_is_refused_and_kept(farms: Farms) -> None:
         path.unlink()
     registry.write_bytes(b"\x5a" * 8192)
     process = up(farm)
-    assert process.popen.wait(30) == 1
+    assert process.popen.wait(60) == 1
     assert "registry" in process.text()
     assert registry.read_bytes() == b"\x5a" * 8192
 
@@ -137,8 +137,8 @@ def test_one_missing_datastore_harms_no_other(farms: Farms) -> None:
     farm.stop()
     (farm.folder / "nas").rename(farm.folder / "unmounted")
     farm.begin()
-    wait_until("the good one is served", lambda: f"vm1/root  1MiB  {farm.uri('root')}" in farm.up.text(), 40)
-    wait_until("the other is told about", lambda: "waiting: vm1/far" in farm.up.text(), 40)
+    wait_until("the good one is served", lambda: f"vm1/root  1MiB  {farm.uri('root')}" in farm.up.text(), 60)
+    wait_until("the other is told about", lambda: "waiting: vm1/far" in farm.up.text(), 60)
     with farm.open("root") as client:
         client.write(0, b"x" * 512)
     (farm.folder / "unmounted").rename(farm.folder / "nas")
@@ -150,9 +150,9 @@ def test_one_missing_datastore_harms_no_other(farms: Farms) -> None:
 def test_a_vvol_that_cannot_be_made_is_told_and_the_others_run(farms: Farms) -> None:
     farm = farms(plain_spec(vvols={"root": {"size": "1MiB"}, "huge": {"size": "9TiB"}}))
     farm.begin()
-    wait_until("the reason is told", lambda: "error: create vm1/huge: NO_SPACE" in farm.up.text(), 40)
-    wait_until("what to do is told", lambda: "nbdvvol delete vvol vm1/huge" in farm.up.text(), 40)
-    with farm.open("root", wait_s=20) as client:
+    wait_until("the reason is told", lambda: "error: create vm1/huge: NO_SPACE" in farm.up.text(), 60)
+    wait_until("what to do is told", lambda: "nbdvvol delete vvol vm1/huge" in farm.up.text(), 60)
+    with farm.open("root", wait_s=60) as client:
         client.read(0, 512)
 
 
