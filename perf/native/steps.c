@@ -71,9 +71,11 @@ static void count_steps(pid_t tid)
         errno = 0;
         uint64_t address = (uint64_t)ptrace(PTRACE_PEEKUSER, tid, offsetof(struct user_regs_struct, rip), NULL);
         if (errno != 0) die("read registers");
-        struct row *row = row_of(address);
-        row->count++;
-        row->entries += address - before + FAR_BYTES > 2 * (uint64_t)FAR_BYTES;
+        if (address != before) {    /* a `rep movsb` traps after every byte, and is one instruction */
+            struct row *row = row_of(address);
+            row->count++;
+            row->entries += address - before + FAR_BYTES > 2 * (uint64_t)FAR_BYTES;
+        }
         before = address;
         if (ptrace(PTRACE_SINGLESTEP, tid, NULL, (void *)(intptr_t)deliver) < 0) die("step");
         if (!next_stop(tid, &status)) return;

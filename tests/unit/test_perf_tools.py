@@ -276,13 +276,33 @@ def test_usage_counts_a_process_and_its_children() -> None:
     assert usage.read(process.pid) == usage.Usage(0, 0, 0, 0)
 
 
+STEPPED = r"""
+#include <unistd.h>
+char from[4096], to[4096];
+__attribute__((noinline)) void turn(volatile int *x) { ++*x; }
+__attribute__((noinline)) void copy(void)
+{
+    char *s = from, *d = to;
+    long n = sizeof to;
+    __asm__ volatile("rep movsb" : "+S"(s), "+D"(d), "+c"(n) : : "memory");
+}
+int main(void)
+{
+    volatile int x = 0;
+    char c;
+    while (read(0, &c, 1) == 1) {
+        copy();
+        for (int i = 0; i < 50; i++) turn(&x);
+        if (write(1, "k", 1) != 1) return 1;
+    }
+    return 7;
+}
+"""
+
+
 def test_steps_counts_every_instruction_of_a_thread_and_lets_it_live(tools: Path, tmp_path: Path) -> None:
     source = tmp_path / "loop.c"
-    source.write_text(
-        "#include <unistd.h>\n__attribute__((noinline)) void turn(volatile int *x) { ++*x; }\n"
-        "int main(void) { volatile int x = 0; char c; while (read(0, &c, 1) == 1) {"
-        ' for (int i = 0; i < 50; i++) turn(&x); write(1, "k", 1); } return 7; }\n'
-    )
+    source.write_text(STEPPED)
     program, out = tmp_path / "loop", tmp_path / "out"
     subprocess.run(["gcc", "-O1", "-o", program, source], check=True, timeout=60)
     with subprocess.Popen([program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0) as traced:
@@ -297,6 +317,7 @@ def test_steps_counts_every_instruction_of_a_thread_and_lets_it_live(tools: Path
         found = profile.parse(out.read_text(), where)
         turns = [count for name, count in found.own.items() if name == "loop:turn"]
         assert turns and turns[0] % 150 == 0 and turns[0] > 0
+        assert 0 < found.own["loop:copy"] < 3 * 20, "a rep instruction is one"
         traced.stdin.write(b"x")
         assert traced.stdout.read(1) == b"k"
         traced.stdin.close()
