@@ -4,7 +4,7 @@ BIN := .venv/bin
 SEEDS ?= 1..1000
 SECONDS_EACH ?= 60
 C_FILES = $(shell find native -name '*.c' | sort)
-.PHONY: run test lint setup native sim fuzz clean
+.PHONY: run test lint setup native sim fuzz perf clean
 
 run:                ## a farm from configs/quickstart.yaml, in the foreground
 	@scripts/setup run
@@ -35,6 +35,10 @@ sim:                ## replay the data plane under simulated faults: make sim SE
 fuzz:               ## coverage-guided fuzzing of handshake and transmission: make fuzz SECONDS_EACH=600
 	@scripts/setup run test
 	scripts/fuzz $(SECONDS_EACH)
+
+perf:               ## measure beside other NBD servers: make perf ARGS="--suite core --rounds 7"
+	@scripts/setup run perf
+	$(BIN)/python -m perf run --counts $(ARGS)
 
 clean:              ## remove what was built; farms' data stays
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis nbdvvol/dataplane/_native*.so

@@ -102,6 +102,8 @@ def _events_once(options: Options, server: Running, work: Work, requests: int) -
         capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     found = parse_perf_stat(done.stderr)
+    if not found and not Path("/sys/kernel/tracing/events").is_dir():
+        raise PointError("no tracepoints: mount -t tracefs none /sys/kernel/tracing")
     if done.returncode != 0 or not found:
         raise PointError(f"perf stat counted nothing: {done.stderr.strip()[-300:]}")
     return found
