@@ -16,14 +16,21 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
+from nbdvvol.dataplane.plane import Plane
+from nbdvvol.dataplane.types import LegDescription, LegState, PlaneConfig, Run, VolumeDescription
 from nbdvvol.filter.attach import run_attach, run_detach
 from nbdvvol.filter.attachments import Attachment
+from nbdvvol.filter.reconcile import transmission_flags
+from nbdvvol.filter.standalone import OneExport
+from nbdvvol.logs import log_to_stderr
 from nbdvvol.model.errors import NvError
+from nbdvvol.nbd.provider import Facts
+from nbdvvol.nbd.server import Server, Visit
 
 RUN_DIR = Path("/run/nbdvvol")
-ACTIVATION_FD = 3
-listeners: list[int] = []
+listener = socket.socket(socket.AF_UNIX)
 
 
 def answer(*values: Any) -> None:
@@ -58,30 +65,34 @@ def detach(name: str) -> None:
 
 
 def listen(path: str) -> None:
-    sock = socket.socket(socket.AF_UNIX)
-    sock.bind(path)
-    sock.listen(16)
-    listeners.append(os.dup(sock.fileno()))
-    while listeners[-1] <= ACTIVATION_FD:  # that place is taken anew each time
-        listeners.append(os.dup(sock.fileno()))
+    listener.bind(path)
+    listener.listen(16)
+    listener.setblocking(False)
     answer("listening")
 
 
 def serve(image: str, export: str) -> None:
-    """Serve an image on the listening socket, by the filter's data plane, in a forked process."""
-    from nbdvvol.filter.standalone import run_standalone
-
+    """Serve an image on the listening socket, by the filter's data plane, in a forked process, until it is killed."""
     pid = os.fork()
     if pid:
         answer(pid)
-        return
-    while True:  # it ends whenever its last client is gone
-        os.dup2(listeners[-1], ACTIVATION_FD)
-        os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1")
-        asyncio.run(run_standalone(Path(image), export=export, read_only=False, stdio=False))
+    else:
+        asyncio.run(serve_forever(Path(image), export))
+
+
+async def serve_forever(image: Path, export: str) -> None:
+    file = image.open("r+b", buffering=0)
+    size = image.stat().st_size
+    plane = Plane(PlaneConfig(lock_memory=False))
+    number = plane.open_object(file.fileno(), size=size, direct=False, block=False, read_only=False, align=1)
+    leg = LegDescription(0, LegState.IN_SYNC, (Run(0, size, number, 0),))
+    volume = plane.open_volume(VolumeDescription(uuid4().bytes, size, 1, 1, 0, 1, (leg,)))
+    visit = Visit(OneExport(Facts(export, size, transmission_flags(read_only=False)), volume))
+    await Server(lambda _: visit, plane).serve(listener)
 
 
 def main() -> None:
+    log_to_stderr()  # stdout is for answers
     orders: dict[str, Callable[..., None]] = {
         "attach": lambda *arguments: attach(*arguments, tell=tell_record),
         "keep": keep,
