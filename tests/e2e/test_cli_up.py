@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -96,12 +97,14 @@ def test_a_bad_farm_file_starts_nothing(farms: Farms) -> None:
 
 
 def test_what_control_refuses_ends_it(farms: Farms) -> None:
-    farm = farms(plain_spec(vvols={"root": {"size": "8MiB", "profile": "plain"}})).start()
+    farm = farms(plain_spec()).start()
     farm.stop()
-    farm.write_file(plain_spec(vvols={"root": {"size": "4MiB", "profile": "plain"}}))
+    spec = plain_spec()
+    spec["datastores"]["main"]["path"] = "elsewhere.img"
+    farm.write_file(spec)
     process = up(farm)
     assert process.popen.wait(60) == 1
-    assert "error: " in process.text() and "vm1/root" in process.text()
+    assert re.search(r"^error: [A-Z_]+: .*datastore main", process.text(), re.MULTILINE), process.text()
     assert not children(process.pid)
 
 
