@@ -108,7 +108,7 @@ static void begin_world(void)
 
     nv_sim_begin(1, &faults);
     memset(image, GUARD, sizeof image);
-    world.file = nv_sim_file(sim_disk_create(image, sizeof image));
+    world.file = nv_sim_file(sim_disk_create(image, sizeof image), 1);
     if (nv_plane_build(&config, false, &world.plane) != 0 ||
         nv_object_open(world.plane, world.file, 0, 1, sizeof image, &object) != 0)
         nv_sim_violation("the plane does not start: %s", nv_last_error());

@@ -35,6 +35,7 @@ struct sim_socket {
 struct handle {
     enum handle_kind kind;
     struct sim_disk *disk;
+    uint32_t align;
     struct sim_socket *socket;
     bool owner; /* frees the disk or socket at the end of the world */
     unsigned operations;
@@ -152,9 +153,9 @@ static struct handle *handle_of(nv_handle number, enum handle_kind kind)
     return handle;
 }
 
-int nv_sim_file(struct sim_disk *disk)
+int nv_sim_file(struct sim_disk *disk, uint32_t align)
 {
-    return add_handle((struct handle){.kind = HANDLE_FILE, .disk = disk, .owner = true});
+    return add_handle((struct handle){.kind = HANDLE_FILE, .disk = disk, .align = align, .owner = true});
 }
 
 int nv_sim_socket(void)
@@ -647,12 +648,30 @@ static uint64_t delay_ns(void)
     return 0;
 }
 
+static void check_direct(const struct nv_op *op, uint32_t align)
+{
+    uint64_t bits = op->offset;
+
+    if (op->kind != NV_OP_READ && op->kind != NV_OP_WRITE)
+        return;
+    for (unsigned i = 0; i < op->iov_count; i++)
+        bits |= (uint64_t)(uintptr_t)op->iov[i].iov_base | op->iov[i].iov_len;
+    if (bits & (align - 1))
+        nv_sim_violation("an operation at %llu of %llu bytes is not aligned to %u", (unsigned long long)op->offset,
+                         (unsigned long long)total(op), align);
+}
+
 static void check_operation(struct nv_op *op)
 {
+    struct handle *handle;
+
     assert(op->done && op->kind >= NV_OP_READ && op->kind <= NV_OP_TIMER);
     if (op->kind == NV_OP_TIMER)
         return;
-    handle_of(op->handle, op->kind == NV_OP_RECV || op->kind == NV_OP_SEND ? HANDLE_SOCKET : HANDLE_FILE)->operations++;
+    handle = handle_of(op->handle, op->kind == NV_OP_RECV || op->kind == NV_OP_SEND ? HANDLE_SOCKET : HANDLE_FILE);
+    handle->operations++;
+    if (handle->align > 1)
+        check_direct(op, handle->align);
     if ((incoming(op) || outgoing(op)) && total(op) == 0)
         nv_sim_violation("an operation of kind %u moves no bytes", op->kind);
 }
@@ -765,7 +784,9 @@ void nv_io_counts(const struct nv_io *io, uint64_t *submissions, uint64_t *enter
 
 nv_handle nv_io_open_file(int fd)
 {
-    return add_handle((struct handle){.kind = HANDLE_FILE, .disk = handle_of(fd, HANDLE_FILE)->disk});
+    const struct handle *file = handle_of(fd, HANDLE_FILE);
+
+    return add_handle((struct handle){.kind = HANDLE_FILE, .disk = file->disk, .align = file->align});
 }
 
 nv_handle nv_io_open_socket(int fd)

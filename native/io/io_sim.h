@@ -43,8 +43,9 @@ bool nv_sim_step(void);
 bool nv_sim_advance(void);
 uint64_t nv_sim_syncs_failed(void); /* whose failure was handed back to the user of the port */
 
-/* A file as a descriptor for nv_io_open_file(); the world owns the disk. */
-int nv_sim_file(struct sim_disk *disk);
+/* A file as a descriptor for nv_io_open_file(); the world owns the disk. With `align` > 1 it is open with O_DIRECT:
+ * offsets, lengths and memory that are no multiples of it are violations. */
+int nv_sim_file(struct sim_disk *disk, uint32_t align);
 /* What a power cut at this moment leaves, or with `cache_survives` the death of the process alone: operations in
  * flight may have happened in part. */
 void nv_sim_crash(int file, bool cache_survives, struct sim_random *random, uint8_t *image);

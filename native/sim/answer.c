@@ -57,7 +57,7 @@ static bool fair_error(const struct client *client, const struct client_request 
     case EOPNOTSUPP:
         return request->type == COMMAND_ZEROES && (request->flags & FLAG_FAST_ZERO);
     case ESHUTDOWN:
-        return rules->closing;
+        return rules->closing || client->dismissed;
     default:
         return false;
     }
@@ -65,7 +65,7 @@ static bool fair_error(const struct client *client, const struct client_request 
 
 static void judge_verdict(const struct client *client, const struct client_request *request, int error)
 {
-    if (request->expect && error == ESHUTDOWN && client->rules->closing)
+    if (request->expect && error == ESHUTDOWN && (client->rules->closing || client->dismissed))
         return;
     if (request->expect && error != request->expect)
         nv_sim_violation("connection %u: command %u flags %#x offset %llu length %llu got error %d, and %d is due",

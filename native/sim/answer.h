@@ -54,6 +54,7 @@ struct client {
     bool open;          /* requests may be made */
     bool disconnecting; /* DISC is on its way */
     bool shut;          /* the server may drop what it has not parsed */
+    bool dismissed;     /* the operator has ended the connection */
     bool over;          /* nothing comes any more */
     uint64_t next_cookie;
     struct client_request requests[CLIENT_REQUESTS];

@@ -363,12 +363,13 @@ static void forget_requests(struct client *client)
 void client_saw_end(struct client *client)
 {
     uint32_t unanswered = client_unanswered(client);
+    bool sent_away = client->rules->closing || client->dismissed;
 
     if (client->over)
         return;
-    if (client->open && !client->rules->closing)
+    if (client->open && !sent_away)
         nv_sim_violation("connection %u: the server hung up", client->id);
-    if (unanswered && !client->shut && !client->rules->closing)
+    if (unanswered && !client->shut && !sent_away)
         nv_sim_violation("connection %u: the server ended with %u requests unanswered", client->id, unanswered);
     if (client->open)
         check_connection_closed(client->rules->check, client->id);
@@ -386,6 +387,11 @@ void client_disconnect(struct client *client)
     put_header(client, &bye, 0);
     client->open = false;
     client->disconnecting = true;
+}
+
+void client_dismissed(struct client *client)
+{
+    client->dismissed = true;
 }
 
 void client_shut(struct client *client)

@@ -52,6 +52,7 @@ uint32_t client_early(struct client *client, uint8_t *out, uint32_t capacity);
 bool client_pump(struct client *client, bool all);
 /* Ends: DISC, half-close (the server may drop what it has not parsed), close or reset. */
 void client_disconnect(struct client *client);
+void client_dismissed(struct client *client); /* the operator ends it: ESHUTDOWN and a hang-up are fair from here on */
 void client_shut(struct client *client);
 void client_close(struct client *client, bool reset);
 

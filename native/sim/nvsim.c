@@ -28,9 +28,11 @@ struct life {
     int files[SCENARIO_DISKS];
     uint32_t volume;
     struct client *clients[CLIENTS];
+    uint32_t numbers[CLIENTS]; /* of their connections, for the plane */
     uint32_t connections;   /* the plane has not told the end of */
     bool changing;          /* a growth is under way */
     bool volume_closed;
+    bool over;              /* the images are taken: what still happens, happens to nobody */
     bool latched[SCENARIO_DISKS];
     uint64_t *next_id;      /* of connections, over all lives */
 };
@@ -78,8 +80,9 @@ static void boot(struct life *life)
     if (nv_plane_build(&config, false, &life->plane) != 0)
         nv_sim_violation("the plane does not start: %s", nv_last_error());
     for (uint32_t i = 0; i < SCENARIO_DISKS; i++) {
-        life->files[i] = nv_sim_file(sim_disk_create(scenario->image[i], scenario->disk_size[i]));
-        if (nv_object_open(life->plane, life->files[i], 0, 1, scenario->disk_size[i], &life->objects[i]) != 0)
+        life->files[i] = nv_sim_file(sim_disk_create(scenario->image[i], scenario->disk_size[i]), scenario->align);
+        if (nv_object_open(life->plane, life->files[i], scenario->align > 1 ? NV_OBJECT_DIRECT : 0, scenario->align,
+                           scenario->disk_size[i], &life->objects[i]) != 0)
             nv_sim_violation("an object does not open: %s", nv_last_error());
     }
     uint64_t length = scenario_describe(scenario, life->rules->cells, life->objects, 0, 1, record);
@@ -90,7 +93,7 @@ static void boot(struct life *life)
 static void open_client(struct life *life, uint32_t index)
 {
     nv_connection_params params;
-    uint32_t id = (uint32_t)++*life->next_id, connection, early_length = 0;
+    uint32_t id = (uint32_t)++*life->next_id, early_length = 0;
     int socket = nv_sim_socket();
     uint8_t early[256];
     struct client *client = client_create(life->rules, id, socket, &params);
@@ -99,7 +102,8 @@ static void open_client(struct life *life, uint32_t index)
         client_request(client);
         early_length = client_early(client, early, (uint32_t)below(life, sizeof early));
     }
-    if (nv_connection_open(life->plane, socket, life->volume, &params, early, early_length, id, &connection) != 0)
+    if (nv_connection_open(life->plane, socket, life->volume, &params, early, early_length, id,
+                           &life->numbers[index]) != 0)
         nv_sim_violation("a connection does not open: %s", nv_last_error());
     life->clients[index] = client;
     life->connections++;
@@ -109,8 +113,12 @@ static void open_client(struct life *life, uint32_t index)
 
 static void tell_latches(struct life *life)
 {
-    life->rules->latched = life->latched[0] || life->latched[1];
-    life->rules->latched_all = life->latched[0] && life->latched[1];
+    life->rules->latched = false;
+    life->rules->latched_all = true;
+    for (uint32_t i = 0; i < SCENARIO_DISKS; i++) { /* a disk that only jobs use is none of the volume's business */
+        life->rules->latched |= life->latched[i] && scenario_uses(life->scenario, i, life->rules->cells);
+        life->rules->latched_all &= life->latched[i] || !scenario_uses(life->scenario, i, life->scenario->cells_final);
+    }
 }
 
 static void take_sync_failure(struct life *life, uint32_t object)
@@ -139,6 +147,11 @@ static void take_event(struct life *life, const nv_event *event)
         life->rules->cells = life->scenario->cells_final;
         check_grow(life->rules->check, life->rules->cells);
         life->changing = life->rules->growing = false;
+        break;
+    case NV_EVENT_JOB_DONE:
+        if (!life->over)
+            meta_done(&life->scenario->meta[event->token], event->result,
+                      life->rules->io_errors || life->rules->sync_errors);
         break;
     case NV_EVENT_VOLUME_CLOSED:
         life->volume_closed = true;
@@ -190,16 +203,26 @@ static void clear_fault(struct life *life)
     for (uint32_t i = 0; i < SCENARIO_DISKS; i++) {
         if (life->latched[i] && nv_object_clear_fault(life->plane, life->objects[i]) != 0)
             nv_sim_violation("a fault does not clear: %s", nv_last_error());
+        if (life->latched[i])
+            meta_fault_cleared(&life->scenario->meta[i]);
         life->latched[i] = false;
     }
     tell_latches(life);
 }
 
-static void end_client(struct life *life, struct client *client)
+static void end_client(struct life *life, uint32_t index)
 {
-    switch (below(life, 4)) {
+    struct client *client = life->clients[index];
+
+    switch (below(life, 5)) {
     case 0:
         client_disconnect(client);
+        break;
+    case 2:
+        if (!client_ended(client)) { /* perhaps the plane has forgotten the connection already, or is about to */
+            client_dismissed(client);
+            (void)nv_connection_close(life->plane, life->numbers[index]);
+        }
         break;
     case 1:
         client_shut(client);
@@ -227,11 +250,18 @@ static void act(struct life *life)
         return;
     }
     if (chance(life, 4))
-        end_client(life, client);
+        end_client(life, index);
     else if (chance(life, 400))
         client_pump(client, false);
     else
         client_request(client);
+}
+
+static void run_job(struct life *life)
+{
+    uint32_t disk = (uint32_t)below(life, SCENARIO_DISKS);
+
+    meta_act(&life->scenario->meta[disk], &life->scenario->random, life->plane, life->objects[disk], disk);
 }
 
 static void step(struct life *life)
@@ -250,6 +280,8 @@ static void step(struct life *life)
         nv_sim_advance();
     else if (what < 997)
         clear_fault(life);
+    else if (what < 998)
+        run_job(life);
     else
         grow(life);
 }
@@ -312,9 +344,12 @@ static void take_images(struct life *life, bool cache_survives)
 {
     if (life->rules->trace)
         printf("-- the end: %s\n", cache_survives ? "the process dies" : "the power is cut");
-    for (uint32_t i = 0; i < SCENARIO_DISKS; i++)
+    for (uint32_t i = 0; i < SCENARIO_DISKS; i++) {
         nv_sim_crash(life->files[i], cache_survives, &life->scenario->random, life->scenario->image[i]);
+        meta_check_image(&life->scenario->meta[i], life->scenario->image[i], cache_survives);
+    }
     scenario_check_gaps(life->scenario);
+    life->over = true;
 }
 
 /* What happens to the plane after the images are taken happens to nobody: it only has to end tidily. */

@@ -64,8 +64,10 @@ static void draw_runs(struct scenario *scenario)
         top[run->disk] += run->length;
         at += run->length;
     }
-    for (uint32_t i = 0; i < SCENARIO_DISKS; i++)
-        scenario->disk_size[i] = (top[i] + scenario->cell_bytes + SIM_BLOCK - 1) / SIM_BLOCK * SIM_BLOCK;
+    for (uint32_t i = 0; i < SCENARIO_DISKS; i++) {
+        scenario->disk_size[i] = (top[i] + scenario->cell_bytes + SIM_BLOCK - 1) / SIM_BLOCK * SIM_BLOCK + SIM_BLOCK;
+        scenario->meta[i].offset = scenario->disk_size[i] - SIM_BLOCK;
+    }
     assert(scenario->run_count <= SCENARIO_RUNS);
 }
 
@@ -75,6 +77,7 @@ static void make_images(struct scenario *scenario)
         scenario->image[i] = malloc(scenario->disk_size[i]);
         assert(scenario->image[i]);
         memset(scenario->image[i], GAP_BYTE, scenario->disk_size[i]);
+        memset(scenario->image[i] + scenario->meta[i].offset, 0, META_BYTES);
     }
     for (uint32_t i = 0; i < scenario->run_count; i++)
         memset(scenario->image[scenario->runs[i].disk] + scenario->runs[i].object_offset, 0, scenario->runs[i].length);
@@ -90,6 +93,9 @@ void scenario_draw(struct scenario *scenario, uint64_t seed)
     scenario->cell_bytes = chance(scenario, 300) ? 8 : 512;
     scenario->faults.atom = scenario->cell_bytes; /* a read during a write may see part of it, but whole cells */
     scenario->block_min = chance(scenario, 512) ? scenario->cell_bytes : 1;
+    scenario->align = 1;
+    if (scenario->cell_bytes == 512 && chance(scenario, 300))
+        scenario->align = scenario->block_min = 512;
     scenario->cells_final = 64 + below(scenario, 512);
     scenario->cells_first = scenario->cells_final;
     if (chance(scenario, 300))
@@ -129,11 +135,19 @@ uint64_t scenario_describe(const struct scenario *scenario, uint64_t cells, cons
     return header.length;
 }
 
+bool scenario_uses(const struct scenario *scenario, uint32_t disk, uint64_t cells)
+{
+    for (uint32_t i = 0; i < scenario->run_count; i++)
+        if (scenario->runs[i].disk == disk && scenario->runs[i].offset < cells * scenario->cell_bytes)
+            return true;
+    return false;
+}
+
 void scenario_check_gaps(const struct scenario *scenario)
 {
     for (uint32_t disk = 0; disk < SCENARIO_DISKS; disk++)
         for (uint64_t at = 0; at < scenario->disk_size[disk];) {
-            uint64_t next = at + 1;
+            uint64_t next = at == scenario->meta[disk].offset ? at + META_BYTES : at + 1;
             for (uint32_t i = 0; i < scenario->run_count; i++) {
                 const struct scenario_run *run = &scenario->runs[i];
                 if (run->disk == disk && at >= run->object_offset && at < run->object_offset + run->length)

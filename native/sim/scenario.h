@@ -8,6 +8,7 @@
 #include <stdint.h>
 
 #include "io/io_sim.h"
+#include "sim/meta.h"
 #include "sim/random.h"
 
 #define SCENARIO_RUNS 8u
@@ -27,10 +28,12 @@ struct scenario {
     uint32_t steps;             /* of a life, at most */
     uint32_t cell_bytes;        /* the judge's unit: all requests are multiples of it */
     uint32_t block_min;
+    uint32_t align;             /* of the disks: 1, or what O_DIRECT asks */
     uint64_t cells_first, cells_final; /* before and after growing */
     struct scenario_run runs[SCENARIO_RUNS];
     uint32_t run_count;
     uint64_t disk_size[SCENARIO_DISKS];
+    struct meta meta[SCENARIO_DISKS]; /* in each disk's last block */
     uint8_t *image[SCENARIO_DISKS]; /* what the next life finds */
 };
 
@@ -39,6 +42,8 @@ void scenario_free(struct scenario *scenario);
 /* A volume description of `cells` cells on these objects; returns its length. */
 uint64_t scenario_describe(const struct scenario *scenario, uint64_t cells, const uint32_t objects[SCENARIO_DISKS],
                            uint64_t map_from, uint64_t map_to, uint8_t out[1024]);
+/* Whether a volume of so many cells has bytes on the disk. */
+bool scenario_uses(const struct scenario *scenario, uint32_t disk, uint64_t cells);
 /* Bytes of the disks that belong to no run must be what they were; anything else is a violation. */
 void scenario_check_gaps(const struct scenario *scenario);
 
