@@ -56,15 +56,13 @@ class Export:
     running: _Running | None = None
     error: str = ""
     highest_epoch: int = 0
-    withdrawn: bool = False
-    """Being drained or replaced: nobody enters."""
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     settled: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def volume(self) -> int | None:
-        """The data plane's volume that may be entered now."""
-        if self.running is None or self.withdrawn or self.wanted is None:
+        """The data plane's volume that may be entered now; None from the moment control wants another epoch."""
+        if self.running is None or self.wanted is None:
             return None
         return self.running.volume if self.running.spec.epoch == self.wanted.epoch else None
 
@@ -271,7 +269,6 @@ class ExportTable:
             await self._release(objects)
             raise
         export.running = _Running(spec, volume, objects, block_min)
-        export.withdrawn = False
         _log.info("serving", vvol=f"{spec.vm}/{spec.name}", epoch=spec.epoch, size=spec.size)
         self._tell(export)
 
@@ -300,11 +297,21 @@ class ExportTable:
             if export.wanted is None:
                 self._reporter.released(export.uuid, export.highest_epoch)
             return
-        export.withdrawn = True
         await self._plane.close_volume(running.volume)
+        await self._make_durable(running)
         export.running = None
         self._reporter.released(export.uuid, running.spec.epoch)
         await self._release(running.objects)
+
+    async def _make_durable(self, running: _Running) -> None:
+        """Before another host may serve it: what was written here must not sit in this host's page cache alone."""
+        for held in running.objects.values():
+            try:
+                await self._plane.sync(held.number)
+            except OSError as error:  # latched and reported by the data plane; the VVol must still be let go
+                _log.error(
+                    "the last sync of a VVol failed", uuid=running.spec.uuid, path=held.spec.path, error=str(error)
+                )
 
     async def _acquire(
         self, spec: VVolSpec, have: dict[tuple[str, str], HeldObject]
