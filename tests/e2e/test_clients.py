@@ -21,7 +21,7 @@ MakeFarm = Callable[..., Farm]
 def test_clean_stop_under_load(farms: MakeFarm) -> None:
     farm = farms(plain_spec())
     ledger = Ledger(6)
-    for _ in range(4):
+    for _ in range(2):
         farm.start()
         with farm.open("root", wait_s=5) as nbd:
             ledger.verify(nbd)

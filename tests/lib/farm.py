@@ -29,6 +29,8 @@ from tests.lib.rawnbd import Closed, Haggle, OptionRefused
 
 START_S = 40.0
 STOP_S = 30.0
+SANITIZER = os.environ.get("NBDVVOL_TEST_SANITIZER", "")
+"""`asan` or `tsan`: filters run on that build of the data plane, started one by one instead of by `up`."""
 ACTIVE: weakref.WeakSet[Farm] = weakref.WeakSet()
 """Farms whose logs a failing test shows."""
 JsonDict = dict[str, Any]
@@ -74,13 +76,16 @@ class Farm:
     def _process(self, name: str, *args: str | Path) -> Process:
         self._logs += 1
         argv = [sys.executable, "-m", "nbdvvol", *args]
-        env = {"PYTHONUNBUFFERED": "1", **sanitizer_env(os.environ.get("NBDVVOL_TEST_SANITIZER", ""))}
+        env = {"PYTHONUNBUFFERED": "1", **(sanitizer_env(SANITIZER) if "filter" in args else {})}
         process = Process(argv, self.folder / f"{name}-{self._logs}.log", env=env)
         self._seen.add(process.pid)
         return process
 
     def start(self, timeout_s: float = START_S) -> Farm:
         """Start `up` and wait for `ready`."""
+        if SANITIZER:
+            self.start_split()
+            return self
         self.begin()
         self.wait_ready(timeout_s)
         return self
@@ -123,9 +128,10 @@ class Farm:
         run = run or self.run
         address = control or f"unix:{self.run / 'control.sock'}"
         token = self.state / "hosts" / f"{host}.token"
-        self.filters[host] = self._process(
-            f"filter-{host}", "filter", "--host", host, "--control", address, "--token-file", token, "--run", run
-        )
+        config = self.spec.get("hosts", {}).get(host, {})
+        words = ["filter", "--host", host, "--control", address, "--token-file", token, "--run", run]
+        words += ["--reactors", str(config.get("reactors", 1))]
+        self.filters[host] = self._process(f"filter-{host}", *words)
         return self.filters[host]
 
     @staticmethod

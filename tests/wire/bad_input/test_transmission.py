@@ -356,6 +356,7 @@ def test_t20_fast_zero_is_fast_or_refused(nbd: Transmission) -> None:
 def test_t7_t10_an_odd_sized_export_ends_where_it_ends(shared: SharedFarm, style: Style) -> None:
     with shared.open("odd", style) as nbd:
         assert nbd.size == ODD_SIZE
+        nbd.write(0, pattern(ODD_SEED, 0, ODD_SIZE))
         assert nbd.read(ODD_SIZE - 3, 3) == pattern(ODD_SEED, ODD_SIZE - 3, 3)
         for command, want in PAST_END.items():
             assert error_of(nbd, command, ODD_SIZE - 3, 4) == want
