@@ -127,6 +127,7 @@ class FakePlane(DataPlane):
 
     async def sync(self, obj: int) -> None:
         os.fsync(self.objects[obj].fd)
+        self.log.append(f"sync {obj}")
 
     def open_volume(self, desc: VolumeDescription) -> int:
         if self.fail_open:

@@ -74,7 +74,8 @@ async def test_a_newer_epoch_drains_and_releases_the_old_one_first(bench: Bench,
     bench.plane.closing.set()
     await taking
     assert bench.reports.lines[1:] == ["released 1 epoch 1", "export 1 epoch 2 ok"]
-    assert [line.split()[0] for line in bench.plane.log] == ["open", "close", "open"]
+    # Drained, then durable, then let go: another host may serve it from here on.
+    assert [line.split()[0] for line in bench.plane.log] == ["open", "close", "sync", "open"]
     assert export.volume is not None
 
 
