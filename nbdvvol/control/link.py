@@ -51,6 +51,8 @@ class HostLink:
         self.channel = channel
         self.dirty = asyncio.Event()
         self.told: set[str] = set()
+        self.ready = False
+        """Welcomed and told its state: orders may be sent."""
         self.sent = 0
 
     async def send(self, message: link.FromControl) -> None:
@@ -146,7 +148,7 @@ class Links:
         return me
 
     async def _welcome(self, me: HostLink, hello: link.Hello) -> None:
-        """Snapshot or resume, then every order whose outcome is unknown."""
+        """Snapshot or resume, then every order whose outcome is unknown. Sent twice, an order is carried out once."""
         first = await self.registry.run(bindings.connect, hello)
         await me.send(link.Welcome(control=self.registry.identity, instance=hello.instance))
         await me.send(first)
@@ -154,11 +156,11 @@ class Links:
         me.told = {held.uuid for held in hello.held}
         if isinstance(first, link.Snapshot):
             me.told |= set(first.state.vvols)
-        for order in await self.registry.run(orders.of_host, me.host):
-            await self._send_order(me, order)
-        for order, _, _ in list(self._waiting.values()):
-            if order.host == me.host and order.id >= EPHEMERAL:
-                await self._send_order(me, order)
+        me.ready = True
+        missed = {order.id: order for order in await self.registry.run(orders.of_host, me.host)}
+        missed |= {order.id: order for order, _, _ in self._waiting.values() if order.host == me.host}
+        for number in sorted(missed):
+            await self._send_order(me, missed[number])
 
     async def _push(self, me: HostLink) -> None:
         """Send every change, in order."""
@@ -235,7 +237,7 @@ class Links:
         self._waiting[order.id] = (order, future, progress)
         try:
             me = self.connected.get(order.host)
-            if me is not None:
+            if me is not None and me.ready:
                 try:
                     await self._send_order(me, order)
                 except ConnectionError:

@@ -96,6 +96,8 @@ class FakeFilter:
         self.fail_work: dict[str, str] = {}
         self.done: dict[int, link.WorkDone] = {}
         self.refused = ""
+        self.on_serve: Callable[[FakeFilter, link.VVolSpec], None] = lambda _fake, _spec: None
+        """Called before a VVol is served, or served anew."""
         self._pipe: Pipe | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._working: list[asyncio.Task[None]] = []
@@ -180,6 +182,7 @@ class FakeFilter:
                 await self.say(link.Released(uuid=key, epoch=held.epoch))
         fresh = [spec for spec in wanted.values() if spec is not None]
         for spec in fresh:
+            self.on_serve(self, spec)
             self.serving[spec.uuid] = spec
         self.revision = revision
         await self._report(fresh)
