@@ -89,3 +89,23 @@ def children_named(farm: Farm, host: str) -> list[int]:
         if "filter" in words and words[words.index("--host") + 1] == host:
             found.append(pid)
     return found
+
+
+def test_two_farms_never_share_a_datastore(farms: MakeFarm) -> None:
+    """A second farm that names the first one's file is refused; the first is unharmed."""
+    first = farms(plain_spec())
+    first.start()
+    writer = Writer(Ledger(11), first.open("root"))
+    writer.progress()
+    spec = plain_spec()
+    spec["datastores"]["main"]["path"] = str(first.folder / "main.img")
+    second = farms(spec)
+    second.begin()
+    wait_until("the second farm says why it waits", lambda: second.up is not None and "main" in second.up.text(), 40)
+    time.sleep(1)
+    assert not serves(second.socket(), "root")
+    second.kill_everything()
+    writer.progress(100)
+    writer.join()
+    with first.open("root") as nbd:
+        writer.ledger.verify(nbd)

@@ -114,7 +114,7 @@ class Farm:
         self.start_filter()
         for vm, config in self.spec["vms"].items():
             for name in config["vvols"]:
-                self.wait_bound(f"{vm}/{name}")
+                self.wait_bound(f"{vm}/{name}", START_S)
 
     def start_control(self, timeout_s: float = START_S) -> Process:
         """Start `nbdvvol control` alone and wait until its API answers."""

@@ -1,8 +1,8 @@
 """The farm that the wire tests share: one VVol of every sort.
 
 vm1: root (64 MiB), bystander (used by the `unharmed` fixture alone), hard (O_DIRECT, block size > 1), indir (a file
-in a directory), ro (adopted, read-only), odd (adopted, a size that is no multiple of 512). vm2: root, private.
-vm3: only.
+in a directory), ro (adopted, read-only), odd (adopted, a size that is no multiple of 512),
+huge (adopted, sparse, 6 GiB). vm2: root, private. vm3: only.
 The TCP listener takes plaintext and TLS.
 """
 
@@ -22,6 +22,8 @@ RO_SIZE = 4 * MiB
 ODD_SIZE = 3 * MiB + 1234
 RO_SEED = 77
 ODD_SEED = 78
+HUGE_SIZE = 6 << 30
+VM1_EXPORTS = {"root", "bystander", "hard", "indir", "ro", "odd", "huge"}
 
 
 class SharedFarm(Farm):
@@ -33,6 +35,8 @@ class SharedFarm(Farm):
         (folder / "dir").mkdir()
         (folder / "ro.img").write_bytes(pattern(RO_SEED, 0, RO_SIZE))
         (folder / "odd.img").write_bytes(pattern(ODD_SEED, 0, ODD_SIZE))
+        with (folder / "huge.img").open("wb") as file:
+            file.truncate(HUGE_SIZE)
         super().__init__(
             {
                 "hosts": {
@@ -48,6 +52,7 @@ class SharedFarm(Farm):
                     "dir": {"kind": "dir", "path": "dir"},
                     "ro": {"kind": "file", "path": "ro.img"},
                     "odd": {"kind": "file", "path": "odd.img"},
+                    "huge": {"kind": "file", "path": "huge.img"},
                 },
                 "profiles": {
                     "plain": {"datastore": "main"},
@@ -63,6 +68,7 @@ class SharedFarm(Farm):
                             "indir": {"size": INDIR_SIZE, "profile": "files"},
                             "ro": {"adopt": {"datastore": "ro"}, "profile": "plain", "read_only": True},
                             "odd": {"adopt": {"datastore": "odd"}, "profile": "plain"},
+                            "huge": {"adopt": {"datastore": "huge"}, "profile": "plain"},
                         }
                     },
                     "vm2": {

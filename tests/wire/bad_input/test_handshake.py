@@ -17,7 +17,7 @@ from tests.lib.pki import client_context
 from tests.lib.procs import wait_until
 from tests.lib.rawio import NbdError, Transmission, enter
 from tests.lib.rawnbd import Closed, Haggle, OptionRefused, Stream, info_payload, meta_payload, option_bytes
-from tests.lib.shared import ROOT_SIZE, SharedFarm
+from tests.lib.shared import ROOT_SIZE, VM1_EXPORTS, SharedFarm
 
 pytestmark = [pytest.mark.usefixtures("unharmed"), pytest.mark.timeout(60)]
 OPTION_BYTES_LIMIT = 65536
@@ -446,5 +446,5 @@ def test_exports_of_another_vm_are_unknown(haggle: Haggle) -> None:
         with pytest.raises(OptionRefused) as caught:
             haggle.facts(w.OPT_GO, name)
         assert caught.value.reply.type == w.REP_ERR_UNKNOWN
-    assert set(haggle.list_exports()) == {"root", "bystander", "hard", "indir", "ro", "odd"}
+    assert set(haggle.list_exports()) == VM1_EXPORTS
     still_good(haggle)
