@@ -116,3 +116,8 @@ class Connection:
             return
         encoded = ffi.NULL if params is None else self._encode_params(params)
         check(lib.nv_tls_reply(self._plane, self._number, data, len(data), action, volume or 0, encoded))
+
+    def hang_up(self) -> None:
+        """End the connection whatever it is doing; harmless when it has ended."""
+        if not self._gone:
+            check(lib.nv_connection_close(self._plane, self._number))

@@ -142,6 +142,9 @@ class TlsConnection(Protocol):
     ) -> None:
         """Answer the last option; with ENTER, go on to the transmission phase on `volume`."""
 
+    def hang_up(self) -> None:
+        """End the connection whatever it is doing; harmless when it has ended."""
+
     closed: asyncio.Future[ConnectionEnd]
 
 

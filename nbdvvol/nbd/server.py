@@ -59,6 +59,8 @@ class Gone(Exception):
 @dataclass(eq=False, slots=True)
 class _Conversation:
     haggle: Haggle
+    end: asyncio.Future[ConnectionEnd] | None = None
+    """Set once the data plane owns the socket: done when the connection has ended."""
     task: asyncio.Task[None] | None = None
 
 
@@ -145,10 +147,9 @@ class Server:
         return room and not self._stopping
 
     async def _converse(self, sock: socket.socket, talk: _Conversation, visit: Visit) -> None:
-        end: asyncio.Future[ConnectionEnd] | None = None
         try:
             async with asyncio.timeout(self.limits.total_s):
-                end = await self._plain(sock, talk.haggle, visit)
+                await self._plain(sock, talk, visit)
         except (Drop, Gone) as reason:
             _log.info("client dropped in the handshake", reason=str(reason))
         except TimeoutError:
@@ -160,7 +161,7 @@ class Server:
         finally:
             sock.close()
             self._talks.discard(talk)
-            self._settle(end)
+            self._settle(talk.end)
 
     def _settle(self, end: asyncio.Future[ConnectionEnd] | None) -> None:
         """Free the connection's slot: now, or when its transmission phase has ended."""
@@ -174,8 +175,9 @@ class Server:
         assert self._connections >= 0
         self._left.set()
 
-    async def _plain(self, sock: socket.socket, haggle: Haggle, visit: Visit) -> asyncio.Future[ConnectionEnd] | None:
-        """Haggle in the clear up to the hand-over; return what tells the connection's end."""
+    async def _plain(self, sock: socket.socket, talk: _Conversation, visit: Visit) -> None:
+        """Haggle in the clear up to the hand-over."""
+        haggle = talk.haggle
         stream = _Stream(sock, self.limits.silence_s)
         await stream.send(haggle.hello())
         haggle.client_flags(await stream.read(4))
@@ -183,21 +185,20 @@ class Server:
             number, length = parse_header(await stream.read(HEADER.size))
             answer = await haggle.option(number, await stream.read(length))
             if answer.then is Then.START_TLS:
-                return await self._encrypted(stream, answer, haggle, visit)
+                await self._encrypted(stream, answer, talk, visit)
+                return
             await stream.send(answer.data)
             if answer.then is Then.ENTER:
-                return self._enter(sock, answer)
-            if answer.then is Then.CLOSE:
-                return None
+                talk.end = self._enter(sock, answer)
+            if answer.then is not Then.CONTINUE:
+                return
 
     def _enter(self, sock: socket.socket, answer: Answer) -> asyncio.Future[ConnectionEnd]:
         assert self.plane is not None and answer.enter is not None
         sock.setblocking(True)  # io_uring waits by itself; O_NONBLOCK would make it give up
         return self.plane.open_connection(sock.fileno(), answer.enter.opened.volume, answer.enter.params)
 
-    async def _encrypted(
-        self, stream: _Stream, answer: Answer, haggle: Haggle, visit: Visit
-    ) -> asyncio.Future[ConnectionEnd] | None:
+    async def _encrypted(self, stream: _Stream, answer: Answer, talk: _Conversation, visit: Visit) -> None:
         """The data plane does TLS from here on; the haggling goes on over its decrypted options."""
         assert self.plane is not None and visit.context is not None and visit.by_identity is not None
         if stream.waiting():
@@ -206,16 +207,15 @@ class Server:
         stream.sock.setblocking(True)
         timeout_ms = int(self.limits.silence_s * 1000)
         tls = self.plane.open_tls(stream.sock.fileno(), visit.context, timeout_ms)
+        talk.end = tls.closed
         stream.sock.close()
         try:
-            haggle.started_tls(visit.by_identity(await tls.ready()))
-            await _haggle_encrypted(tls, haggle)
-        except ConnectionError as error:
-            _log.info("encrypted client lost in the handshake", error=str(error))
+            talk.haggle.started_tls(visit.by_identity(await tls.ready()))
+            await _haggle_encrypted(tls, talk.haggle)
         except (Exception, asyncio.CancelledError):
-            _hang_up(tls)
+            with contextlib.suppress(OSError):
+                tls.hang_up()
             raise
-        return tls.closed
 
 
 async def _haggle_encrypted(tls: TlsConnection, haggle: Haggle) -> None:
@@ -230,11 +230,6 @@ async def _haggle_encrypted(tls: TlsConnection, haggle: Haggle) -> None:
             tls.reply(answer.data, TlsAction.CLOSE)
             return
         tls.reply(answer.data)
-
-
-def _hang_up(tls: TlsConnection) -> None:
-    with contextlib.suppress(OSError):
-        tls.reply(b"", TlsAction.CLOSE)
 
 
 class _Stream:

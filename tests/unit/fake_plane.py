@@ -71,6 +71,11 @@ class FakeTls:
     ) -> None:
         self.replies.append((data, action, volume, params))
         if action is TlsAction.CLOSE:
+            self.hang_up()
+
+    def hang_up(self) -> None:
+        self.options.put_nowait(None)
+        if not self.closed.done():
             self.closed.set_result(ConnectionEnd(0))
 
 

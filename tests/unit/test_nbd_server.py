@@ -271,6 +271,16 @@ async def test_tls_hand_over(plane: FakePlane) -> None:
     await asyncio.wait_for(client.server.idle(), 1)
 
 
+async def test_an_encrypted_client_that_drips_runs_into_the_total_limit(plane: FakePlane) -> None:
+    client = connect(plane, TlsRule.REQUIRED)
+    client.sock.send(b"\0\0\0\1" + option(5))
+    await client.read(38)
+    await asyncio.sleep(0.05)
+    [(_, tls)] = plane.tls
+    await asyncio.wait_for(client.server.idle(), 2)  # no option ever comes; only hanging up can end it
+    assert tls.closed.done() and client.server.connections == 0
+
+
 @pytest.mark.parametrize("what", ["failed handshake", "gone", "abort", "bad"])
 async def test_tls_ends(plane: FakePlane, what: str) -> None:
     plane.tls_identity = "!" if what == "failed handshake" else "vm1"
@@ -279,13 +289,9 @@ async def test_tls_ends(plane: FakePlane, what: str) -> None:
     await client.read(38)
     await asyncio.sleep(0.05)
     [(_, tls)] = plane.tls
-    if what == "failed handshake":
-        tls.closed.set_result(ConnectionEnd(0))
-    elif what == "gone":
-        tls.options.put_nowait(None)
-        tls.closed.set_result(ConnectionEnd(0))
-    else:
-        tls.options.put_nowait(TlsOption(2, b"") if what == "abort" else TlsOption(1, b"a\0b"))
+    if what != "failed handshake":
+        words = {"gone": None, "abort": TlsOption(2, b""), "bad": TlsOption(1, b"a\0b")}
+        tls.options.put_nowait(words[what])
     await asyncio.wait_for(client.server.idle(), 1)
     assert plane.connections == []
 
