@@ -127,7 +127,8 @@ void nv_haggle_turn(struct nv_conn *conn)
     if (haggle->state > NV_HAGGLE_HANDSHAKE && haggle->state < NV_HAGGLE_WAIT && !conn->closing &&
         conn->cipher_start < conn->cipher_end)
         give_time(conn, NV_HAGGLE_SILENCE_MS);
-    while (haggle->state < NV_HAGGLE_WAIT && !conn->rx_done && advance(conn))
+    /* One at a time: an option behind an answer that TLS has no room for (a client that does not read) waits. */
+    while (haggle->state < NV_HAGGLE_WAIT && !haggle->answer && !conn->rx_done && advance(conn))
         ;
 }
 

@@ -361,8 +361,8 @@ void nv_conn_arm_receive(struct nv_conn *conn)
     if (conn->tls && !conn->shut) {
         if (conn->cipher_start < conn->cipher_end)
             return; /* TLS has no room: a send, or the reader, makes some */
-        if (!conn->local && conn->haggle->state >= NV_HAGGLE_WAIT)
-            return; /* it is Python's turn */
+        if (!conn->local && (conn->haggle->state >= NV_HAGGLE_WAIT || conn->haggle->answer))
+            return; /* it is Python's turn, or the client's to read */
         conn->cipher_start = conn->cipher_end = 0;
         conn->rx_iov = (struct iovec){conn->cipher, NV_TLS_RECEIVE};
     } else if (conn->shut) /* the end: whatever still comes is thrown away */

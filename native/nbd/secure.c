@@ -99,6 +99,7 @@ static bool encrypt_answer(struct nv_conn *conn)
         return taken > 0;
     free(haggle->answer);
     haggle->answer = NULL;
+    nv_reactor_kick(conn->reactor, conn); /* the next option may have waited for this */
     return true;
 }
 

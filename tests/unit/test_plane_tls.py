@@ -110,6 +110,31 @@ def test_options_one_at_a_time(rig: Rig, server: TlsContext, pki: Path) -> None:
     assert peer.end() == 0
 
 
+def test_options_of_a_client_that_does_not_read_wait(rig: Rig, server: TlsContext, pki: Path) -> None:
+    """An answer that TLS has no room for is not lost to the next one: the next option is not taken yet."""
+    peer = Peer(rig, server)
+    waiting = rig.start(peer.server.ready())
+    peer.handshake(client_context(pki, "vm2"))
+    waiting.result(10)
+    peer.sock.sendall(b"".join(option_bytes(100 + i) for i in range(8)))
+    answers = [os.urandom(3_000_000) for _ in range(8)]
+    taken = 0
+    with pytest.raises(TimeoutError):  # more than the sockets and TLS hold: the client must read first
+        while True:
+            waiting_option: Future[TlsOption] = rig.start(peer.server.option())
+            assert waiting_option.result(1).option == 100 + taken
+            peer.reply(answers[taken])
+            taken += 1
+    assert 1 <= taken < 8
+    for i, answer in enumerate(answers):
+        if i >= taken:
+            if i > taken:
+                waiting_option = rig.start(peer.server.option())
+            assert waiting_option.result(10).option == 100 + i
+            peer.reply(answer)
+        assert peer.receive(len(answer)) == answer
+
+
 @pytest.mark.parametrize("style", ["simple", "structured", "extended"])
 def test_transmission_through_tls(rig: Rig, server: TlsContext, pki: Path, style: Style) -> None:
     client = entered(rig, server, pki, style)
