@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -126,4 +127,6 @@ def list_all() -> None:
 
 
 if __name__ == "__main__":
+    # Ending by SIGTERM unwinds like ending by Ctrl-C: servers are stopped and their files removed.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     app()
