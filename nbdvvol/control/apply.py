@@ -175,6 +175,17 @@ def _compare_datastore(plan: Plan, have: Have, name: str, new: DatastoreConfig) 
                     f"datastore {name} is in use: {key} cannot change from {before} to {after}",
                     "declare a new datastore under another name",
                 )
+    blind = sorted(
+        f"{vm}/{short}"
+        for (vm, short), vvol in have.vvols.items()
+        if vvol.datastore == name and new.hosts is not None and vvol.host is not None and vvol.host not in new.hosts
+    )
+    if blind:
+        raise NvError(
+            Code.CONFLICT,
+            f"datastore {name}: hosts {', '.join(new.hosts or [])} leave out a host that serves {', '.join(blind)}",
+            "unbind them or move them first",
+        )
     if old.config.size is not None and (new.size or 0) < old.config.size and old.use != "unused":
         raise NvError(
             Code.CONFLICT,

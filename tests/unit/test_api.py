@@ -25,6 +25,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from nbdvvol.control.api import server
 from nbdvvol.control.api.app import make_app
 from nbdvvol.control.api.server import ApiServer, may_connect
 from nbdvvol.control.credentials import HostTokens, Peer, bearer, may_use_socket, read_tokens, token_name
@@ -187,6 +188,16 @@ async def test_a3_a_wrong_content_type_is_refused(api: Api, kind: str) -> None:
 async def test_broken_json_is_refused(api: Api, body: bytes) -> None:
     answer = await api.client.post("/v1/apply", content=body, headers={"content-type": "application/json"})
     assert answer.status_code == 400 and _error(answer)["code"] == "INVALID"
+
+
+async def test_who_sends_no_request_is_not_waited_for(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "REQUEST_TIMEOUT_S", 0.3)
+    assert await api.raw(b"GET /v1/status HTTP/1.1\r\nhost:") == b""
+    assert (await api.client.get("/v1/status")).status_code == 200
+    reader, writer = await asyncio.open_unix_connection(str(api.path))
+    writer.write(b"GET /v1/events?after=999999&wait=1 HTTP/1.1\r\nhost: x\r\n\r\n")
+    assert (await asyncio.wait_for(reader.readline(), 10)).startswith(b"HTTP/1.1 200 "), "waiting is the server's"
+    writer.close()
 
 
 async def test_a4_of_delete_and_resize_at_once_one_wins(api: Api) -> None:

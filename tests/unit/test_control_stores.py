@@ -13,7 +13,7 @@ from nbdvvol.control.registry import views, vvols
 from nbdvvol.datastores import format as disk
 from nbdvvol.model.errors import Code, NvError
 from nbdvvol.model.farm import AdoptConfig
-from nbdvvol.model.resources import CreateVVol, ResizeVVol, Task, TaskState
+from nbdvvol.model.resources import BindVVol, CreateVVol, ResizeVVol, Task, TaskState
 from tests.unit.control_farm import MIB, TestFarm
 
 pytestmark = pytest.mark.timeout(30)
@@ -230,3 +230,21 @@ async def test_absence_deletes_nothing(farm: TestFarm) -> None:
     told = await farm.apply({"vms": {}})
     assert ("absent", "vvol", "vm1/root") in {(c.action, c.kind, c.name) for c in told.changes}
     assert (await farm.vvol()).binding is not None
+
+
+async def test_a_host_must_see_what_it_serves(farm: TestFarm) -> None:
+    hosts: dict[str, Any] = {"a": {}, "b": {}}
+    vms = {"vm1": {"host": "a", "vvols": {"root": {"size": "1MiB"}}}}
+    seen = {"s": {"kind": "dir", "path": "/fake/s", "hosts": ["a"]}}
+    with pytest.raises(NvError, match="which host a does not see") as blind:
+        store = seen["s"] | {"hosts": ["b"]}
+        await farm.apply({"hosts": hosts, "datastores": {"s": store}, "vms": vms})
+    assert blind.value.code is Code.INVALID
+    result = await farm.apply({"hosts": hosts, "datastores": seen, "vms": vms})
+    await farm.filter("a")
+    await farm.settle(result)
+    with pytest.raises(NvError, match="which host b does not see"):
+        await farm.control.registry.run(vvols.begin_bind, "vm1", "root", BindVVol(host="b"))
+    with pytest.raises(NvError, match="serves vm1/root") as taken:
+        await farm.apply({"hosts": hosts, "datastores": {"s": seen["s"] | {"hosts": ["b"]}}, "vms": vms})
+    assert taken.value.code is Code.CONFLICT

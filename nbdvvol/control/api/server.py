@@ -28,6 +28,8 @@ from nbdvvol.model.link import MESSAGE_BYTES_MAX
 PING_INTERVAL_S = 3.0
 PING_TIMEOUT_S = 5.0
 CONNECTIONS_MAX = 1024
+REQUEST_TIMEOUT_S = 10.0
+"""A connection that has not sent a whole request head by then is closed."""
 _UCRED = struct.Struct("3i")
 
 
@@ -75,9 +77,21 @@ def protocol_class(allowed: Callable[[Peer], bool]) -> type[H11Protocol]:
                 transport.write(_denial())
                 transport.close()
 
+            self._patience = self.loop.call_later(REQUEST_TIMEOUT_S, self._give_up)
+
         def data_received(self, data: bytes) -> None:
             if not self.transport.is_closing():
                 super().data_received(data)
+            if self.cycle is not None:
+                self._patience.cancel()  # a whole request head came
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._patience.cancel()
+            super().connection_lost(exc)
+
+        def _give_up(self) -> None:
+            if self.cycle is None and self.transport.get_protocol() is self:
+                self.transport.close()
 
     return PeerProtocol
 

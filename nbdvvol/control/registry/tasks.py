@@ -52,7 +52,7 @@ def add_task(tx: Tx, kind: str, subject: str, vvol: str = "", **args: object) ->
             raise NvError(
                 Code.CONFLICT,
                 f"VVol {subject} is busy: task {holder} ({running}) is not done",
-                f"wait for it: nbdvvol task watch {holder}",
+                f"wait for it: nbdvvol task watch {holder}, or take it back: nbdvvol task cancel {holder}",
             )
     tx.changed = tx.queued = True
     return task_view(tx.db.execute(select(s.tasks).where(s.tasks.c.id == key[0])).one())

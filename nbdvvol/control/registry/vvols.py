@@ -47,10 +47,20 @@ def _check_adoption(name: str, body: CreateVVol, config: DatastoreConfig) -> Non
         )
 
 
+def _check_sees(name: str, host: str, store: str, config: DatastoreConfig) -> None:
+    if config.hosts is not None and host not in config.hosts:
+        raise NvError(
+            Code.INVALID,
+            f"VVol {name} lies on datastore {store}, which host {host} does not see",
+            f"hosts that do: {', '.join(config.hosts) or 'none'}",
+        )
+
+
 def insert_vvol(tx: Tx, body: CreateVVol) -> Task:
     """Write the row of a new VVol and queue its creation. Raises NvError for what cannot be."""
     name = f"{body.vm}/{body.name}"
-    if tx.db.execute(select(s.vms.c.name).where(s.vms.c.name == body.vm)).one_or_none() is None:
+    home = tx.db.execute(select(s.vms.c.host).where(s.vms.c.name == body.vm)).scalar_one_or_none()
+    if home is None:
         raise NvError(Code.NOT_FOUND, f"no VM {body.vm}", "declare it in the farm file and apply")
     taken = select(s.vvols.c.uuid).where(s.vvols.c.vm == body.vm, s.vvols.c.name == body.name)
     if tx.db.execute(taken).one_or_none() is not None:
@@ -66,6 +76,7 @@ def insert_vvol(tx: Tx, body: CreateVVol) -> Task:
     store = store_row(tx, where)
     config = DatastoreConfig.model_validate_json(store.config)
     policy.check_datastore(where, config)
+    _check_sees(name, home, where, config)
     if adopt is not None:
         _check_adoption(name, body, config)
     elif body.size is None:
@@ -170,13 +181,7 @@ def start_bind(tx: Tx, row: Row[Any], host: str, force: bool = False) -> Task:
     if tx.db.execute(select(s.hosts.c.name).where(s.hosts.c.name == host)).one_or_none() is None:
         raise NvError(Code.NOT_FOUND, f"no host {host}", "list them: nbdvvol get hosts")
     for leg in tx.db.execute(select(s.legs.c.datastore).where(s.legs.c.vvol == row.uuid)).scalars():
-        config = DatastoreConfig.model_validate_json(store_row(tx, leg).config)
-        if config.hosts is not None and host not in config.hosts:
-            raise NvError(
-                Code.INVALID,
-                f"VVol {name} lies on datastore {leg}, which host {host} does not see",
-                f"hosts that do: {', '.join(config.hosts) or 'none'}",
-            )
+        _check_sees(name, host, leg, DatastoreConfig.model_validate_json(store_row(tx, leg).config))
     return add_task(tx, "bind", name, row.uuid, host=host, force=force)
 
 
