@@ -74,9 +74,6 @@ def open_path(spec: DatastoreSpec, path: str, farm: str, *, may_read_only: bool,
         align = 1
         if spec.direct:
             align = direct_alignment(fd, block)
-        else:
-            # Another host may have written since this machine last cached these pages.
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
     except OSError as error:
         os.close(fd)
         raise broken(spec, path, error) from error

@@ -262,6 +262,7 @@ class ExportTable:
         export.highest_epoch = max(export.highest_epoch, spec.epoch)
         objects = await self._acquire(spec, {})
         try:
+            await self._drop_caches(spec, objects)
             block_min = _block_min(objects)
             desc = describe(spec, _numbers(objects), block_min=block_min, map_from=0)
             volume = self._plane.open_volume(desc)
@@ -344,6 +345,14 @@ class ExportTable:
             await self._release(fresh)
             raise
         return found
+
+    async def _drop_caches(self, spec: VVolSpec, objects: dict[tuple[str, str], HeldObject]) -> None:
+        """Another host may have served it since this one did: what this machine remembers of it is no longer true."""
+        assert self.state is not None
+        for leg in spec.legs:
+            ranges = [(run.at, run.n) for run in leg.runs if run.s == 0]
+            store = self.state.datastores[leg.datastore]
+            await self._objects.drop_cache(store, objects[leg.datastore, leg.object], ranges)
 
     async def _open_object(self, store: DatastoreSpec, name: str, read_only: bool) -> HeldObject:
         try:

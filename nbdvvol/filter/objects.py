@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
@@ -86,6 +86,14 @@ class ObjectTable:
             self._plane.set_object_size(held.number, size)
         return size
 
+    async def drop_cache(self, spec: DatastoreSpec, held: HeldObject, ranges: Sequence[tuple[int, int]]) -> None:
+        """Forget cached pages of these (offset, length): another host may have written there since.
+
+        Nothing of ours is dirty in them: a VVol's last close made its bytes durable."""
+        if not held.spec.direct:
+            path = held.spec.path
+            await self.blocking(spec, lambda _: _forget(path, ranges))
+
     async def blocking(self, spec: DatastoreSpec, call: Callable[[Store], T]) -> T:
         """Run a blocking call on the datastore in its own thread."""
         store = store_of(spec, self.farm)
@@ -157,6 +165,15 @@ class ObjectTable:
         if held.users == 0 and not held.faulty and self._held.get(held.key) is held:
             del self._held[held.key]
             await self._plane.close_object(held.number)
+
+
+def _forget(path: str, ranges: Sequence[tuple[int, int]]) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        for offset, length in ranges:
+            os.posix_fadvise(fd, offset, length, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(fd)
 
 
 def _size_of(path: str, block: bool) -> int:

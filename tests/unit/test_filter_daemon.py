@@ -188,8 +188,10 @@ async def test_changes_in_order(bench: Bench) -> None:
     await session.send(Delta(revision=6, vvols={spec.uuid: spec}))
     await session.send(Delta(revision=8, vvols={uuid_of(1): None}))
     assert (await session.next(Released)) == Released(uuid=uuid_of(1), epoch=1)
-    assert [m.revision for m in session.seen if isinstance(m, Applied)][:2] == [5, 6]
-    assert (await session.next(Applied)).revision == 8
+    applied = [m.revision for m in session.seen if isinstance(m, Applied)]
+    while applied[-1] != 8:
+        applied.append((await session.next(Applied)).revision)
+    assert list(dict.fromkeys(applied)) == [5, 6, 8]
     client = bench.client()
     assert await client.go("disk1") == (-1, UNKNOWN)
     assert (await client.go(""))[0] == MIB

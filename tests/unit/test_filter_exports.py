@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -36,6 +37,8 @@ async def bench(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Bench]:
     monkeypatch.setattr(exports_module, "RETRY_MIN_S", 0.05)
     bench = Bench()
     yield bench
+    if bench.plane.closing is not None:
+        bench.plane.closing.set()
     await bench.table.stop()
     await bench.table.close_all()
     assert bench.plane.volumes == {} and bench.plane.objects == {}
@@ -177,6 +180,20 @@ async def test_alignment_of_a_direct_object(bench: Bench, local: Path) -> None:
     assert report.block_min in (512, 4096) and report.block_preferred == 4096
     [desc] = bench.plane.volumes.values()
     assert desc.block_min == report.block_min
+
+
+@pytest.mark.parametrize("direct", [False, True])
+async def test_every_attach_forgets_cached_pages(
+    bench: Bench, local: Path, monkeypatch: pytest.MonkeyPatch, direct: bool
+) -> None:
+    forgotten: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda fd, offset, length, advice: forgotten.append((offset, length)))
+    store = file_store(local, direct=direct)
+    await bench.take(vvol(1, at=MIB), vvol(2, at=3 * MIB), store)  # the object stays open: disk2 needs it
+    await bench.take(vvol(2, at=3 * MIB), store)
+    forgotten.clear()
+    await bench.take(vvol(1, at=MIB, epoch=3), vvol(2, at=3 * MIB), store)
+    assert forgotten == ([] if direct else [(MIB, MIB)])
 
 
 async def test_one_object_has_one_mode(bench: Bench, local: Path) -> None:
