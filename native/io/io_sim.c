@@ -1,5 +1,6 @@
 /*
- * See io_sim.h. Invariants: an operation is in exactly one of {staged (not yet entered), pending, ready}; only
+ * The world of io_sim.h: disks, sockets, faults and the effect of every operation (the port itself: io_sim_port.c).
+ * Invariants: an operation is in exactly one of {staged (not yet entered), pending, ready}; only
  * nv_sim_step() moves one from pending to ready, at the moment of its effect; `done` runs only from nv_io_run().
  * While an operation is not ready the port owns its memory: outgoing bytes are hashed when they come and when
  * they go back, and incoming memory is scribbled over first, so that nobody can rely on what was there.
@@ -13,65 +14,13 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "io/io_sim_world.h"
 #include "limits.h"
 
-#define HANDLES_MAX 4096
 #define SCRIBBLE_MAX 4096u
 #define TURN_NS 2000u
 
-enum handle_kind { HANDLE_FREE, HANDLE_FILE, HANDLE_SOCKET, HANDLE_CLOSED };
-
-struct pipe_queue {
-    uint8_t *bytes;
-    size_t capacity, start, size;
-};
-
-struct sim_socket {
-    struct pipe_queue to_server, to_client;
-    bool client_shut, client_closed, client_reset;
-    bool server_shut, server_closed;
-};
-
-struct handle {
-    enum handle_kind kind;
-    struct sim_disk *disk;
-    uint32_t align;
-    struct sim_socket *socket;
-    bool owner; /* frees the disk or socket at the end of the world */
-    unsigned operations;
-};
-
-/* Kept in nv_op.port while the port owns the operation. */
-struct op_state {
-    struct nv_io *io;
-    uint64_t hash;
-    uint64_t moved;
-    uint64_t not_before_ns;
-    uint64_t entered_at; /* world time: what a sync covers */
-};
-_Static_assert(sizeof(struct op_state) <= sizeof(((struct nv_op *)0)->port), "the state must fit in an operation");
-
-struct op_list {
-    struct nv_op **items;
-    size_t count, capacity;
-};
-
-struct nv_io {
-    struct op_list staged, ready;
-    uint64_t submissions, enters;
-};
-
-static struct world {
-    bool alive;
-    struct sim_random random;
-    struct nv_sim_faults faults;
-    uint64_t clock_ns;
-    uint64_t time; /* counts effects; orders writes against syncs */
-    uint64_t syncs_failed;
-    struct op_list pending;
-    struct handle handles[HANDLES_MAX];
-    int handle_count;
-} world;
+struct sim_world sim_world;
 
 void (*nv_sim_on_violation)(void);
 
@@ -91,12 +40,12 @@ void nv_sim_violation(const char *format, ...)
     abort();
 }
 
-static struct op_state *state_of(struct nv_op *op)
+struct op_state *sim_state_of(struct nv_op *op)
 {
     return (struct op_state *)op->port;
 }
 
-static void list_add(struct op_list *list, struct nv_op *op)
+void sim_list_add(struct op_list *list, struct nv_op *op)
 {
     if (list->count == list->capacity) {
         list->capacity = list->capacity ? 2 * list->capacity : 64;
@@ -106,7 +55,7 @@ static void list_add(struct op_list *list, struct nv_op *op)
     list->items[list->count++] = op;
 }
 
-static struct nv_op *list_take(struct op_list *list, size_t index)
+struct nv_op *sim_list_take(struct op_list *list, size_t index)
 {
     struct nv_op *op = list->items[index];
 
@@ -119,33 +68,35 @@ static struct nv_op *list_take(struct op_list *list, size_t index)
 
 void nv_sim_begin(uint64_t seed, const struct nv_sim_faults *faults)
 {
-    assert(!world.alive);
-    world = (struct world){.alive = true, .random = {seed}, .faults = *faults, .clock_ns = 1000000000u, .time = 1};
-    world.handle_count = 3; /* 0, 1 and 2 are nobody's */
+    assert(!sim_world.alive);
+    sim_world = (struct sim_world){
+        .alive = true, .random = {seed}, .faults = *faults, .clock_ns = 1000000000u, .time = 1,
+    };
+    sim_world.handle_count = 3; /* 0, 1 and 2 are nobody's */
 }
 
 void nv_sim_set_faults(const struct nv_sim_faults *faults)
 {
-    world.faults = *faults;
+    sim_world.faults = *faults;
 }
 
 uint64_t nv_sim_syncs_failed(void)
 {
-    return world.syncs_failed;
+    return sim_world.syncs_failed;
 }
 
-static int add_handle(struct handle handle)
+int sim_add_handle(struct handle handle)
 {
-    assert(world.alive);
-    if (world.handle_count == HANDLES_MAX)
+    assert(sim_world.alive);
+    if (sim_world.handle_count == HANDLES_MAX)
         return -EMFILE;
-    world.handles[world.handle_count] = handle;
-    return world.handle_count++;
+    sim_world.handles[sim_world.handle_count] = handle;
+    return sim_world.handle_count++;
 }
 
-static struct handle *handle_of(nv_handle number, enum handle_kind kind)
+struct handle *sim_handle_of(nv_handle number, enum handle_kind kind)
 {
-    struct handle *handle = number >= 3 && number < world.handle_count ? &world.handles[number] : NULL;
+    struct handle *handle = number >= 3 && number < sim_world.handle_count ? &sim_world.handles[number] : NULL;
 
     if (!handle || handle->kind != kind)
         nv_sim_violation("handle %d is used, but %s", number,
@@ -155,7 +106,7 @@ static struct handle *handle_of(nv_handle number, enum handle_kind kind)
 
 int nv_sim_file(struct sim_disk *disk, uint32_t align)
 {
-    return add_handle((struct handle){.kind = HANDLE_FILE, .disk = disk, .align = align, .owner = true});
+    return sim_add_handle((struct handle){.kind = HANDLE_FILE, .disk = disk, .align = align, .owner = true});
 }
 
 int nv_sim_socket(void)
@@ -165,21 +116,21 @@ int nv_sim_socket(void)
     assert(socket);
     for (int i = 0; i < 2; i++) {
         struct pipe_queue *queue = i ? &socket->to_client : &socket->to_server;
-        queue->capacity = 4096u << sim_random_below(&world.random, 8);
+        queue->capacity = 4096u << sim_random_below(&sim_world.random, 8);
         queue->bytes = malloc(queue->capacity);
         assert(queue->bytes);
     }
-    return add_handle((struct handle){.kind = HANDLE_SOCKET, .socket = socket, .owner = true});
+    return sim_add_handle((struct handle){.kind = HANDLE_SOCKET, .socket = socket, .owner = true});
 }
 
 void nv_sim_end(void)
 {
-    assert(world.alive);
-    if (world.pending.count)
-        nv_sim_violation("%zu operations are left behind, the first of kind %u", world.pending.count,
-                         world.pending.items[0]->kind);
-    for (int i = 3; i < world.handle_count; i++) {
-        struct handle *handle = &world.handles[i];
+    assert(sim_world.alive);
+    if (sim_world.pending.count)
+        nv_sim_violation("%zu operations are left behind, the first of kind %u", sim_world.pending.count,
+                         sim_world.pending.items[0]->kind);
+    for (int i = 3; i < sim_world.handle_count; i++) {
+        struct handle *handle = &sim_world.handles[i];
         if (handle->owner && handle->disk)
             sim_disk_destroy(handle->disk);
         if (handle->owner && handle->socket) {
@@ -188,13 +139,13 @@ void nv_sim_end(void)
             free(handle->socket);
         }
     }
-    free(world.pending.items);
-    world.alive = false;
+    free(sim_world.pending.items);
+    sim_world.alive = false;
 }
 
 /* ---- memory the port owns ---- */
 
-static uint64_t hash_iov(const struct nv_op *op)
+uint64_t sim_hash_iov(const struct nv_op *op)
 {
     uint64_t hash = 0xcbf29ce484222325ull ^ op->iov_count;
 
@@ -212,17 +163,17 @@ static uint64_t hash_iov(const struct nv_op *op)
     return hash;
 }
 
-static bool outgoing(const struct nv_op *op)
+bool sim_outgoing(const struct nv_op *op)
 {
     return op->kind == NV_OP_WRITE || op->kind == NV_OP_SEND;
 }
 
-static bool incoming(const struct nv_op *op)
+bool sim_incoming(const struct nv_op *op)
 {
     return op->kind == NV_OP_READ || op->kind == NV_OP_RECV;
 }
 
-static uint64_t total(const struct nv_op *op)
+uint64_t sim_total(const struct nv_op *op)
 {
     uint64_t sum = 0;
 
@@ -260,12 +211,17 @@ static size_t scribble(void *context, uint8_t *bytes, size_t size)
     return size;
 }
 
-static void check_stable(struct nv_op *op)
+void sim_scribble(struct nv_op *op)
 {
-    if (outgoing(op) && hash_iov(op) != state_of(op)->hash)
+    walk(op, 0, SCRIBBLE_MAX, scribble, NULL);
+}
+
+void sim_check_stable(struct nv_op *op)
+{
+    if (sim_outgoing(op) && sim_hash_iov(op) != sim_state_of(op)->hash)
         nv_sim_violation("the bytes of a %s changed while the port owned them (offset %llu, length %llu)",
                          op->kind == NV_OP_WRITE ? "write" : "send", (unsigned long long)op->offset,
-                         (unsigned long long)total(op));
+                         (unsigned long long)sim_total(op));
 }
 
 /* ---- byte queues ---- */
@@ -313,7 +269,7 @@ static bool finish(struct nv_op *op, int64_t result)
 /* Some of the size: 0 or a multiple of the atom. */
 static uint64_t part_of(struct sim_random *random, uint64_t size)
 {
-    uint64_t atom = world.faults.atom ? world.faults.atom : 1;
+    uint64_t atom = sim_world.faults.atom ? sim_world.faults.atom : 1;
 
     return sim_random_below(random, size / atom + 1) * atom;
 }
@@ -322,9 +278,9 @@ static size_t maybe_short(size_t size)
 {
     size_t part;
 
-    if (!sim_random_chance(&world.random, world.faults.short_transfer))
+    if (!sim_random_chance(&sim_world.random, sim_world.faults.short_transfer))
         return size;
-    part = (size_t)part_of(&world.random, size);
+    part = (size_t)part_of(&sim_world.random, size);
     return part ? part : size;
 }
 
@@ -347,7 +303,7 @@ static size_t to_disk(void *context, uint8_t *bytes, size_t size)
 {
     struct disk_cursor *cursor = context;
 
-    sim_disk_write(cursor->disk, cursor->offset, bytes, size, world.time, cursor->mode);
+    sim_disk_write(cursor->disk, cursor->offset, bytes, size, sim_world.time, cursor->mode);
     cursor->offset += size;
     return size;
 }
@@ -355,9 +311,9 @@ static size_t to_disk(void *context, uint8_t *bytes, size_t size)
 static bool do_read(struct nv_op *op, struct sim_disk *disk)
 {
     struct disk_cursor cursor = {.disk = disk, .offset = op->offset};
-    size_t size = (size_t)sim_disk_clip(disk, op->offset, total(op));
+    size_t size = (size_t)sim_disk_clip(disk, op->offset, sim_total(op));
 
-    if (sim_random_chance(&world.random, world.faults.read_error))
+    if (sim_random_chance(&sim_world.random, sim_world.faults.read_error))
         return finish(op, -EIO);
     size = maybe_short(size);
     walk(op, 0, size, from_disk, &cursor);
@@ -368,19 +324,19 @@ static bool do_write(struct nv_op *op, struct sim_disk *disk)
 {
     bool dsync = op->flags & NV_OP_DSYNC;
     struct disk_cursor cursor = {disk, op->offset, dsync ? SIM_WRITE_DURABLE : SIM_WRITE_CACHED};
-    uint64_t wanted = total(op);
+    uint64_t wanted = sim_total(op);
     size_t size = (size_t)sim_disk_clip(disk, op->offset, wanted);
 
     if (size < wanted)
         nv_sim_violation("a write of %llu bytes at %llu goes past the end of its file (%llu)",
                          (unsigned long long)wanted, (unsigned long long)op->offset,
                          (unsigned long long)sim_disk_size(disk));
-    bool fails = sim_random_chance(&world.random, world.faults.write_error);
-    bool sync_fails = dsync && sim_random_chance(&world.random, world.faults.dsync_error);
+    bool fails = sim_random_chance(&sim_world.random, sim_world.faults.write_error);
+    bool sync_fails = dsync && sim_random_chance(&sim_world.random, sim_world.faults.dsync_error);
     if (fails || sync_fails) { /* part of it may have happened */
         cursor.mode = sync_fails ? SIM_WRITE_LOST : SIM_WRITE_CACHED;
-        walk(op, 0, (size_t)part_of(&world.random, size), to_disk, &cursor);
-        return finish(op, sync_fails || sim_random_chance(&world.random, 512) ? -EIO : -ENOSPC);
+        walk(op, 0, (size_t)part_of(&sim_world.random, size), to_disk, &cursor);
+        return finish(op, sync_fails || sim_random_chance(&sim_world.random, 512) ? -EIO : -ENOSPC);
     }
     size = maybe_short(size);
     walk(op, 0, size, to_disk, &cursor);
@@ -389,9 +345,9 @@ static bool do_write(struct nv_op *op, struct sim_disk *disk)
 
 static bool do_sync(struct nv_op *op, struct sim_disk *disk)
 {
-    bool fails = sim_random_chance(&world.random, world.faults.sync_error);
+    bool fails = sim_random_chance(&sim_world.random, sim_world.faults.sync_error);
 
-    sim_disk_sync(disk, state_of(op)->entered_at, fails);
+    sim_disk_sync(disk, sim_state_of(op)->entered_at, fails);
     return finish(op, fails ? -EIO : 0);
 }
 
@@ -399,17 +355,17 @@ static bool do_zero(struct nv_op *op, struct sim_disk *disk)
 {
     bool punch = op->kind == NV_OP_PUNCH;
 
-    if (punch ? world.faults.no_punch : world.faults.no_zero_range)
+    if (punch ? sim_world.faults.no_punch : sim_world.faults.no_zero_range)
         return finish(op, -EOPNOTSUPP);
     if (sim_disk_clip(disk, op->offset, op->length) != op->length)
         nv_sim_violation("zeros of %llu bytes at %llu go past the end of their file", (unsigned long long)op->length,
                          (unsigned long long)op->offset);
-    bool fails = sim_random_chance(&world.random, world.faults.punch_error);
-    uint64_t size = fails ? part_of(&world.random, op->length) : op->length;
+    bool fails = sim_random_chance(&sim_world.random, sim_world.faults.punch_error);
+    uint64_t size = fails ? part_of(&sim_world.random, op->length) : op->length;
     if (punch && size)
-        sim_disk_punch(disk, op->offset, size, world.time);
+        sim_disk_punch(disk, op->offset, size, sim_world.time);
     else
-        sim_disk_write(disk, op->offset, NULL, size, world.time, SIM_WRITE_CACHED);
+        sim_disk_write(disk, op->offset, NULL, size, sim_world.time, SIM_WRITE_CACHED);
     return finish(op, fails ? -EIO : 0);
 }
 
@@ -418,7 +374,7 @@ static bool do_extents(struct nv_op *op, struct sim_disk *disk)
     uint64_t at = op->offset, end = op->offset + sim_disk_clip(disk, op->offset, op->length);
     uint32_t count = 0;
 
-    if (sim_random_chance(&world.random, world.faults.read_error))
+    if (sim_random_chance(&sim_world.random, sim_world.faults.read_error))
         return finish(op, -EIO);
     for (bool hole; at < end && count < op->extents_max; count++) {
         uint64_t length = sim_disk_extent(disk, at, end - at, &hole);
@@ -430,52 +386,52 @@ static bool do_extents(struct nv_op *op, struct sim_disk *disk)
 
 static bool do_recv(struct nv_op *op, struct sim_socket *socket)
 {
-    struct op_state *state = state_of(op);
-    size_t left = (size_t)(total(op) - state->moved);
+    struct op_state *state = sim_state_of(op);
+    size_t left = (size_t)(sim_total(op) - state->moved);
     size_t size = left < socket->to_server.size ? left : socket->to_server.size;
 
     if (socket->client_reset)
         return finish(op, state->moved ? (int64_t)state->moved : -ECONNRESET);
     if (size == 0)
         return finish(op, (int64_t)state->moved); /* the end of the stream */
-    if (sim_random_chance(&world.random, 256))
-        size = 1 + (size_t)sim_random_below(&world.random, size);
+    if (sim_random_chance(&sim_world.random, 256))
+        size = 1 + (size_t)sim_random_below(&sim_world.random, size);
     state->moved += walk(op, state->moved, size, queue_pull, &socket->to_server);
-    if ((op->flags & NV_OP_WHOLE) && state->moved < total(op))
+    if ((op->flags & NV_OP_WHOLE) && state->moved < sim_total(op))
         return false;
     return finish(op, (int64_t)state->moved);
 }
 
 static bool do_send(struct nv_op *op, struct sim_socket *socket)
 {
-    struct op_state *state = state_of(op);
+    struct op_state *state = sim_state_of(op);
 
     if (socket->client_closed || socket->server_shut)
         return finish(op, state->moved ? (int64_t)state->moved : -EPIPE);
-    size_t left = (size_t)(total(op) - state->moved);
-    if (left > 1 && sim_random_chance(&world.random, 256))
-        left = 1 + (size_t)sim_random_below(&world.random, left);
+    size_t left = (size_t)(sim_total(op) - state->moved);
+    if (left > 1 && sim_random_chance(&sim_world.random, 256))
+        left = 1 + (size_t)sim_random_below(&sim_world.random, left);
     state->moved += walk(op, state->moved, left, queue_push, &socket->to_client);
-    return state->moved < total(op) ? false : finish(op, (int64_t)state->moved);
+    return state->moved < sim_total(op) ? false : finish(op, (int64_t)state->moved);
 }
 
 static bool can_go_on(struct nv_op *op)
 {
-    if (state_of(op)->not_before_ns > world.clock_ns)
+    if (sim_state_of(op)->not_before_ns > sim_world.clock_ns)
         return false;
     if (op->kind != NV_OP_RECV && op->kind != NV_OP_SEND)
         return true;
-    const struct sim_socket *socket = world.handles[op->handle].socket;
+    const struct sim_socket *socket = sim_world.handles[op->handle].socket;
     if (op->kind == NV_OP_RECV)
         return socket->to_server.size > 0 || socket->client_shut || socket->server_shut;
     return socket->to_client.size < socket->to_client.capacity || socket->client_closed || socket->server_shut;
 }
 
-static bool perform(struct nv_op *op)
+bool sim_perform(struct nv_op *op)
 {
-    struct handle *handle = op->kind == NV_OP_TIMER ? NULL : &world.handles[op->handle];
+    struct handle *handle = op->kind == NV_OP_TIMER ? NULL : &sim_world.handles[op->handle];
 
-    world.time++;
+    sim_world.time++;
     switch (op->kind) {
     case NV_OP_READ:
         return do_read(op, handle->disk);
@@ -497,26 +453,26 @@ static bool perform(struct nv_op *op)
     }
 }
 
-static void make_ready(struct nv_op *op)
+void sim_make_ready(struct nv_op *op)
 {
     if (op->kind != NV_OP_TIMER)
-        world.handles[op->handle].operations--;
-    list_add(&state_of(op)->io->ready, op);
+        sim_world.handles[op->handle].operations--;
+    sim_list_add(&sim_state_of(op)->io->ready, op);
 }
 
 bool nv_sim_step(void)
 {
-    size_t count = world.pending.count, start = (size_t)sim_random_below(&world.random, count);
+    size_t count = sim_world.pending.count, start = (size_t)sim_random_below(&sim_world.random, count);
 
-    world.clock_ns += sim_random_below(&world.random, TURN_NS);
+    sim_world.clock_ns += sim_random_below(&sim_world.random, TURN_NS);
     for (size_t i = 0; i < count; i++) {
         size_t index = (start + i) % count;
-        struct nv_op *op = world.pending.items[index];
+        struct nv_op *op = sim_world.pending.items[index];
         if (!can_go_on(op))
             continue;
-        if (perform(op)) {
-            list_take(&world.pending, index);
-            make_ready(op);
+        if (sim_perform(op)) {
+            sim_list_take(&sim_world.pending, index);
+            sim_make_ready(op);
         }
         return true;
     }
@@ -527,21 +483,21 @@ bool nv_sim_advance(void)
 {
     uint64_t next_ns = UINT64_MAX;
 
-    for (size_t i = 0; i < world.pending.count; i++) {
-        uint64_t at_ns = state_of(world.pending.items[i])->not_before_ns;
-        if (at_ns > world.clock_ns && at_ns < next_ns)
+    for (size_t i = 0; i < sim_world.pending.count; i++) {
+        uint64_t at_ns = sim_state_of(sim_world.pending.items[i])->not_before_ns;
+        if (at_ns > sim_world.clock_ns && at_ns < next_ns)
             next_ns = at_ns;
     }
     if (next_ns == UINT64_MAX)
         return false;
-    world.clock_ns = next_ns;
+    sim_world.clock_ns = next_ns;
     return true;
 }
 
 /* Each sector of a write in flight may or may not have reached the disk. */
 static void tear(struct nv_op *op, struct sim_disk *disk, struct sim_random *random)
 {
-    uint64_t end = op->offset + total(op);
+    uint64_t end = op->offset + sim_total(op);
 
     for (uint64_t at = op->offset; at < end;) {
         uint64_t part = SIM_SECTOR - at % SIM_SECTOR;
@@ -555,16 +511,17 @@ static void tear(struct nv_op *op, struct sim_disk *disk, struct sim_random *ran
 
 void nv_sim_crash(int file, bool cache_survives, struct sim_random *random, uint8_t *image)
 {
-    struct sim_disk *disk = handle_of(file, HANDLE_FILE)->disk;
+    struct sim_disk *disk = sim_handle_of(file, HANDLE_FILE)->disk;
 
-    for (size_t i = 0; i < world.pending.count; i++) {
-        struct nv_op *op = world.pending.items[i];
-        if (op->kind == NV_OP_TIMER || world.handles[op->handle].disk != disk)
+    for (size_t i = 0; i < sim_world.pending.count; i++) {
+        struct nv_op *op = sim_world.pending.items[i];
+        if (op->kind == NV_OP_TIMER || sim_world.handles[op->handle].disk != disk)
             continue;
         if (op->kind == NV_OP_WRITE)
             tear(op, disk, random);
         else if ((op->kind == NV_OP_ZERO || op->kind == NV_OP_PUNCH) && sim_random_chance(random, 512))
-            sim_disk_write(disk, op->offset, NULL, (size_t)part_of(random, op->length), world.time, SIM_WRITE_CACHED);
+            sim_disk_write(disk, op->offset, NULL, (size_t)part_of(random, op->length), sim_world.time,
+                           SIM_WRITE_CACHED);
     }
     if (cache_survives)
         sim_disk_read(disk, 0, image, sim_disk_size(disk));
@@ -576,7 +533,7 @@ void nv_sim_crash(int file, bool cache_survives, struct sim_random *random, uint
 
 static struct sim_socket *socket_of(int socket)
 {
-    struct sim_socket *found = world.handles[socket].socket;
+    struct sim_socket *found = sim_world.handles[socket].socket;
 
     assert(found);
     return found;
@@ -617,225 +574,3 @@ void nv_sim_client_close(int socket, bool reset)
         at->to_server.size = 0;
 }
 
-/* ---- the port ---- */
-
-int nv_io_create(const struct nv_io_config *config, struct nv_io **io, struct nv_io_features *features)
-{
-    (void)config;
-    *features = (struct nv_io_features){0};
-    *io = calloc(1, sizeof **io);
-    return *io ? 0 : -ENOMEM;
-}
-
-void nv_io_destroy(struct nv_io *io)
-{
-    if (io->staged.count || io->ready.count)
-        nv_sim_violation("a port is destroyed with %zu operations not completed", io->staged.count + io->ready.count);
-    for (size_t i = 0; i < world.pending.count; i++)
-        if (state_of(world.pending.items[i])->io == io)
-            nv_sim_violation("a port is destroyed with an operation of kind %u pending", world.pending.items[i]->kind);
-    free(io->staged.items);
-    free(io->ready.items);
-    free(io);
-}
-
-static uint64_t delay_ns(void)
-{
-    if (sim_random_chance(&world.random, world.faults.stall))
-        return sim_random_below(&world.random, 2000000000u);
-    if (sim_random_chance(&world.random, world.faults.delay))
-        return sim_random_below(&world.random, 10000000u);
-    return 0;
-}
-
-static void check_direct(const struct nv_op *op, uint32_t align)
-{
-    uint64_t bits = op->offset;
-
-    if (op->kind != NV_OP_READ && op->kind != NV_OP_WRITE)
-        return;
-    for (unsigned i = 0; i < op->iov_count; i++)
-        bits |= (uint64_t)(uintptr_t)op->iov[i].iov_base | op->iov[i].iov_len;
-    if (bits & (align - 1))
-        nv_sim_violation("an operation at %llu of %llu bytes is not aligned to %u", (unsigned long long)op->offset,
-                         (unsigned long long)total(op), align);
-}
-
-static void check_operation(struct nv_op *op)
-{
-    struct handle *handle;
-
-    assert(op->done && op->kind >= NV_OP_READ && op->kind <= NV_OP_TIMER);
-    if (op->kind == NV_OP_TIMER)
-        return;
-    handle = handle_of(op->handle, op->kind == NV_OP_RECV || op->kind == NV_OP_SEND ? HANDLE_SOCKET : HANDLE_FILE);
-    handle->operations++;
-    if (handle->align > 1)
-        check_direct(op, handle->align);
-    if ((incoming(op) || outgoing(op)) && total(op) == 0)
-        nv_sim_violation("an operation of kind %u moves no bytes", op->kind);
-}
-
-void nv_io_submit(struct nv_io *io, struct nv_op *op)
-{
-    struct op_state *state = state_of(op);
-
-    check_operation(op);
-    *state = (struct op_state){.io = io};
-    if (outgoing(op))
-        state->hash = hash_iov(op);
-    if (incoming(op))
-        walk(op, 0, SCRIBBLE_MAX, scribble, NULL);
-    io->submissions++;
-    if (op->kind == NV_OP_READ && (op->flags & NV_OP_TRY_NOW) && sim_random_chance(&world.random, 512)) {
-        if (sim_random_chance(&world.random, 64))
-            op->flags |= NV_OP_NOW_UNSUPPORTED;
-        perform(op);
-        make_ready(op);
-        return;
-    }
-    list_add(&io->staged, op);
-}
-
-void nv_io_enter(struct nv_io *io)
-{
-    if (io->staged.count)
-        io->enters++;
-    for (size_t i = 0; i < io->staged.count; i++) {
-        struct nv_op *op = io->staged.items[i];
-        struct op_state *state = state_of(op);
-        state->entered_at = world.time + 1; /* after every effect so far */
-        state->not_before_ns = world.clock_ns + (op->kind == NV_OP_TIMER ? op->length : delay_ns());
-        list_add(&world.pending, op);
-    }
-    io->staged.count = 0;
-}
-
-unsigned nv_io_run(struct nv_io *io)
-{
-    struct op_list batch = io->ready;
-    unsigned ran = 0;
-
-    io->ready = (struct op_list){0};
-    while (batch.count) {
-        struct nv_op *op = list_take(&batch, (size_t)sim_random_below(&world.random, batch.count));
-        check_stable(op);
-        if (op->kind == NV_OP_SYNC && op->result < 0)
-            world.syncs_failed++;
-        op->done(op);
-        ran++;
-    }
-    free(batch.items);
-    return ran;
-}
-
-void nv_io_cancel(struct nv_io *io, struct nv_op *op)
-{
-    (void)io;
-    for (size_t i = 0; i < world.pending.count; i++)
-        if (world.pending.items[i] == op) {
-            list_take(&world.pending, i);
-            op->result = -ECANCELED;
-            make_ready(op);
-            return;
-        }
-}
-
-bool nv_io_ready(struct nv_io *io)
-{
-    return io->ready.count || io->staged.count;
-}
-
-void nv_io_sleep_begin(struct nv_io *io)
-{
-    (void)io;
-}
-
-/* Sleeping is the simulation's business: it runs a reactor's next turn when it likes. */
-void nv_io_sleep(struct nv_io *io, uint64_t timeout_ns)
-{
-    (void)timeout_ns;
-    nv_io_enter(io);
-}
-
-void nv_io_sleep_end(struct nv_io *io)
-{
-    (void)io;
-}
-
-void nv_io_wake(struct nv_io *io)
-{
-    (void)io;
-}
-
-uint64_t nv_io_now_ns(struct nv_io *io)
-{
-    (void)io;
-    return world.clock_ns;
-}
-
-void nv_io_counts(const struct nv_io *io, uint64_t *submissions, uint64_t *enters)
-{
-    *submissions = io->submissions;
-    *enters = io->enters;
-}
-
-/* ---- handles ---- */
-
-nv_handle nv_io_open_file(int fd)
-{
-    const struct handle *file = handle_of(fd, HANDLE_FILE);
-
-    return add_handle((struct handle){.kind = HANDLE_FILE, .disk = file->disk, .align = file->align});
-}
-
-nv_handle nv_io_open_socket(int fd)
-{
-    handle_of(fd, HANDLE_SOCKET);
-    return fd;
-}
-
-void nv_io_close(nv_handle number)
-{
-    struct handle *handle = number >= 3 && number < world.handle_count ? &world.handles[number] : NULL;
-
-    if (!handle || handle->kind == HANDLE_CLOSED)
-        nv_sim_violation("handle %d is closed, but is not open", number);
-    if (handle->operations)
-        nv_sim_violation("handle %d is closed with %u operations in flight", number, handle->operations);
-    handle->kind = HANDLE_CLOSED;
-    if (handle->socket)
-        handle->socket->server_closed = true;
-}
-
-void nv_io_shutdown(nv_handle number)
-{
-    handle_of(number, HANDLE_SOCKET)->socket->server_shut = true;
-}
-
-bool nv_io_hung_up(nv_handle number)
-{
-    return handle_of(number, HANDLE_SOCKET)->socket->client_shut;
-}
-
-/* ---- the bell: the simulation looks at events after every step, nobody needs to be woken ---- */
-
-int nv_bell_create(void)
-{
-    return 0;
-}
-
-void nv_bell_ring(int bell)
-{
-    (void)bell;
-}
-
-void nv_bell_silence(int bell)
-{
-    (void)bell;
-}
-
-void nv_bell_destroy(int bell)
-{
-    (void)bell;
-}
