@@ -1,7 +1,7 @@
 """Sockets for the kernel's nbd driver: connected, haggled up to the transmission phase, and watched for their end.
 
-A `Link` shares its socket with the kernel: the kernel reads and writes it, we only see it hang up and can hang
-it up. Nothing here reads a byte after the haggling.
+A `Link` shares its socket with the kernel: the kernel reads and writes it, we only see it hang up. Nothing here
+reads a byte after the haggling.
 """
 
 from __future__ import annotations
@@ -45,13 +45,8 @@ class Link:
         value = self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL.size)
         return _TIMEVAL.unpack(value) != (0, 0)
 
-    def close(self, *, hang_up: bool) -> None:
-        """Forget the socket; with `hang_up` end the connection for the kernel too."""
-        if hang_up:
-            try:
-                self.socket.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass  # it has ended already
+    def close(self) -> None:
+        """Close our side; the connection ends unless the kernel uses it."""
         self.socket.close()
 
 

@@ -67,8 +67,8 @@ class Keeper:
         self._save = save
         self._sleep = sleep
         self._links: list[Link] = []
-        self._unseen = 0  # sockets in the kernel that an earlier keeper dialled
-        self._offer = False  # the kernel said that a socket died
+        self._lost = 0  # sockets of ours that died and are not replaced yet
+        self._offer = False  # one of an earlier keeper's may have died
         self._wake = asyncio.Event()
         self._epoll = select.epoll()
         self._attachment: Attachment | None = None
@@ -115,7 +115,6 @@ class Keeper:
 
     def take_over(self, attachment: Attachment) -> Attachment:
         """Go on with a device whose keeper died."""
-        self._unseen = attachment.connections
         self._offer = True
         return self._record(attachment.model_copy(update={"keeper_pid": os.getpid()}))
 
@@ -143,7 +142,7 @@ class Keeper:
     def close(self) -> None:
         """Close our side of every socket; the kernel's side works on."""
         for link in list(self._links):
-            self._forget(link, hang_up=False)
+            self._forget(link)
         self._epoll.close()
 
     async def _step(self) -> None:
@@ -153,38 +152,34 @@ class Keeper:
             await self._follow((await self._dialer.inspect()).size)
 
     def _whole(self) -> bool:
-        return not self._offer and not any(link.hung_up() for link in self._links)
+        return not self._lost and not self._offer and not any(link.hung_up() for link in self._links)
 
     async def _repair(self) -> None:
-        """Replace every dead socket; leaves `_offer` set when one could not be placed yet."""
+        """Replace every dead socket, or as many as the kernel takes now."""
         self._offer = False
         for link in [link for link in self._links if link.hung_up()]:
-            self._forget(link, hang_up=True)
-        missing = self.attachment.connections - len(self._links)
-        if missing == 0:
-            return
-        dead_for_sure = missing - self._unseen
+            self._forget(link)
+            self._lost += 1
         fresh: list[Link] = []
         try:
-            link, info = await self._dial()
-            fresh.append(link)
-            while len(fresh) < missing:
+            size = self.attachment.size
+            while len(self._links) + len(fresh) < self.attachment.connections:
                 link, info = await self._dial()
                 fresh.append(link)
-            await self._place(fresh, at_least=dead_for_sure)
+                size = info.size
+            await self._place(fresh, at_least=self._lost)
         finally:
+            placed = sum(link in self._links for link in fresh)
+            self._lost = max(self._lost - placed, 0)
             for link in fresh:
-                if not link.taken():
-                    link.close(hang_up=True)
-        placed = sum(link in self._links for link in fresh)
-        self._offer = placed < dead_for_sure
-        self._unseen = min(self._unseen, missing - placed)
+                if link not in self._links:
+                    link.close()
         log.info("reconnected", device=self.attachment.device, sockets=placed, of=self.attachment.connections)
-        await self._follow(info.size)
+        await self._follow(size)
 
     async def _place(self, fresh: list[Link], *, at_least: int) -> None:
         """Offer sockets until the kernel has taken `at_least` so many; those taken are watched."""
-        waiting = fresh
+        waiting = list(fresh)
         for _ in range(int(TAKE_LIMIT_S / TAKE_POLL_S)):
             try:
                 await self._reconfigure(fds=[link.fileno() for link in waiting])
@@ -244,8 +239,9 @@ class Keeper:
 
     async def _listen(self) -> None:
         while True:
-            if await self._kernel.link_dead() == self.attachment.index:
-                self._offer = self._offer or self._unseen > 0
+            ours = await self._kernel.link_dead() == self.attachment.index
+            if ours and len(self._links) + self._lost < self.attachment.connections:
+                self._offer = True
                 self._wake.set()
 
     async def _wait(self, limit_s: float) -> None:
@@ -259,10 +255,10 @@ class Keeper:
         self._links.append(link)
         self._epoll.register(link.fileno(), select.EPOLLRDHUP)
 
-    def _forget(self, link: Link, *, hang_up: bool) -> None:
+    def _forget(self, link: Link) -> None:
         self._links.remove(link)
         self._epoll.unregister(link.fileno())  # closing is not enough: the kernel's driver holds the socket too
-        link.close(hang_up=hang_up)
+        link.close()
 
     def _record(self, attachment: Attachment) -> Attachment:
         self._attachment = attachment

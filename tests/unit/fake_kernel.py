@@ -125,7 +125,7 @@ class FakeServer:
     flags: int = FLAGS
     block_min: int = 1
     entered: list[asyncio.StreamWriter] = field(default_factory=list)
-    visits: int = 0
+    granted: int = 0
     _server: asyncio.Server | None = None
 
     async def start(self) -> None:
@@ -146,7 +146,6 @@ class FakeServer:
         await self.start()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.visits += 1
         try:
             writer.write(struct.pack(">QQH", 0x4E42444D41474943, 0x49484156454F5054, 3))
             await reader.readexactly(4)
@@ -160,6 +159,7 @@ class FakeServer:
                 for kind, body in ((3, export), (3, sizes), (1, b"")):
                     writer.write(struct.pack(">QIII", REPLY_MAGIC, option, kind, len(body)) + body)
                 if option == 7:
+                    self.granted += 1
                     self.entered.append(writer)
                     await reader.read()
                     break

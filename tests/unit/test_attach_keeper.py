@@ -146,12 +146,19 @@ async def test_a_refused_device_leaves_nothing(index: int | None, refusal: int, 
         assert not at.saved
 
 
-async def test_a_restarted_server_gets_every_connection_back() -> None:
+async def test_a_restarted_server_gets_every_connection_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keeper_module, "SIZE_POLL_S", 60.0)  # the hang-up alone wakes it
     async with bench() as at:
-        await at.attached()
+        keeper = await at.attached()
+        await asyncio.sleep(0.05)
         await at.server.restart()
         await until(lambda: at.kernel.alive() == 3, "three sockets live again")
         await until(lambda: len(at.server.entered) == 3, "the server has three connections")
+        await until(keeper._whole, "it knows that nothing is missing")
+        monkeypatch.setattr(keeper_module, "SIZE_POLL_S", 0.05)
+        at.server.entered[0].transport.abort()  # wakes it
+        at.server.size = 3 << 20
+        await until(lambda: at.kernel.devices[0].size == 3 << 20, "it is back to following the size")
 
 
 async def test_one_dead_connection_is_replaced_and_the_others_are_left_alone() -> None:
@@ -172,6 +179,7 @@ async def test_sockets_are_offered_until_the_kernel_has_seen_the_death() -> None
         await at.server.restart()
         await until(lambda: at.kernel.alive() == 3, "three sockets live again")
         assert at.kernel.offers > 4
+        assert at.server.granted == 6, "the same sockets are offered again, no others are dialled"
         await until(lambda: len(at.server.entered) == 3, "every dialled connection is in use")
 
 
@@ -189,9 +197,10 @@ async def test_a_kernel_that_never_sees_it_costs_no_connections(monkeypatch: pyt
 
 async def test_a_server_that_is_away_for_long_is_found_again() -> None:
     async with bench() as at:
-        await at.attached()
+        keeper = await at.attached()
         await at.server.stop()
         await asyncio.sleep(0.3)
+        assert keeper._epoll.poll(0) == [], "dead sockets that the kernel still holds do not keep it awake"
         assert at.kernel.alive() == 0
         await at.server.start()
         await until(lambda: at.kernel.alive() == 3, "three sockets live again")
