@@ -124,7 +124,7 @@ def fio_sample(report: fio.Report, peer: str, turn: int, cost: usage.Usage | Non
 def _fio(arguments: list[str], environment: dict[str, str], limit_s: float) -> fio.Report:
     with tempfile.TemporaryDirectory(prefix="nvfio") as folder:
         out = Path(folder) / "out.json"
-        command = ["fio", "--output-format=json", f"--output={out}", *arguments]
+        command = ["fio", "--output-format=json", f"--output={out}", f"--aux-path={folder}", *arguments]
         _run(command, limit_s, {**os.environ, **environment})
         try:
             return fio.parse_file(out)

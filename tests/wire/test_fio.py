@@ -18,7 +18,7 @@ def fio(folder: Path, uri: str, **options: str | int) -> list[dict[str, object]]
     job = folder / "job.fio"
     lines = [f"{key}={value}" for key, value in settings.items()]
     job.write_text("\n".join(["[global]", *lines, "[job]", ""]))
-    done = run([need("fio", "fio"), "--output-format=json", job], timeout_s=100)
+    done = run([need("fio", "fio"), "--output-format=json", f"--aux-path={folder}", job], timeout_s=100)
     jobs: list[dict[str, object]] = json.loads(done.stdout[done.stdout.index("{") :])["jobs"]
     assert all(job["error"] == 0 for job in jobs), jobs
     return jobs
