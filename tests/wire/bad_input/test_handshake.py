@@ -441,6 +441,29 @@ def test_many_silent_clients_do_not_lock_others_out(shared: SharedFarm) -> None:
             stream.close()
 
 
+def test_a_flood_on_one_vms_socket_is_no_other_vms_trouble(shared: SharedFarm) -> None:
+    pid = shared.filter_pid()
+    before = open_files(pid)
+    flood = []
+    try:
+        for _ in range(600):
+            try:
+                flood.append(Stream.connect(shared.socket("vm3"), timeout_s=0.2))
+            except OSError:
+                break  # the queue is full: that is push-back, too
+        begun = time.monotonic()
+        with shared.open("root", vm="vm2") as nbd, shared.open("root") as other:
+            nbd.write(0, b"calm")
+            assert nbd.read(0, 4) == b"calm" and len(other.read(0, 4096)) == 4096
+        assert time.monotonic() - begun < 3
+    finally:
+        for stream in flood:
+            stream.close()
+    with shared.open("only", vm="vm3", wait_s=15) as nbd:
+        nbd.read(0, 4096)
+    wait_until("all files of the flood are closed", lambda: open_files(pid) <= before + 2, 15)
+
+
 def test_exports_of_another_vm_are_unknown(haggle: Haggle) -> None:
     for name in ("private", "vm2/private", "vm2/root", "../vm2/private"):
         with pytest.raises(OptionRefused) as caught:
