@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import dataclasses
 import errno
 import json
 import os
@@ -82,8 +83,11 @@ def run_attach(
     returns when the device was disconnected or the process is told to stop (which leaves the device).
     An attachment whose keeper died is taken over. Raises NvError: NO_KERNEL_NBD with the lines that work
     instead, EXISTS, BUSY, DENIED, INVALID, UNSUPPORTED, UNAVAILABLE, NOT_FOUND, TIMEOUT."""
+    where = parse_uri(uri)
+    if where.socket is not None:  # the keeper works in another directory
+        where = dataclasses.replace(where, socket=str(Path(where.socket).absolute()))
     order = Order(
-        uri=uri, name=name or parse_uri(uri).name, identity=identity, device=device, connections=connections,
+        uri=str(where), name=name or where.name, identity=identity, device=device, connections=connections,
         dead_timeout_s=dead_timeout_s, request_timeout_s=request_timeout_s, run_dir=run_dir.absolute(),
     )  # fmt: skip
     _check(order)

@@ -140,6 +140,14 @@ def test_a_kernel_without_the_driver_gets_lines_that_work(tmp_path: Path) -> Non
     assert "nbd-client -unix /run/vms/vm1.sock -N root /dev/nbd0" in refused.value.hint
 
 
+@pytest.mark.usefixtures("no_driver")
+def test_a_relative_socket_is_the_callers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(NvError) as refused:
+        attach(tmp_path, "nbd+unix:///root?socket=run/vms/vm1.sock")
+    assert f"server.path={tmp_path}/run/vms/vm1.sock," in refused.value.hint
+
+
 def test_the_lines_quote_what_a_shell_or_qemu_would_split() -> None:
     lines = other_ways(NbdUri("my disk,1", host="10.0.0.1", port=10810))
     assert "server.type=inet,server.host=10.0.0.1,server.port=10810,export=my disk,,1" in lines
