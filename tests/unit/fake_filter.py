@@ -90,6 +90,8 @@ class FakeFilter:
         self.state = link.HostState(host=host)
         self.serving: dict[str, link.VVolSpec] = {}
         self.heard: list[Any] = []
+        self.leaving: set[str] = set()
+        """Taken away by control but not drained yet."""
         self.hold_release = False
         self.hold_work: set[str] = set()
         """Kinds of orders that are begun but not answered."""
@@ -141,7 +143,9 @@ class FakeFilter:
         self._tasks.clear()
 
     async def die(self) -> None:
-        """The process ends: nothing of it works on."""
+        """The process ends: nothing of it works or serves on."""
+        self.serving.clear()
+        self.leaving.clear()
         for work in self._working:
             work.cancel()
         await asyncio.gather(*self._working, return_exceptions=True)
@@ -175,11 +179,10 @@ class FakeFilter:
 
     async def _follow(self, wanted: dict[str, Any], revision: int, *, whole: bool) -> None:
         gone = [u for u in self.serving if u not in wanted] if whole else [u for u, spec in wanted.items() if not spec]
-        for key in gone:
-            held = self.serving.get(key)
-            if held is not None and not self.hold_release:
-                del self.serving[key]
-                await self.say(link.Released(uuid=key, epoch=held.epoch))
+        self.leaving |= {key for key in gone if key in self.serving}
+        self.leaving -= {key for key, spec in wanted.items() if spec is not None}
+        if not self.hold_release:
+            await self.release()
         fresh = [spec for spec in wanted.values() if spec is not None]
         for spec in fresh:
             self.on_serve(self, spec)
@@ -189,11 +192,12 @@ class FakeFilter:
         await self.say(link.Applied(revision=revision))
 
     async def release(self) -> None:
-        """Say now what was held back."""
+        """Drain what control took away, and say so."""
         self.hold_release = False
-        for key, held in list(self.serving.items()):
-            del self.serving[key]
+        for key in sorted(self.leaving):
+            held = self.serving.pop(key)
             await self.say(link.Released(uuid=key, epoch=held.epoch))
+        self.leaving.clear()
 
     async def _report(self, specs: Any) -> None:
         reports = [
