@@ -135,11 +135,12 @@ class ExportTable:
         return self._exports.get(uuid)
 
     def held(self) -> list[Held]:
-        """What the data plane still has, also while it drains."""
+        """What runs or drains, and what control wanted and may run any moment: control gives neither to others."""
+        specs = [export.running.spec if export.running else export.wanted for export in self._exports.values()]
         return [
-            Held(uuid=e.uuid, epoch=r.spec.epoch, generation=r.spec.generation, map_version=r.spec.map_version)
-            for e in self._exports.values()
-            if (r := e.running) is not None
+            Held(uuid=spec.uuid, epoch=spec.epoch, generation=spec.generation, map_version=spec.map_version)
+            for spec in specs
+            if spec is not None
         ]
 
     def reports(self) -> list[ExportReport]:
@@ -175,6 +176,8 @@ class ExportTable:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
         export.wanted = wanted
+        if wanted is not None:  # an epoch that was named is released by its number, even if it never ran
+            export.highest_epoch = max(export.highest_epoch, wanted.epoch)
         export.settled.clear()
         export.changed.set()
         return export
@@ -301,7 +304,7 @@ class ExportTable:
         await self._plane.close_volume(running.volume)
         await self._make_durable(running)
         export.running = None
-        self._reporter.released(export.uuid, running.spec.epoch)
+        self._reporter.released(export.uuid, export.highest_epoch if export.wanted is None else running.spec.epoch)
         await self._release(running.objects)
 
     async def _make_durable(self, running: _Running) -> None:
