@@ -107,7 +107,7 @@ class Farm:
         self._seen.update(children(self.up.pid))
 
     def start_split(self) -> None:
-        """Control and the filter as processes of their own, the farm applied, every VVol bound."""
+        """Control and the filter as processes of their own, the farm applied, every VVol served."""
         self.start_control()
         farm = farmfile.load(self.file).model_dump(mode="json", by_alias=True)
         self.api("POST", "/v1/apply", {"farm": farm})
@@ -115,6 +115,7 @@ class Farm:
         for vm, config in self.spec["vms"].items():
             for name in config["vvols"]:
                 self.wait_bound(f"{vm}/{name}", START_S)
+                self.open(name, vm=vm, wait_s=START_S).disconnect()
 
     def start_control(self, timeout_s: float = START_S) -> Process:
         """Start `nbdvvol control` alone and wait until its API answers."""
