@@ -42,6 +42,13 @@ static struct client_request *find(struct client *client, uint64_t cookie)
 
 /* ---- is this the right verdict? ---- */
 
+/* A write where nothing is stored: the place of the map fault, which is an error until it is built. */
+static bool lacks_storage(const struct client *client, const struct client_request *request)
+{
+    return request->type == COMMAND_WRITE && request->offset < client->rules->zero_to &&
+           request->offset + request->length > client->rules->zero_from;
+}
+
 static bool fair_error(const struct client *client, const struct client_request *request, int error)
 {
     const struct client_rules *rules = client->rules;
@@ -50,7 +57,8 @@ static bool fair_error(const struct client *client, const struct client_request 
 
     switch (error) {
     case EIO:
-        return (rules->io_errors && request->type != COMMAND_FLUSH && request->type != COMMAND_CACHE) ||
+        return lacks_storage(client, request) ||
+               (rules->io_errors && request->type != COMMAND_FLUSH && request->type != COMMAND_CACHE) ||
                (rules->sync_errors && durable);
     case ENOSPC:
         return rules->io_errors && changes;
@@ -75,6 +83,9 @@ static void judge_verdict(const struct client *client, const struct client_reque
         nv_sim_violation("connection %u: command %u flags %#x offset %llu length %llu got error %d for no reason",
                          client->id, request->type, request->flags, (unsigned long long)request->offset,
                          (unsigned long long)request->length, error);
+    if (!error && lacks_storage(client, request))
+        nv_sim_violation("connection %u: a write of %llu bytes at %llu, where nothing is stored, succeeded", client->id,
+                         (unsigned long long)request->length, (unsigned long long)request->offset);
     if (!error && request->must_fail && request->clears == client->rules->clears)
         nv_sim_violation("connection %u: command %u was called durable after a sync had failed", client->id,
                          request->type);

@@ -21,6 +21,7 @@ struct client_rules {           /* what the scenario allows, shared by its clien
     uint32_t cell_bytes;
     uint32_t block_min;         /* of the volume: what is no multiple of it is EINVAL */
     uint64_t cells;             /* the volume's size as every client may know it */
+    uint64_t zero_from, zero_to; /* bytes that have no storage: a write there fails */
     uint32_t cells_max;         /* longest request */
     bool io_errors;             /* reads and writes may fail */
     bool sync_errors;

@@ -410,8 +410,9 @@ static void live(struct life *life, bool last)
     life->rules->growing = life->rules->cells < scenario->cells_final; /* past the end may soon not be */
     boot(life);
     if (life->rules->trace)
-        printf("-- life %u: %u reactors, cells of %u bytes, blocks of %u, %u runs\n", where.life, scenario->reactors,
-               scenario->cell_bytes, scenario->block_min, scenario->run_count);
+        printf("-- life %u: %u reactors, cells of %u bytes, blocks of %u, %u runs, zeros in %llu..%llu\n", where.life,
+               scenario->reactors, scenario->cell_bytes, scenario->block_min, scenario->run_count,
+               (unsigned long long)scenario->zero_from, (unsigned long long)scenario->zero_to);
     if (last) {
         struct nv_sim_faults none = {.atom = 0};
         nv_sim_set_faults(&none);
@@ -444,6 +445,8 @@ static uint64_t run_seed(uint64_t seed, bool trace)
         .cell_bytes = scenario.cell_bytes,
         .block_min = scenario.block_min,
         .cells = scenario.cells_first,
+        .zero_from = scenario.zero_from,
+        .zero_to = scenario.zero_to,
         .cells_max = 128,
         .io_errors = scenario.faults.read_error || scenario.faults.write_error || scenario.faults.punch_error,
         .sync_errors = scenario.faults.sync_error || scenario.faults.dsync_error ||

@@ -69,6 +69,12 @@ static void draw_runs(struct scenario *scenario)
         scenario->meta[i].offset = scenario->disk_size[i] - SIM_BLOCK;
     }
     assert(scenario->run_count <= SCENARIO_RUNS);
+    if (scenario->run_count > 1 && chance(scenario, 200)) {
+        struct scenario_run *run = &scenario->runs[below(scenario, scenario->run_count)];
+        run->state = NV_RUN_ZERO;
+        scenario->zero_from = run->offset;
+        scenario->zero_to = run->offset + run->length;
+    }
 }
 
 static void make_images(struct scenario *scenario)
@@ -80,7 +86,9 @@ static void make_images(struct scenario *scenario)
         memset(scenario->image[i] + scenario->meta[i].offset, 0, META_BYTES);
     }
     for (uint32_t i = 0; i < scenario->run_count; i++)
-        memset(scenario->image[scenario->runs[i].disk] + scenario->runs[i].object_offset, 0, scenario->runs[i].length);
+        if (scenario->runs[i].state == NV_RUN_MAPPED)
+            memset(scenario->image[scenario->runs[i].disk] + scenario->runs[i].object_offset, 0,
+                   scenario->runs[i].length);
 }
 
 void scenario_draw(struct scenario *scenario, uint64_t seed)
@@ -124,7 +132,7 @@ uint64_t scenario_describe(const struct scenario *scenario, uint64_t cells, cons
         const struct scenario_run *run = &scenario->runs[i];
         uint64_t left = header.size - run->offset;
         nv_desc_run record = {run->offset, run->length < left ? run->length : left, run->object_offset,
-                              objects[run->disk], NV_RUN_MAPPED};
+                              objects[run->disk], run->state};
         memcpy(to, &record, sizeof record);
         to += sizeof record;
     }
@@ -138,7 +146,8 @@ uint64_t scenario_describe(const struct scenario *scenario, uint64_t cells, cons
 bool scenario_uses(const struct scenario *scenario, uint32_t disk, uint64_t cells)
 {
     for (uint32_t i = 0; i < scenario->run_count; i++)
-        if (scenario->runs[i].disk == disk && scenario->runs[i].offset < cells * scenario->cell_bytes)
+        if (scenario->runs[i].disk == disk && scenario->runs[i].state == NV_RUN_MAPPED &&
+            scenario->runs[i].offset < cells * scenario->cell_bytes)
             return true;
     return false;
 }
@@ -150,7 +159,7 @@ void scenario_check_gaps(const struct scenario *scenario)
             uint64_t next = at == scenario->meta[disk].offset ? at + META_BYTES : at + 1;
             for (uint32_t i = 0; i < scenario->run_count; i++) {
                 const struct scenario_run *run = &scenario->runs[i];
-                if (run->disk == disk && at >= run->object_offset && at < run->object_offset + run->length)
+                if (run->state == NV_RUN_MAPPED && run->disk == disk && at >= run->object_offset && at < run->object_offset + run->length)
                     next = run->object_offset + run->length;
             }
             if (next == at + 1 && scenario->image[disk][at] != GAP_BYTE)

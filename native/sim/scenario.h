@@ -17,6 +17,7 @@
 struct scenario_run {
     uint64_t offset, length, object_offset;
     uint32_t disk;
+    uint32_t state;             /* NV_RUN_MAPPED or NV_RUN_ZERO, whose place on the disk nobody may touch */
 };
 
 struct scenario {
@@ -32,6 +33,7 @@ struct scenario {
     uint64_t cells_first, cells_final; /* before and after growing */
     struct scenario_run runs[SCENARIO_RUNS];
     uint32_t run_count;
+    uint64_t zero_from, zero_to; /* bytes of the volume in the one zero run, if there is one */
     uint64_t disk_size[SCENARIO_DISKS];
     struct meta meta[SCENARIO_DISKS]; /* in each disk's last block */
     uint8_t *image[SCENARIO_DISKS]; /* what the next life finds */
