@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import shutil
-import subprocess
+import signal
 import time
 import zipfile
 from collections.abc import Iterator
@@ -48,14 +50,17 @@ def test_make_run_in_a_fresh_clone(copy: Path) -> None:
         offspring = children(make.pid)
         (up,) = [pid for pid in offspring if "up" in Path(f"/proc/{pid}/cmdline").read_text().split("\0")]
         # As Ctrl-C in a terminal: the whole foreground group.
-        subprocess.run(["kill", "-INT", f"-{make.pid}"], check=True)
+        # By the system call: procps' kill may read `-INT -1234` as pid -1, which is every process there is.
+        assert os.getpgid(make.pid) == make.pid
+        os.killpg(make.pid, signal.SIGINT)
         make.popen.wait(60)
         assert not running(up)
         assert not [pid for pid in offspring if running(pid)]
         assert "control stops" in make.text()
     finally:
         for pid in children(make.pid):
-            subprocess.run(["kill", "-KILL", str(pid)], check=False)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         make.kill_group()
 
 
