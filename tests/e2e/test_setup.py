@@ -61,7 +61,8 @@ def test_make_run_in_a_fresh_clone(copy: Path) -> None:
         for pid in children(make.pid):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        make.kill_group()
+        if make.alive():
+            make.kill_group()
 
 
 def test_a_second_set_up_is_quick_and_silent(copy: Path) -> None:

@@ -105,6 +105,17 @@ def test_no_skipped_tests() -> None:
     assert not found, found
 
 
+def test_processes_are_signalled_by_system_calls() -> None:
+    """By os.kill and os.killpg only. The kill command may read `-INT -1234` as pid -1, every process there is;
+    pkill and killall choose by name, and so may choose somebody else's."""
+    command = re.compile(r"""["'](?:/usr)?(?:/bin/)?(?:kill|pkill|killall)["' ]""")
+    assert command.search('["kill", "-INT"]') and command.search("'pkill -f x'")
+    # A guest of tests/vm has processes of its own, and busybox's kill.
+    here = [path for path in PYTHON if path != Path(__file__) and not path.is_relative_to(ROOT / "tests" / "vm")]
+    found = [name(path) for path in here if command.search(path.read_text())]
+    assert not found, found
+
+
 def test_banned_c_calls() -> None:
     found = [
         f"{name(path)}:{number} {match[0]}"
