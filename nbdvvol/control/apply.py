@@ -107,7 +107,7 @@ def compare(have: Have, farm: Farm) -> Plan:
     """The plan from `have` to `farm`. Raises NvError that lists everything that is refused."""
     plan = Plan()
     refused: list[NvError] = []
-    _compare_settings(plan, have, farm)
+    _try(refused, _compare_settings, plan, have, farm)
     _compare_hosts(plan, have, farm)
     for name, store in farm.datastores.items():
         _try(refused, _compare_datastore, plan, have, name, store)
@@ -135,6 +135,13 @@ def _try(refused: list[NvError], check: object, *args: object) -> None:
 
 
 def _compare_settings(plan: Plan, have: Have, farm: Farm) -> None:
+    wants = farm.control
+    if wants.listen.startswith("https://") and (wants.tls is None or wants.tokens is None):
+        raise NvError(
+            Code.CONFIG,
+            f"control.listen {wants.listen} needs control.tls and control.tokens",
+            "add both, or listen on the unix socket only",
+        )
     if have.control is None:
         plan.control = farm.control
     elif have.control != farm.control:

@@ -84,7 +84,12 @@ class Listeners:
         self._unix = ApiServer(self._app, sock, self._allowed, None)
         await self._unix.start()
         self._target.start(bind_unix(self._options.run_dir / TARGET_NAME, self._control.config.group))
-        await self.configure(self._control.config)
+        try:
+            await self.configure(self._control.config)
+        except NvError as error:
+            if self._options.listen is not None:
+                raise
+            log.error("https is not served; the unix socket is", error=str(error))
         self._control.on_settings = self.configure
 
     async def configure(self, config: ControlConfig) -> None:

@@ -7,6 +7,8 @@ import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+import structlog
+
 from nbdvvol import __version__
 from nbdvvol.control.credentials import HostTokens, read_tokens
 from nbdvvol.control.lifecycle import BODIES, UNDO
@@ -15,9 +17,11 @@ from nbdvvol.control.registry import Committed, Registry, farm, upkeep, views
 from nbdvvol.control.signal import Signal, Signals
 from nbdvvol.control.status import host_view, problems
 from nbdvvol.control.tasks import Tasks
+from nbdvvol.model.errors import NvError
 from nbdvvol.model.farm import ControlConfig
 from nbdvvol.model.resources import Event, Host, Status, Task, TaskState
 
+log = structlog.get_logger()
 TASKS_SHOWN = 50
 UPKEEP_S = 3600.0
 
@@ -52,8 +56,11 @@ class Control:
         self.moved.fire()
 
     async def start(self) -> None:
-        """Read what was applied last and go on with every task."""
-        await self.settings_changed()
+        """Read what was applied last and go on with every task. A token file that is gone keeps nobody else out."""
+        try:
+            await self.settings_changed()
+        except NvError as error:
+            log.error("the applied settings cannot all be followed", error=str(error))
         self._running = [
             asyncio.create_task(self.tasks.run(), name="tasks"),
             asyncio.create_task(self._keep_short(), name="upkeep"),

@@ -511,3 +511,24 @@ async def test_the_daemon_starts_once_and_stops_cleanly(tmp_path: Path) -> None:
         if child.returncode is None:
             child.kill()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+async def test_https_settings_that_cannot_be_are_refused_whole_and_never_keep_control_down(api: Api) -> None:
+    bad = await api.client.post("/v1/apply", json={"farm": PLAIN | {"control": {"listen": "https://127.0.0.1:1"}}})
+    assert bad.status_code == 400 and "needs control.tls" in _error(bad)["message"]
+    assert (await api.client.get("/v1/hosts")).json() == []
+    tokens = api.folder / "tokens"
+    tokens.write_text("admin correct-horse-battery\n")
+    control = {"listen": "https://127.0.0.1:1", "tls": {"cert": "/none", "key": "/none"}, "tokens": str(tokens)}
+    assert (await api.client.post("/v1/apply", json={"farm": PLAIN | {"control": control}})).status_code == 200
+    tokens.unlink()
+    await api.farm.stop()
+    again = await api.farm.start()
+    listeners = Listeners(again, ControlOptions(api.folder / "state", api.folder))
+    await listeners.open()
+    tokens.write_text("admin correct-horse-battery\n")
+    async with httpx.AsyncClient(transport=httpx.AsyncHTTPTransport(uds=str(api.folder / "control.sock"))) as client:
+        assert (await client.get("http://control/v1/hosts")).status_code == 200
+        told = await client.post("http://control/v1/apply", json={"farm": PLAIN | {"control": control}})
+        assert told.status_code == 400 and "the farm is applied, but" in _error(told)["message"]
+    await listeners.close()

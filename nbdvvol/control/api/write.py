@@ -8,6 +8,7 @@ from fastapi import APIRouter, Header
 
 from nbdvvol.control.registry import farm, stores, tasks, vvols
 from nbdvvol.control.service import Control
+from nbdvvol.model.errors import NvError
 from nbdvvol.model.resources import ApplyRequest, ApplyResult, BindVVol, CreateVVol, ResizeVVol, Task, TaskRef
 
 Key = Annotated[str | None, Header(alias="Idempotency-Key", min_length=1, max_length=256)]
@@ -48,7 +49,11 @@ def write_routes(control: Control) -> APIRouter:
         """Bring the farm to what a farm file declares; nothing is deleted by its absence."""
         result = await once(key, ApplyResult, farm.apply, body)
         if not body.dry_run:
-            await control.settings_changed()
+            try:
+                await control.settings_changed()
+            except NvError as error:
+                text = f"the farm is applied, but control cannot follow its own settings: {error.message}"
+                raise NvError(error.code, text, error.hint) from None
         return result
 
     @router.post("/tasks/{task_id}/cancel")
