@@ -14,7 +14,7 @@ from tests.vm.farm import DISK_BYTES, GuestFarm
 from tests.vm.guest import HOST, Guest
 from tests.vm.writer import Writer, assert_no_io_errors, make_file_system, remount
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(900)
 Boot = Callable[..., Guest]
 
 

@@ -18,7 +18,7 @@ from tests.vm.guest import HOST, Guest
 from tests.vm.shell import Shell
 from tests.vm.writer import Writer, assert_no_io_errors, make_file_system, remount
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(900)
 IDENTITIES = ("0b9ce6e2-6f0c-4c3e-9c58-6f5a3e0f6b11", "5f6a2f0e-8f3b-4a56-8e2b-0d7c9b1a4e22")
 CONNECTIONS = 3
 
@@ -26,7 +26,7 @@ CONNECTIONS = 3
 @pytest.fixture(scope="module")
 def shell(initramfs: Path) -> Iterator[Shell]:
     """A guest that runs the project's Python; it has no nbd driver loaded at first."""
-    with Guest(initramfs, memory_mib=768) as guest:
+    with Guest(initramfs, memory_mib=768, cpus=2) as guest:
         yield Shell(guest)
 
 
