@@ -21,7 +21,7 @@ from tests.lib.procs import running, wait_until
 
 KILLS = int(os.environ.get("NBDVVOL_KILLS", "20"))
 SEED = int(os.environ.get("NBDVVOL_SEED", "1"))
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 MakeFarm = Callable[..., Farm]
 
 
