@@ -244,7 +244,8 @@ class ControlLink:
             run_dir=self.options.run_dir,
         )
         await socket.send(hello.model_dump_json())
-        welcome = _parse(await asyncio.wait_for(socket.recv(), _OPEN_S))
+        async with asyncio.timeout(_OPEN_S):  # wait_for of Python 3.11 may swallow a cancellation
+            welcome = _parse(await socket.recv())
         if not isinstance(welcome, Welcome):
             raise NvError(Code.DENIED, f"control does not take this filter: {_reason(welcome)}")
         sender = asyncio.create_task(self._send_all(socket))
