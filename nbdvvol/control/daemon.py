@@ -22,6 +22,7 @@ from nbdvvol.control.registry import Registry
 from nbdvvol.control.service import Control
 from nbdvvol.control.sockets import bind_tcp, bind_unix
 from nbdvvol.control.target import Target
+from nbdvvol.logs import log_to_stderr
 from nbdvvol.model.errors import Code, NvError
 from nbdvvol.model.farm import ControlConfig
 
@@ -147,19 +148,6 @@ async def run_control(options: ControlOptions) -> None:
             await control.links.close()
             await listeners.close()
             await control.stop()
-
-
-def log_to_stderr() -> None:
-    """structlog, one line an event, to stderr."""
-    structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso"),
-            structlog.processors.format_exc_info,
-            structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()),
-        ],
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-    )
 
 
 def main(arguments: list[str] | None = None) -> int:
