@@ -39,6 +39,14 @@ static void submit(struct nv_piece *piece, uint8_t kind, uint64_t length, uint8_
     nv_io_submit(piece->reactor->io, &piece->op);
 }
 
+/* A transfer of bytes that are in memory and stay there: done at once, unless it would keep others waiting. */
+static bool in_memory(const struct nv_piece *piece, uint64_t length)
+{
+    struct nv_view *view = atomic_load_explicit(&piece->object->view, memory_order_acquire);
+
+    return view && length <= NV_NOW_BYTES && nv_view_at(view, piece->offset + piece->moved, length);
+}
+
 static void submit_transfer(struct nv_piece *piece)
 {
     const uint64_t left = piece->length - piece->moved;
@@ -47,7 +55,9 @@ static void submit_transfer(struct nv_piece *piece)
     piece->iov = (struct iovec){piece->data + piece->moved, left};
     if (piece->kind == NV_PIECE_WRITE)
         flags = piece->flags & NV_PIECE_DSYNC ? NV_OP_DSYNC : 0;
-    else if (!(piece->object->flags & NV_OBJECT_DIRECT) &&
+    if (in_memory(piece, left))
+        flags |= NV_OP_NOW;
+    else if (piece->kind == NV_PIECE_READ && !(piece->object->flags & NV_OBJECT_DIRECT) &&
              !atomic_load_explicit(&piece->object->no_try_now, memory_order_relaxed))
         flags = NV_OP_TRY_NOW;
     submit(piece, piece->kind == NV_PIECE_WRITE ? NV_OP_WRITE : NV_OP_READ, left, flags);
@@ -109,12 +119,23 @@ static void learn(struct nv_object *object, uint8_t op_kind, int64_t result)
         atomic_store(&object->no_zero_range, true);
 }
 
+/* Pages may be gone, whatever the result. */
+static void forget_view(struct nv_piece *piece)
+{
+    struct nv_view *view = atomic_load_explicit(&piece->object->view, memory_order_acquire);
+
+    if (view)
+        nv_view_forget(view, piece->offset, piece->length);
+}
+
 static void finish(struct nv_piece *piece, int64_t result)
 {
     const bool changes = piece->kind == NV_PIECE_WRITE || piece->kind == NV_PIECE_ZERO || piece->kind == NV_PIECE_TRIM;
     const bool durable = piece->kind == NV_PIECE_WRITE && (piece->flags & NV_PIECE_DSYNC);
 
     assert(piece->moved <= piece->length);
+    if (piece->kind == NV_PIECE_TRIM || piece->kind == NV_PIECE_ZERO)
+        forget_view(piece);
     if (changes && !(durable && result == 0))
         nv_sync_wrote(&piece->object->sync);
     if (durable && result < 0) /* the kernel has told us, and will not tell the next sync */

@@ -10,6 +10,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "backend/view.h"
 #include "io/io.h"
 #include "volume/flush.h"
 
@@ -20,6 +21,7 @@ struct nv_object {
     nv_handle handle;
     uint32_t flags;                 /* NV_OBJECT_* */
     uint32_t align;                 /* of offsets and memory; 1 unless DIRECT */
+    _Atomic(struct nv_view *) view; /* of a file in memory: the largest; NULL for any other */
     _Atomic uint64_t size;
     _Atomic bool no_punch;          /* learned: the operation is not supported here */
     _Atomic bool no_zero_range;

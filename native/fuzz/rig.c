@@ -44,7 +44,7 @@ void rig_begin(void)
         return;
     nv_sim_begin(1, &faults);
     memset(image, GUARD, sizeof image);
-    rig.file = nv_sim_file(sim_disk_create(image, sizeof image), 1);
+    rig.file = nv_sim_file(sim_disk_create(image, sizeof image), 1, true);
     if (nv_plane_build(&config, false, &rig.plane) != 0 ||
         nv_object_open(rig.plane, rig.file, 0, 1, sizeof image, &object) != 0)
         nv_sim_violation("the plane does not start: %s", nv_last_error());

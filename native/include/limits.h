@@ -31,9 +31,9 @@
 #define NV_RX_CHUNK (64u << 10)                /* receive chunk; the private one bounds idle memory */
 #define NV_INLINE_PAYLOAD (16u << 10)          /* a payload up to this is written from the chunk */
 #define NV_RX_WINDOW_MIN 512u                  /* receive size right after a large payload */
-#define NV_TX_REQUESTS 64u                     /* replies gathered into one send */
+#define NV_TX_REQUESTS 256u                    /* replies gathered into one send */
 #define NV_TX_IOV (2u * NV_TX_REQUESTS)
-#define NV_TX_BYTES (256u << 10)               /* soft: no further reply joins a send beyond it */
+#define NV_TX_BYTES (1u << 20)                 /* soft: no further reply joins a send beyond it */
 #define NV_SOCKET_BUFFER (2u << 20)            /* SO_SNDBUF, SO_RCVBUF: absorb a client's window */
 #define NV_EXTENTS_MAX 1000u                   /* extents in one BLOCK_STATUS answer: its memory is 32 KiB */
 
@@ -60,6 +60,8 @@
 #define NV_ZERO_PIECE (1u << 20)
 #define NV_PUNCH_PIECE (1ull << 30)
 #define NV_JOB_PIECE (1u << 20)
+#define NV_NOW_BYTES (256u << 10)              /* a longer transfer never runs inside a turn: others would wait */
+#define NV_PREFETCH_BYTES 512u                 /* of a read in memory, fetched into the processor's cache ahead */
 
 /* times */
 #define NV_SPIN_MAX_US 10000u

@@ -5,15 +5,21 @@
 #include <assert.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/magic.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <poll.h>
 #include <sys/eventfd.h>
+#include <sys/mman.h>
 #include <sys/socket.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
 #include "io/io.h"
 #include "limits.h"
+
+#define PAGE 4096u
+#define PRESENT_PAGES 64u
 
 nv_handle nv_io_open_file(int fd)
 {
@@ -45,6 +51,55 @@ nv_handle nv_io_open_socket(int fd)
     if (getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &domain, &length) == 0 && domain != AF_UNIX)
         (void)setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
     return fd;
+}
+
+bool nv_io_in_memory(nv_handle handle)
+{
+    struct statfs about;
+
+    return fstatfs(handle, &about) == 0 && (about.f_type == TMPFS_MAGIC || about.f_type == RAMFS_MAGIC);
+}
+
+const uint8_t *nv_io_map(nv_handle handle, uint64_t size)
+{
+    void *view = size ? mmap(NULL, size, PROT_READ, MAP_SHARED | MAP_NORESERVE, handle, 0) : MAP_FAILED;
+
+    if (view == MAP_FAILED)
+        return NULL;
+    (void)munlock(view, size); /* the plane locks its own memory; whether the file may be swapped is its owner's choice */
+    return view;
+}
+
+void nv_io_unmap(const uint8_t *view, uint64_t size)
+{
+    munmap((void *)(uintptr_t)view, size);
+}
+
+bool nv_io_present(const uint8_t *at, uint64_t length)
+{
+    uint8_t there[PRESENT_PAGES];
+    uintptr_t first = (uintptr_t)at & ~(uintptr_t)(PAGE - 1);
+    const uintptr_t end = (uintptr_t)at + length;
+
+    while (first < end) {
+        const uintptr_t pages = (end - first + PAGE - 1) / PAGE, some = pages < PRESENT_PAGES ? pages : PRESENT_PAGES;
+        if (mincore((void *)first, some * PAGE, there) != 0)
+            return false;
+        for (uintptr_t i = 0; i < some; i++)
+            if (!(there[i] & 1))
+                return false;
+        first += some * PAGE;
+    }
+    return true;
+}
+
+int64_t nv_io_copy(nv_handle handle, void *to, uint64_t length, uint64_t offset)
+{
+    ssize_t got;
+
+    while ((got = pread(handle, to, length, (off_t)offset)) < 0 && errno == EINTR)
+        ;
+    return got < 0 ? -errno : got;
 }
 
 void nv_io_close(nv_handle handle)

@@ -39,6 +39,7 @@ enum nv_op_kind {
 #define NV_OP_WHOLE 2u                  /* RECV: wait until the buffer is full or the stream ends */
 #define NV_OP_TRY_NOW 4u                /* READ: try without blocking at submission (page cache) */
 #define NV_OP_NOW_UNSUPPORTED 8u        /* set by the port: TRY_NOW can never work on this handle */
+#define NV_OP_NOW 16u                   /* READ, WRITE, SYNC: done at submission; for handles in memory only */
 
 #define NV_EXTENT_HOLE 1u               /* equal to the NBD base:allocation bits */
 #define NV_EXTENT_ZERO 2u
@@ -93,6 +94,11 @@ void nv_io_submit(struct nv_io *io, struct nv_op *op);
 unsigned nv_io_run(struct nv_io *io);
 /* Hand everything submitted to the kernel: at most one system call. */
 void nv_io_enter(struct nv_io *io);
+/*
+ * Send what the socket takes right now: bytes (may be fewer), or -errno (-EAGAIN: none now; -EFAULT: a view has no byte to
+ * give). The memory may be a view's; it is not looked at any more when the call returns.
+ */
+int64_t nv_io_send(struct nv_io *io, nv_handle handle, struct iovec *iov, unsigned count);
 /* Ask for an operation's early end; it still completes, possibly with -ECANCELED. Idle path only. */
 void nv_io_cancel(struct nv_io *io, struct nv_op *op);
 /* True if nv_io_run() or nv_io_enter() has something to do right now. */
@@ -117,6 +123,18 @@ void nv_io_counts(const struct nv_io *io, uint64_t *submissions, uint64_t *enter
 nv_handle nv_io_open_file(int fd);
 /* Take a connected stream socket over (blocking mode, buffer sizes, TCP_NODELAY). >= 0 or -errno. */
 nv_handle nv_io_open_socket(int fd);
+/* True if the file's bytes live in memory alone (tmpfs, ramfs): a transfer waits for no device. */
+bool nv_io_in_memory(nv_handle handle);
+/*
+ * A view of the first `size` bytes of a file in memory, or NULL. Only sends may read it (they answer -EFAULT where the
+ * file has no byte to give), and only where nv_io_present() says so: touching a hole would fill it.
+ */
+const uint8_t *nv_io_map(nv_handle handle, uint64_t size);
+void nv_io_unmap(const uint8_t *view, uint64_t size);
+/* True if the pages that hold these bytes of a view are there. Another user of the file may take them away later. */
+bool nv_io_present(const uint8_t *at, uint64_t length);
+/* Copy bytes of a file in memory: how many (fewer at its end), or -errno. */
+int64_t nv_io_copy(nv_handle handle, void *to, uint64_t length, uint64_t offset);
 void nv_io_close(nv_handle handle);
 /* Shut both directions: pending and later receives end after what has already arrived. */
 void nv_io_shutdown(nv_handle handle);

@@ -104,9 +104,10 @@ struct handle *sim_handle_of(nv_handle number, enum handle_kind kind)
     return handle;
 }
 
-int nv_sim_file(struct sim_disk *disk, uint32_t align)
+int nv_sim_file(struct sim_disk *disk, uint32_t align, bool in_memory)
 {
-    return sim_add_handle((struct handle){.kind = HANDLE_FILE, .disk = disk, .align = align, .owner = true});
+    return sim_add_handle((struct handle){
+        .kind = HANDLE_FILE, .disk = disk, .align = align, .in_memory = in_memory, .owner = true});
 }
 
 int nv_sim_socket(void)
@@ -413,6 +414,21 @@ static bool do_send(struct nv_op *op, struct sim_socket *socket)
         left = 1 + (size_t)sim_random_below(&sim_world.random, left);
     state->moved += walk(op, state->moved, left, queue_push, &socket->to_client);
     return state->moved < sim_total(op) ? false : finish(op, (int64_t)state->moved);
+}
+
+int64_t sim_send(struct sim_socket *socket, struct iovec *iov, unsigned count)
+{
+    const struct nv_op op = {.kind = NV_OP_SEND, .iov = iov, .iov_count = (uint16_t)count};
+    size_t size = (size_t)sim_total(&op);
+
+    if (socket->client_closed || socket->server_shut)
+        return -EPIPE;
+    if (sim_random_chance(&sim_world.random, sim_world.faults.bad_view))
+        return -EFAULT;
+    if (size > 1 && sim_random_chance(&sim_world.random, 256))
+        size = 1 + (size_t)sim_random_below(&sim_world.random, size);
+    size = walk(&op, 0, size, queue_push, &socket->to_client);
+    return size ? (int64_t)size : -EAGAIN;
 }
 
 static bool can_go_on(struct nv_op *op)

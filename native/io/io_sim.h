@@ -28,6 +28,7 @@ struct nv_sim_faults {          /* chances in 1024, of an operation */
     uint16_t delay;             /* up to 10 ms of simulated time */
     uint16_t stall;             /* up to 2 s */
     uint32_t atom;              /* transfers are cut at multiples of it */
+    uint16_t bad_view;          /* a send from a view fails (-EFAULT) */
     bool no_punch;              /* the disks do not know the operation */
     bool no_zero_range;
 };
@@ -44,8 +45,8 @@ bool nv_sim_advance(void);
 uint64_t nv_sim_syncs_failed(void); /* whose failure was handed back to the user of the port */
 
 /* A file as a descriptor for nv_io_open_file(); the world owns the disk. With `align` > 1 it is open with O_DIRECT:
- * offsets, lengths and memory that are no multiples of it are violations. */
-int nv_sim_file(struct sim_disk *disk, uint32_t align);
+ * offsets, lengths and memory that are no multiples of it are violations. A file in memory has a view, too. */
+int nv_sim_file(struct sim_disk *disk, uint32_t align, bool in_memory);
 /* What a power cut at this moment leaves, or with `cache_survives` the death of the process alone: operations in
  * flight may have happened in part. */
 void nv_sim_crash(int file, bool cache_survives, struct sim_random *random, uint8_t *image);

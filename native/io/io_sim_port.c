@@ -84,6 +84,12 @@ void nv_io_submit(struct nv_io *io, struct nv_op *op)
         sim_make_ready(op);
         return;
     }
+    if (op->flags & NV_OP_NOW) {
+        state->entered_at = sim_world.time + 1;
+        sim_perform(op);
+        sim_make_ready(op);
+        return;
+    }
     sim_list_add(&io->staged, op);
 }
 
@@ -117,6 +123,12 @@ unsigned nv_io_run(struct nv_io *io)
     }
     free(batch.items);
     return ran;
+}
+
+int64_t nv_io_send(struct nv_io *io, nv_handle handle, struct iovec *iov, unsigned count)
+{
+    io->enters++;
+    return sim_send(sim_handle_of(handle, HANDLE_SOCKET)->socket, iov, count);
 }
 
 void nv_io_cancel(struct nv_io *io, struct nv_op *op)
@@ -176,7 +188,43 @@ nv_handle nv_io_open_file(int fd)
 {
     const struct handle *file = sim_handle_of(fd, HANDLE_FILE);
 
-    return sim_add_handle((struct handle){.kind = HANDLE_FILE, .disk = file->disk, .align = file->align});
+    return sim_add_handle((struct handle){
+        .kind = HANDLE_FILE, .disk = file->disk, .align = file->align, .in_memory = file->in_memory});
+}
+
+bool nv_io_in_memory(nv_handle handle)
+{
+    return sim_handle_of(handle, HANDLE_FILE)->in_memory;
+}
+
+const uint8_t *nv_io_map(nv_handle handle, uint64_t size)
+{
+    struct sim_disk *disk = sim_handle_of(handle, HANDLE_FILE)->disk;
+
+    return size <= sim_disk_size(disk) ? sim_disk_bytes(disk) : NULL;
+}
+
+void nv_io_unmap(const uint8_t *view, uint64_t size)
+{
+    (void)view;
+    (void)size;
+}
+
+/* The world's files have pages that come and go as they like. */
+bool nv_io_present(const uint8_t *at, uint64_t length)
+{
+    (void)at;
+    (void)length;
+    return sim_random_chance(&sim_world.random, 700);
+}
+
+int64_t nv_io_copy(nv_handle handle, void *to, uint64_t length, uint64_t offset)
+{
+    struct sim_disk *disk = sim_handle_of(handle, HANDLE_FILE)->disk;
+    uint64_t size = sim_disk_clip(disk, offset, length);
+
+    sim_disk_read(disk, offset, to, size);
+    return (int64_t)size;
 }
 
 nv_handle nv_io_open_socket(int fd)

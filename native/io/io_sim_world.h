@@ -26,6 +26,7 @@ struct handle {
     enum handle_kind kind;
     struct sim_disk *disk;
     uint32_t align;
+    bool in_memory;
     struct sim_socket *socket;
     bool owner; /* frees the disk or socket at the end of the world */
     unsigned operations;
@@ -83,6 +84,8 @@ void sim_scribble(struct nv_op *op);
 void sim_check_stable(struct nv_op *op);
 /* The operation's effect, or a part of it; true when it has completed. */
 bool sim_perform(struct nv_op *op);
+/* A send that happens at once, outside of any operation. */
+int64_t sim_send(struct sim_socket *socket, struct iovec *iov, unsigned count);
 void sim_make_ready(struct nv_op *op);
 
 #endif

@@ -239,29 +239,52 @@ static void into_ring(struct nv_io *io, struct nv_op *op)
     io->submissions++;
 }
 
-/* Page-cache read without the ring: true if the operation has completed. */
-static bool read_now(struct nv_io *io, struct nv_op *op)
+/*
+ * An operation without the ring: true if it has completed. TRY_NOW takes what the page cache holds; NOW is for
+ * files in memory, where the ring would only hand the work to a kernel thread (tmpfs knows no RWF_NOWAIT).
+ */
+static bool perform_now(struct nv_io *io, struct nv_op *op)
 {
-    ssize_t got = preadv2(op->handle, op->iov, op->iov_count, (off_t)op->offset, RWF_NOWAIT);
+    const int flags = op->flags & NV_OP_NOW ? (op->flags & NV_OP_DSYNC ? RWF_DSYNC : 0) : RWF_NOWAIT;
+    ssize_t moved;
 
-    if (got >= 0) {
-        complete(io, op, got);
+    assert(op->kind == NV_OP_READ || (op->flags & NV_OP_NOW));
+    if (op->kind == NV_OP_READ)
+        moved = preadv2(op->handle, op->iov, op->iov_count, (off_t)op->offset, flags);
+    else if (op->kind == NV_OP_WRITE)
+        moved = pwritev2(op->handle, op->iov, op->iov_count, (off_t)op->offset, flags);
+    else
+        moved = fdatasync(op->handle);
+    if (moved >= 0) {
+        complete(io, op, moved);
         return true;
     }
     if (errno == EOPNOTSUPP)
         op->flags |= NV_OP_NOW_UNSUPPORTED;
-    return false; /* not resident, or an error that the ring will report */
+    return false; /* not resident, or an error that the ring will meet again and report */
 }
 
 void nv_io_submit(struct nv_io *io, struct nv_op *op)
 {
     assert(op->done && op->kind >= NV_OP_READ && op->kind <= NV_OP_TIMER);
-    if (op->kind == NV_OP_READ && (op->flags & NV_OP_TRY_NOW) && read_now(io, op))
+    if ((op->flags & (NV_OP_TRY_NOW | NV_OP_NOW)) && perform_now(io, op))
         return;
     if (op->kind == NV_OP_EXTENTS)
         nv_worker_submit(io->worker, op);
     else
         into_ring(io, op);
+}
+
+int64_t nv_io_send(struct nv_io *io, nv_handle handle, struct iovec *iov, unsigned count)
+{
+    const struct msghdr message = {.msg_iov = iov, .msg_iovlen = count};
+    ssize_t sent;
+
+    do {
+        io->enters++;
+        sent = sendmsg(handle, &message, MSG_NOSIGNAL | MSG_DONTWAIT);
+    } while (sent < 0 && errno == EINTR);
+    return sent < 0 ? -errno : sent;
 }
 
 static void reap_one(struct nv_io *io, struct io_uring_cqe *cqe)

@@ -62,6 +62,7 @@ struct nv_request *nv_request_take(struct nv_conn *conn)
     request->conn = conn;
     request->status = 0;
     request->text[0] = 0;
+    request->encoded = false;
     conn->in_flight++;
     return request;
 }
@@ -89,6 +90,8 @@ void nv_request_release(struct nv_request *request)
         conn->private_busy = false;
     else if (request->memory == NV_MEMORY_CHUNK)
         unpin(conn, request->chunk);
+    else if (request->memory == NV_MEMORY_VIEW) /* never sent: the volume still counts on it */
+        nv_volume_abandon(&request->v);
     request->memory = NV_MEMORY_NONE;
     request->next = conn->free_slots;
     conn->free_slots = request;

@@ -77,7 +77,9 @@ void nv_conn_start_held(struct nv_conn *conn)
     conn->held_writes = false;
     for (; request; request = next) {
         next = request->next;
-        if (gone) {
+        if (request->memory == NV_MEMORY_VIEW) {
+            nv_conn_stage(request); /* the send is the read */
+        } else if (gone) {
             nv_volume_abandon(&request->v);
             nv_request_release(request);
         } else {
@@ -189,6 +191,10 @@ static bool parse_admit(struct nv_conn *conn)
     const bool one = request->flags & NBD_CMD_FLAG_REQ_ONE;
     uint32_t size = (uint32_t)request->length;
 
+    if (request->type == NBD_CMD_READ && nv_resident_take(request)) {
+        start_current(conn);
+        return true;
+    }
     if (request->type == NBD_CMD_BLOCK_STATUS) {
         request->v.extents_max = one ? 2 : NV_EXTENTS_MAX;
         size = 2u * request->v.extents_max * (uint32_t)sizeof(struct nv_extent) + NV_CONTEXTS_MAX * 48u;

@@ -65,12 +65,18 @@ static unsigned build_data(struct nv_request *request, struct iovec *iov)
     return 2;
 }
 
-/* Rewrite the extents as their wire form, in place: an entry on the wire is never larger than ours. */
+/*
+ * Rewrite the extents as their wire form, in place and once (a reply that a full socket did not take is built again): an
+ * entry on the wire is never larger than ours.
+ */
 static size_t encode_extents(struct nv_request *request, uint32_t count)
 {
     const struct nv_extent *extents = request->v.extents;
     uint8_t *to = request->buffer;
 
+    if (request->encoded)
+        return count * (extended(request) ? 16u : 8u);
+    request->encoded = true;
     for (uint32_t i = 0; i < count; i++) {
         const struct nv_extent extent = extents[i];
         to = extended(request) ? put64(to, extent.length) : put32(to, (uint32_t)extent.length);

@@ -19,7 +19,7 @@
 #define ROUND(bytes) (((bytes) + PAGE - 1) / PAGE * PAGE)
 #define CONN_BYTES ROUND(sizeof(struct nv_conn))
 #define SLOTS_BYTES ROUND(NV_REQUESTS_PER_CONNECTION * sizeof(struct nv_request))
-#define ARENA_BYTES (CONN_BYTES + SLOTS_BYTES + NV_RX_CHUNK + NV_TLS_RECEIVE + NV_PAYLOAD_MAX)
+#define ARENA_BYTES (CONN_BYTES + SLOTS_BYTES + NV_RX_CHUNK + NV_TLS_RECEIVE + NV_NOW_BYTES + NV_PAYLOAD_MAX)
 
 struct nv_conn *nv_conn_create(struct nv_reactor *reactor, nv_handle handle)
 {
@@ -33,13 +33,15 @@ struct nv_conn *nv_conn_create(struct nv_reactor *reactor, nv_handle handle)
     conn->slots = (struct nv_request *)(arena + CONN_BYTES);
     conn->private_chunk = (struct nv_chunk *)(arena + CONN_BYTES + SLOTS_BYTES);
     conn->cipher = arena + CONN_BYTES + SLOTS_BYTES + NV_RX_CHUNK;
-    conn->private_payload = conn->cipher + NV_TLS_RECEIVE;
+    conn->spill = conn->cipher + NV_TLS_RECEIVE;
+    conn->private_payload = conn->spill + NV_NOW_BYTES;
     conn->private_chunk->is_private = true;
     conn->private_chunk->refs = 1;
     conn->chunk = conn->private_chunk;
     conn->rx_window = NV_RX_CHUNK;
     conn->held_tail = &conn->held;
     conn->tx_queue_tail = &conn->tx_queue;
+    conn->again_tail = &conn->again;
     return conn;
 }
 
@@ -173,7 +175,8 @@ static void finish(struct nv_conn *conn)
 {
     struct nv_reactor *reactor = conn->reactor;
 
-    assert(!conn->rx_pending && !conn->tx_pending && conn->in_flight == 0 && !conn->tx_queue && !conn->held);
+    assert(!conn->rx_pending && !conn->tx_pending && conn->in_flight == 0 && !conn->tx_queue && !conn->held &&
+           !conn->again);
     conn->ended = true;
     conn->chunk->refs--;
     assert(conn->chunk->refs == 0);
@@ -221,6 +224,8 @@ void nv_conn_turn(struct nv_conn *conn)
 {
     if (conn->ended)
         return;
+    if (conn->again)
+        nv_resident_read_again(conn);
     if (!conn->rx_pending && !conn->rx_done && !conn->shut) {
         if (conn->local) {
             nv_conn_parse(conn);
@@ -244,9 +249,13 @@ void nv_conn_tick(struct nv_conn *conn, uint64_t now_ns)
         conn->private_touched = false;
         nv_pages_shed(conn->private_payload, NV_PAYLOAD_MAX);
     }
+    if (conn->spill_touched && !conn->tx_pending) {
+        conn->spill_touched = false;
+        nv_pages_shed(conn->spill, NV_NOW_BYTES);
+    }
     if (!conn->chunk->is_private && conn->rx_pending && conn->rx_state == NV_RX_HEADER &&
         conn->rx_start == conn->rx_end && conn->private_chunk->refs == 0)
         nv_io_cancel(conn->reactor->io, &conn->rx_op); /* received again, into private memory */
-    if (conn->deadline_ns || conn->private_touched || !conn->chunk->is_private)
+    if (conn->deadline_ns || conn->private_touched || conn->spill_touched || !conn->chunk->is_private)
         nv_reactor_want_tick(conn->reactor);
 }

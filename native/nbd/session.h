@@ -6,7 +6,7 @@
  *
  *   session.c  life: open, turn, end      receive.c  bytes to requests      memory.c   chunks and buffers
  *   request.c  is this request allowed    reply.c    answers to bytes       transmit.c bytes to the socket
- *   haggle.c   options through TLS
+ *   resident.c reads sent straight from memory  haggle.c   options through TLS
  */
 #ifndef NV_SESSION_H
 #define NV_SESSION_H
@@ -28,6 +28,8 @@ enum nv_memory {
     NV_MEMORY_POOL,                 /* request->buffer, pool_cost bytes of the pool */
     NV_MEMORY_PRIVATE,              /* the connection's own payload memory */
     NV_MEMORY_CHUNK,                /* inside request->chunk, which is pinned */
+    NV_MEMORY_VIEW,                 /* a READ whose bytes stand in an object's view; it holds its place in the volume */
+    NV_MEMORY_SPILL,                /* the end of such a read, in the connection's spill memory */
 };
 
 struct nv_chunk {                   /* receive memory; the bytes follow the struct */
@@ -47,6 +49,8 @@ struct nv_request {
     uint16_t type;
     uint16_t contexts;              /* BLOCK_STATUS: bit i answers conn->params.contexts[i] */
     uint8_t memory;                 /* enum nv_memory */
+    uint8_t pieces;                 /* of the reply, while a send has it */
+    bool encoded;                   /* BLOCK_STATUS: the extents have their wire form already */
     int32_t status;                 /* 0 or the wire error */
     uint64_t pool_cost;
     uint8_t *buffer;
@@ -105,6 +109,10 @@ struct nv_conn {
     /* transmit */
     struct nv_request *tx_queue, **tx_queue_tail;
     struct nv_request *tx_sending;
+    struct nv_request *again, **again_tail; /* reads that cannot be sent from memory after all */
+    uint8_t *spill;                 /* NV_NOW_BYTES: of the one reply that a full socket took a part of */
+    bool spill_touched;
+    bool tx_views;                  /* the gathered send reads views */
     bool tx_pending;
     bool tx_dead;                   /* the peer takes no more */
     struct nv_op tx_op;
@@ -182,6 +190,16 @@ static inline uint8_t *nv_chunk_data(struct nv_chunk *chunk)
 }
 #define NV_CHUNK_CAPACITY (NV_RX_CHUNK - (uint32_t)sizeof(struct nv_chunk))
 
+/* resident.c */
+/* A READ that needs no memory, because its bytes stand in memory already; false: it needs some, as others do. */
+bool nv_resident_take(struct nv_request *request);
+/* Send the gathered replies, which read views; what the socket does not take is queued again, or waits for room. */
+void nv_resident_send(struct nv_conn *conn);
+/* Reads of conn->again get memory and start; what finds none waits for the next turn. */
+void nv_resident_read_again(struct nv_conn *conn);
+/* The volume's map has been replaced: no queued read may hold the old one. */
+void nv_conn_remap(struct nv_conn *conn);
+
 /* request.c */
 /* Decode a header; false: not a request, the connection must end. Fills cookie, type, flags, offset, length, payload. */
 bool nv_request_decode(struct nv_request *request, const uint8_t *header);
@@ -207,5 +225,6 @@ bool nv_conn_transmit_idle(struct nv_conn *conn);       /* with TLS, queues clos
 bool nv_conn_gather(struct nv_conn *conn);              /* fill tx_iov from the queue; false: nothing to send */
 void nv_conn_advance(struct nv_conn *conn, uint64_t bytes); /* that much of tx_iov has gone; releases whole requests */
 void nv_conn_submit_send(struct nv_conn *conn, struct iovec *iov, unsigned count);
+void nv_conn_reply_gone(struct nv_request *request);    /* the socket has all of it */
 
 #endif

@@ -32,6 +32,15 @@ bool nv_conn_transmit_idle(struct nv_conn *conn)
     return !conn->tls || nv_secure_finished(conn);
 }
 
+void nv_conn_reply_gone(struct nv_request *request)
+{
+    if (request->memory == NV_MEMORY_VIEW) {
+        nv_volume_served(&request->v);
+        request->memory = NV_MEMORY_NONE;
+    }
+    nv_request_release(request);
+}
+
 static void release_list(struct nv_request *list)
 {
     for (struct nv_request *request = list, *next; request; request = next) {
@@ -67,6 +76,7 @@ static void gather(struct nv_conn *conn)
 
     assert(!conn->tx_sending);
     conn->tx_first = conn->tx_count = 0;
+    conn->tx_views = false;
     while (conn->tx_queue && bytes < NV_TX_BYTES &&
            conn->tx_count + nv_reply_pieces(conn->tx_queue) <= NV_TX_IOV) {
         struct nv_request *request = conn->tx_queue;
@@ -74,6 +84,8 @@ static void gather(struct nv_conn *conn)
         assert(pieces > 0 && pieces <= nv_reply_pieces(request));
         for (unsigned i = 0; i < pieces; i++)
             bytes += conn->tx_iov[conn->tx_count + i].iov_len;
+        request->pieces = (uint8_t)pieces;
+        conn->tx_views |= request->memory == NV_MEMORY_VIEW;
         conn->tx_count += pieces;
         conn->tx_queue = request->next;
         request->next = NULL;
@@ -110,9 +122,13 @@ void nv_conn_transmit(struct nv_conn *conn)
         nv_secure_transmit(conn);
         return;
     }
-    if (conn->tx_pending || conn->tx_dead || !nv_conn_gather(conn))
-        return;
-    nv_conn_submit_send(conn, &conn->tx_iov[conn->tx_first], conn->tx_count - conn->tx_first);
+    while (!conn->tx_pending && !conn->tx_dead && nv_conn_gather(conn)) {
+        if (conn->tx_views) {
+            nv_resident_send(conn);
+            continue;
+        }
+        nv_conn_submit_send(conn, &conn->tx_iov[conn->tx_first], conn->tx_count - conn->tx_first);
+    }
 }
 
 void nv_conn_advance(struct nv_conn *conn, uint64_t bytes)
@@ -120,8 +136,13 @@ void nv_conn_advance(struct nv_conn *conn, uint64_t bytes)
     while (conn->tx_first < conn->tx_count && bytes >= conn->tx_iov[conn->tx_first].iov_len)
         bytes -= conn->tx_iov[conn->tx_first++].iov_len;
     if (conn->tx_first == conn->tx_count) {
+        struct nv_request *list = conn->tx_sending;
         assert(bytes == 0);
-        release_sending(conn);
+        conn->tx_sending = NULL;
+        for (struct nv_request *request = list, *next; request; request = next) {
+            next = request->next;
+            nv_conn_reply_gone(request);
+        }
         return;
     }
     conn->tx_iov[conn->tx_first].iov_base = (uint8_t *)conn->tx_iov[conn->tx_first].iov_base + bytes;

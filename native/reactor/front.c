@@ -54,7 +54,9 @@ int nv_object_open(nv_plane *plane, int fd, uint32_t flags, uint32_t align, uint
     object->flags = flags;
     object->align = align;
     atomic_store(&object->size, size);
-    nv_sync_init(&object->sync, object->handle, object->id);
+    if (!(flags & NV_OBJECT_DIRECT) && nv_io_in_memory(object->handle))
+        atomic_store(&object->view, nv_view_create(object->handle, size, NULL));
+    nv_sync_init(&object->sync, object->handle, object->id, atomic_load(&object->view) ? NV_OP_NOW : 0);
     *number = object->id;
     return 0;
 }
@@ -91,6 +93,18 @@ int nv_object_close(nv_plane *plane, uint32_t number, uint64_t token)
     return 0;
 }
 
+/* A view of the new size takes the place of the present one; without memory for it, that one stays. */
+static void grow_view(struct nv_object *object, uint64_t size)
+{
+    struct nv_view *present = atomic_load(&object->view), *larger;
+
+    if (!present || size <= present->size)
+        return;
+    larger = nv_view_create(object->handle, size, present);
+    if (larger)
+        atomic_store_explicit(&object->view, larger, memory_order_release);
+}
+
 int nv_object_set_size(nv_plane *plane, uint32_t number, uint64_t size)
 {
     struct nv_object *object;
@@ -101,6 +115,7 @@ int nv_object_set_size(nv_plane *plane, uint32_t number, uint64_t size)
     if (size < atomic_load(&object->size) && object->users > 0)
         return nv_fail(EBUSY, "object %u of %" PRIu64 " bytes is in use and cannot shrink to %" PRIu64, number,
                        atomic_load(&object->size), size);
+    grow_view(object, size);
     atomic_store(&object->size, size);
     return 0;
 }

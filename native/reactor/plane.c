@@ -273,6 +273,7 @@ static void object_closed(nv_plane *plane, struct nv_object *object)
 {
     nv_table_remove(&plane->objects, object->id);
     nv_sync_free(&object->sync);
+    nv_view_free(atomic_load(&object->view));
     nv_io_close(object->handle);
     free(object);
 }

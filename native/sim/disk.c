@@ -78,6 +78,11 @@ uint64_t sim_disk_clip(const struct sim_disk *disk, uint64_t offset, uint64_t si
     return size < disk->size - offset ? size : disk->size - offset;
 }
 
+const uint8_t *sim_disk_bytes(const struct sim_disk *disk)
+{
+    return disk->now;
+}
+
 void sim_disk_read(const struct sim_disk *disk, uint64_t offset, void *out, size_t size)
 {
     assert(sim_disk_clip(disk, offset, size) == size);

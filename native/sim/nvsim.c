@@ -80,7 +80,8 @@ static void boot(struct life *life)
     if (nv_plane_build(&config, false, &life->plane) != 0)
         nv_sim_violation("the plane does not start: %s", nv_last_error());
     for (uint32_t i = 0; i < SCENARIO_DISKS; i++) {
-        life->files[i] = nv_sim_file(sim_disk_create(scenario->image[i], scenario->disk_size[i]), scenario->align);
+        life->files[i] = nv_sim_file(sim_disk_create(scenario->image[i], scenario->disk_size[i]), scenario->align,
+                                     scenario->in_memory[i]);
         if (nv_object_open(life->plane, life->files[i], scenario->align > 1 ? NV_OBJECT_DIRECT : 0, scenario->align,
                            scenario->disk_size[i], &life->objects[i]) != 0)
             nv_sim_violation("an object does not open: %s", nv_last_error());

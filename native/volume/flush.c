@@ -14,13 +14,14 @@
 static void sync_done(struct nv_op *op);
 static void wait_arrives(struct nv_reactor *reactor, struct nv_message *message);
 
-void nv_sync_init(struct nv_sync *sync, nv_handle handle, uint32_t object_id)
+void nv_sync_init(struct nv_sync *sync, nv_handle handle, uint32_t object_id, uint8_t op_flags)
 {
     pthread_mutex_init(&sync->lock, NULL);
     /* A filter that ran before us may have died with acknowledged writes in the page cache: the first flush syncs. */
     atomic_store(&sync->written, 1);
     sync->op.kind = NV_OP_SYNC;
     sync->op.handle = handle;
+    sync->op.flags = op_flags;
     sync->op.done = sync_done;
     sync->event.event = (nv_event){.kind = NV_EVENT_SYNC_FAILED, .args = {object_id}};
 }

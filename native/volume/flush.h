@@ -46,7 +46,8 @@ struct nv_sync {
     struct nv_event_slot event;
 };
 
-void nv_sync_init(struct nv_sync *sync, nv_handle handle, uint32_t object_id);
+/* `op_flags`: NV_OP_NOW for a handle in memory, else 0. */
+void nv_sync_init(struct nv_sync *sync, nv_handle handle, uint32_t object_id, uint8_t op_flags);
 void nv_sync_free(struct nv_sync *sync);
 /* A change has completed in the backend; call before it is answered. */
 void nv_sync_wrote(struct nv_sync *sync);

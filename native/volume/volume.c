@@ -11,6 +11,7 @@
 #include <string.h>
 
 #include "limits.h"
+#include "nbd/session.h"
 #include "reactor/reactor.h"
 
 static void step(struct nv_vreq *request);
@@ -106,6 +107,41 @@ static void count(struct nv_vreq *request)
         nv_count(&counters->read_bytes, request->length);
     else if (request->kind == NV_REQUEST_WRITE)
         nv_count(&counters->write_bytes, request->length);
+}
+
+const uint8_t *nv_volume_look(const struct nv_map *map, uint64_t offset, uint64_t length)
+{
+    const struct nv_run *run = nv_map_find(map, offset);
+    const uint64_t into = offset - run->offset;
+    struct nv_view *view;
+
+    if (!run->object || length > run->length - into)
+        return NULL;
+    view = atomic_load_explicit(&run->object->view, memory_order_acquire);
+    return view ? nv_view_at(view, run->object_offset + into, length) : NULL;
+}
+
+int64_t nv_volume_copy(const struct nv_vreq *request, uint64_t from, void *to, uint64_t length)
+{
+    const struct nv_run *run = nv_map_find(request->map, request->offset);
+
+    assert(run->object && from + length <= request->length);
+    return nv_io_copy(run->object->handle, to, length, run->object_offset + request->offset - run->offset + from);
+}
+
+void nv_volume_served(struct nv_vreq *request)
+{
+    assert(request->kind == NV_REQUEST_READ && request->error == 0);
+    count(request);
+    leave(request);
+}
+
+void nv_volume_remap(struct nv_vreq *request)
+{
+    assert(request->kind == NV_REQUEST_READ && request->map != local_of(request)->map);
+    release_map(request);
+    request->map = local_of(request)->map;
+    request->map->users[request->reactor->index].in_flight++;
 }
 
 static void finish(struct nv_vreq *request, int error)
@@ -317,6 +353,8 @@ void nv_volume_local_change(struct nv_reactor *reactor, struct nv_message *messa
 
     assert(local->map == change->from && !user->retiring);
     local->map = change->to;
+    for (struct nv_conn *conn = local->connections; conn; conn = conn->volume_next)
+        nv_conn_remap(conn);
     user->retiring = true;
     if (user->in_flight == 0)
         change_drained(reactor, change);

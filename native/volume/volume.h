@@ -107,6 +107,16 @@ struct nv_vreq {
 void nv_volume_enter(struct nv_vreq *request);
 void nv_volume_start(struct nv_vreq *request);
 void nv_volume_abandon(struct nv_vreq *request);
+/*
+ * A READ may do without start: nv_volume_look() tells where its bytes stand in memory (NULL: they do not, start it as
+ * usual). Between enter and nv_volume_served(), which says that they have gone to the client, the request holds its map
+ * and with it the place; when the map has been replaced meanwhile, nv_volume_remap() changes over to the present one.
+ */
+const uint8_t *nv_volume_look(const struct nv_map *map, uint64_t offset, uint64_t length);
+/* Copy `length` of the bytes that nv_volume_look() showed, from `from` on: how many, or -errno. */
+int64_t nv_volume_copy(const struct nv_vreq *request, uint64_t from, void *to, uint64_t length);
+void nv_volume_served(struct nv_vreq *request);
+void nv_volume_remap(struct nv_vreq *request);
 
 /* Reactor: begin closing the local half; the last reactor raises VOLUME_CLOSED. */
 void nv_volume_local_close(struct nv_reactor *reactor, struct nv_volume_local *local);
