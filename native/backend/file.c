@@ -40,11 +40,16 @@ static void submit(struct nv_piece *piece, uint8_t kind, uint64_t length, uint8_
 }
 
 /* A transfer of bytes that are in memory and stay there: done at once, unless it would keep others waiting. */
-static bool in_memory(const struct nv_piece *piece, uint64_t length)
+static bool in_memory(struct nv_piece *piece, uint64_t length)
 {
     struct nv_view *view = atomic_load_explicit(&piece->object->view, memory_order_acquire);
+    uint8_t *at;
 
-    return view && length <= NV_NOW_BYTES && nv_view_at(view, piece->offset + piece->moved, length);
+    piece->op.view = NULL;
+    if (!view || length > NV_NOW_BYTES || !(at = nv_view_at(view, piece->offset + piece->moved, length)))
+        return false;
+    piece->op.view = view->writable ? at : NULL;
+    return true;
 }
 
 static void submit_transfer(struct nv_piece *piece)

@@ -18,15 +18,16 @@ static size_t map_bytes(uint64_t size)
     return (pages + WORD_BITS - 1) / WORD_BITS * sizeof(uint64_t);
 }
 
-struct nv_view *nv_view_create(nv_handle handle, uint64_t size, struct nv_view *older)
+struct nv_view *nv_view_create(nv_handle handle, uint64_t size, bool writable, struct nv_view *older)
 {
     struct nv_view *view = calloc(1, sizeof *view);
 
     if (!view)
         return NULL;
     view->size = size;
+    view->writable = writable;
     view->present = nv_pages_map(map_bytes(size));
-    view->base = view->present ? nv_io_map(handle, size) : NULL;
+    view->base = view->present ? nv_io_map(handle, size, writable) : NULL;
     if (!view->base) {
         if (view->present)
             nv_pages_unmap(view->present, map_bytes(size));
@@ -68,7 +69,7 @@ static bool known(struct nv_view *view, uint64_t first, uint64_t last)
     return true;
 }
 
-const uint8_t *nv_view_at(struct nv_view *view, uint64_t offset, uint64_t length)
+uint8_t *nv_view_at(struct nv_view *view, uint64_t offset, uint64_t length)
 {
     uint64_t first, last;
 

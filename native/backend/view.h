@@ -16,18 +16,19 @@
 #include "io/io.h"
 
 struct nv_view {
-    const uint8_t *base;
+    uint8_t *base;
+    bool writable;
     uint64_t size;
     struct nv_view *older;
     _Atomic uint64_t *present;      /* a bit a page */
 };
 
 /* NULL: no memory or no address space for one; the object is read as others are. */
-struct nv_view *nv_view_create(nv_handle handle, uint64_t size, struct nv_view *older);
+struct nv_view *nv_view_create(nv_handle handle, uint64_t size, bool writable, struct nv_view *older);
 /* It and all older ones. */
 void nv_view_free(struct nv_view *view);
 /* Where these bytes stand, if all of them are in memory now; else NULL. */
-const uint8_t *nv_view_at(struct nv_view *view, uint64_t offset, uint64_t length);
+uint8_t *nv_view_at(struct nv_view *view, uint64_t offset, uint64_t length);
 /* A punch went over these bytes. */
 void nv_view_forget(struct nv_view *view, uint64_t offset, uint64_t length);
 

@@ -16,6 +16,7 @@
 #include <unistd.h>
 
 #include "io/io.h"
+#include "io/store.h"
 #include "limits.h"
 
 #define PAGE 4096u
@@ -60,19 +61,23 @@ bool nv_io_in_memory(nv_handle handle)
     return fstatfs(handle, &about) == 0 && (about.f_type == TMPFS_MAGIC || about.f_type == RAMFS_MAGIC);
 }
 
-const uint8_t *nv_io_map(nv_handle handle, uint64_t size)
+uint8_t *nv_io_map(nv_handle handle, uint64_t size, bool writable)
 {
-    void *view = size ? mmap(NULL, size, PROT_READ, MAP_SHARED | MAP_NORESERVE, handle, 0) : MAP_FAILED;
+    const int how = PROT_READ | (writable ? PROT_WRITE : 0);
+    void *view;
 
+    if (size == 0 || (writable && !nv_store_ready()))
+        return NULL;
+    view = mmap(NULL, size, how, MAP_SHARED | MAP_NORESERVE, handle, 0);
     if (view == MAP_FAILED)
         return NULL;
     (void)munlock(view, size); /* the plane locks its own memory; whether the file may be swapped is its owner's choice */
     return view;
 }
 
-void nv_io_unmap(const uint8_t *view, uint64_t size)
+void nv_io_unmap(uint8_t *view, uint64_t size)
 {
-    munmap((void *)(uintptr_t)view, size);
+    munmap(view, size);
 }
 
 bool nv_io_present(const uint8_t *at, uint64_t length)

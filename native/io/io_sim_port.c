@@ -197,14 +197,15 @@ bool nv_io_in_memory(nv_handle handle)
     return sim_handle_of(handle, HANDLE_FILE)->in_memory;
 }
 
-const uint8_t *nv_io_map(nv_handle handle, uint64_t size)
+uint8_t *nv_io_map(nv_handle handle, uint64_t size, bool writable)
 {
     struct sim_disk *disk = sim_handle_of(handle, HANDLE_FILE)->disk;
 
+    (void)writable; /* writes go through the disk, which keeps their versions */
     return size <= sim_disk_size(disk) ? sim_disk_bytes(disk) : NULL;
 }
 
-void nv_io_unmap(const uint8_t *view, uint64_t size)
+void nv_io_unmap(uint8_t *view, uint64_t size)
 {
     (void)view;
     (void)size;

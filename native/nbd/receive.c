@@ -226,6 +226,7 @@ static bool parse_inline(struct nv_conn *conn)
     conn->rx_start += request->payload;
     if (request->type == NBD_CMD_WRITE) {
         nv_request_pin(request, payload);
+        nv_resident_expect(request);
         start_current(conn);
     } else if (nv_request_select(request, payload) == 0) {
         conn->rx_state = NV_RX_ADMIT;

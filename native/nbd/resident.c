@@ -20,7 +20,7 @@
 bool nv_resident_take(struct nv_request *request)
 {
     const struct nv_conn *conn = request->conn;
-    const uint8_t *at;
+    uint8_t *at;
 
     if (request->length > NV_NOW_BYTES || conn->tls)
         return false;
@@ -29,9 +29,17 @@ bool nv_resident_take(struct nv_request *request)
         return false;
     for (uint32_t i = 0; i < NV_PREFETCH_BYTES && i < request->length; i += LINE)
         __builtin_prefetch(at + i); /* by the time of the send, the page walk and the first misses are over */
-    request->buffer = (uint8_t *)(uintptr_t)at;
+    request->buffer = at;
     request->memory = NV_MEMORY_VIEW;
     return true;
+}
+
+void nv_resident_expect(const struct nv_request *request)
+{
+    const uint8_t *at = nv_volume_look(request->conn->local->map, request->offset, request->length);
+
+    for (uint32_t i = 0; at && i < NV_PREFETCH_BYTES && i < request->length; i += LINE)
+        __builtin_prefetch(at + i, 1);
 }
 
 /* ---- reads that start again ---- */
@@ -92,13 +100,10 @@ static bool change_over(struct nv_request *request)
 /* True: the reply can stand in the queue. */
 static bool look_again(struct nv_request *request)
 {
-    const uint8_t *at;
-
     if (request->memory != NV_MEMORY_VIEW || request->v.map == request->conn->local->map || !change_over(request))
         return true;
-    at = nv_volume_look(request->v.map, request->offset, request->length);
-    request->buffer = (uint8_t *)(uintptr_t)at;
-    return at;
+    request->buffer = nv_volume_look(request->v.map, request->offset, request->length);
+    return request->buffer;
 }
 
 static void remap_again(struct nv_conn *conn)

@@ -55,7 +55,7 @@ int nv_object_open(nv_plane *plane, int fd, uint32_t flags, uint32_t align, uint
     object->align = align;
     atomic_store(&object->size, size);
     if (!(flags & NV_OBJECT_DIRECT) && nv_io_in_memory(object->handle))
-        atomic_store(&object->view, nv_view_create(object->handle, size, NULL));
+        atomic_store(&object->view, nv_view_create(object->handle, size, !(flags & NV_OBJECT_READ_ONLY), NULL));
     nv_sync_init(&object->sync, object->handle, object->id, atomic_load(&object->view) ? NV_OP_NOW : 0);
     *number = object->id;
     return 0;
@@ -100,7 +100,7 @@ static void grow_view(struct nv_object *object, uint64_t size)
 
     if (!present || size <= present->size)
         return;
-    larger = nv_view_create(object->handle, size, present);
+    larger = nv_view_create(object->handle, size, present->writable, present);
     if (larger)
         atomic_store_explicit(&object->view, larger, memory_order_release);
 }

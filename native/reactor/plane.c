@@ -93,11 +93,14 @@ static void *thread_main(void *argument)
 
 static int start_threads(struct nv_plane *plane)
 {
+    static const int own_faults[] = {SIGBUS, SIGSEGV, SIGFPE, SIGILL}; /* blocked, they would end the process unheard */
     sigset_t all, before;
     uint32_t wanted = 0;
 
     sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before); /* signals are the front's */
+    for (size_t i = 0; i < sizeof own_faults / sizeof own_faults[0]; i++)
+        sigdelset(&all, own_faults[i]);
+    pthread_sigmask(SIG_SETMASK, &all, &before); /* signals from outside are the front's */
     for (; wanted < plane->config.reactors; wanted++) {
         struct nv_reactor *reactor = &plane->reactors[wanted];
         int error = pthread_create(&reactor->thread, NULL, thread_main, reactor);

@@ -78,7 +78,7 @@ uint64_t sim_disk_clip(const struct sim_disk *disk, uint64_t offset, uint64_t si
     return size < disk->size - offset ? size : disk->size - offset;
 }
 
-const uint8_t *sim_disk_bytes(const struct sim_disk *disk)
+uint8_t *sim_disk_bytes(const struct sim_disk *disk)
 {
     return disk->now;
 }

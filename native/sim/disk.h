@@ -26,7 +26,7 @@ uint64_t sim_disk_size(const struct sim_disk *disk);
 /* Bytes from offset that exist, at most size. */
 uint64_t sim_disk_clip(const struct sim_disk *disk, uint64_t offset, uint64_t size);
 /* What reads see, as memory that changes with the disk. */
-const uint8_t *sim_disk_bytes(const struct sim_disk *disk);
+uint8_t *sim_disk_bytes(const struct sim_disk *disk);
 void sim_disk_read(const struct sim_disk *disk, uint64_t offset, void *out, size_t size);
 
 enum sim_write_mode {

@@ -109,7 +109,7 @@ static void count(struct nv_vreq *request)
         nv_count(&counters->write_bytes, request->length);
 }
 
-const uint8_t *nv_volume_look(const struct nv_map *map, uint64_t offset, uint64_t length)
+uint8_t *nv_volume_look(const struct nv_map *map, uint64_t offset, uint64_t length)
 {
     const struct nv_run *run = nv_map_find(map, offset);
     const uint64_t into = offset - run->offset;

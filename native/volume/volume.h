@@ -112,7 +112,7 @@ void nv_volume_abandon(struct nv_vreq *request);
  * usual). Between enter and nv_volume_served(), which says that they have gone to the client, the request holds its map
  * and with it the place; when the map has been replaced meanwhile, nv_volume_remap() changes over to the present one.
  */
-const uint8_t *nv_volume_look(const struct nv_map *map, uint64_t offset, uint64_t length);
+uint8_t *nv_volume_look(const struct nv_map *map, uint64_t offset, uint64_t length);
 /* Copy `length` of the bytes that nv_volume_look() showed, from `from` on: how many, or -errno. */
 int64_t nv_volume_copy(const struct nv_vreq *request, uint64_t from, void *to, uint64_t length);
 void nv_volume_served(struct nv_vreq *request);

@@ -1,0 +1,19 @@
+/*
+ * Copy bytes into a view of a file in memory. A page that memory cannot give (the file was cut, or memory is full) raises
+ * SIGBUS inside the copy; here that is an error of this one copy, not the end of the process. Of the real port only.
+ *
+ * Invariants: the signal is ours only while this thread is inside nv_store(); every other SIGBUS goes to whoever handled
+ * it before.
+ */
+#ifndef NV_STORE_H
+#define NV_STORE_H
+
+#include <stdbool.h>
+#include <stddef.h>
+
+/* Take SIGBUS over, once a process; false: the system refuses. */
+bool nv_store_ready(void);
+/* True: all bytes are there. False: some may be; write them in another way, which tells what is wrong. */
+bool nv_store(void *to, const void *from, size_t length);
+
+#endif
