@@ -33,7 +33,10 @@ fi
 mount -t proc proc /tree/proc
 mount -t sysfs sysfs /tree/sys
 mount -t devtmpfs dev /tree/dev
-for place in tmp run mnt; do mount -t tmpfs tmpfs "/tree/$place"; done
+mount -t tmpfs tmpfs /tree/run
+if [ "$root" ]; then # the copy of the host's tree is writable as it is, and the project may lie below one of these
+    for place in tmp mnt; do mount -t tmpfs tmpfs "/tree/$place"; done
+fi
 
 for port in /sys/class/virtio-ports/*; do
     if [ "$(cat "$port/name")" = nv.command ]; then exec 3<>"/dev/${port##*/}"; fi

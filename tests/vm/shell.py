@@ -24,14 +24,14 @@ class Shell:
         guest.check("mkfifo /run/orders; : >/run/answers")
         guest.background("exec sleep 10000 >/run/orders", "/dev/null")  # keeps it open between orders
         command = f"cd {ROOT}; exec {sys.executable} -m tests.vm.inside </run/orders >>/run/answers"
-        guest.background(command, "/run/shell.log")
+        self._pid = guest.background(command, "/run/shell.log")
 
     def __call__(self, *order: Any) -> Any:
         """Run one order; return its value: an attachment's record, or an error's `code` and `message`."""
         self._answers += 1
         script = (
             f"echo {shlex.quote(json.dumps(order))} >/run/orders\n"
-            f"until test $(wc -l </run/answers) -ge {self._answers}; do sleep 0.1; done\n"
+            f"until test $(wc -l </run/answers) -ge {self._answers}; do kill -0 {self._pid} || exit 3; sleep 0.1; done\n"
             f"sed -n {self._answers}p /run/answers"
         )
         try:
