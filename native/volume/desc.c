@@ -151,9 +151,32 @@ static int collect_objects(struct nv_map *map)
     return 0;
 }
 
+/* Cells so large that at most two come on a run, and none is smaller than a sector. */
+static int index_runs(struct nv_map *map)
+{
+    const uint64_t most = 2 * map->run_count;
+    uint64_t count, run = 0;
+
+    map->cell_shift = 9;
+    while (map->size >> map->cell_shift > most)
+        map->cell_shift++;
+    count = (map->size >> map->cell_shift) + 1;
+    map->cells = malloc((count + 1) * sizeof *map->cells);
+    if (!map->cells)
+        return nv_fail(ENOMEM, "no memory for the index of %" PRIu64 " runs", map->run_count);
+    for (uint64_t cell = 0; cell < count; cell++) {
+        while (run + 1 < map->run_count && map->runs[run + 1].offset <= cell << map->cell_shift)
+            run++;
+        map->cells[cell] = (uint32_t)run;
+    }
+    map->cells[count] = map->run_count ? (uint32_t)(map->run_count - 1) : 0;
+    return 0;
+}
+
 static int fill_map(const struct reader *in, struct nv_map *map)
 {
     uint64_t expected = 0;
+    int failed;
 
     for (uint64_t i = 0; i < in->run_count; i++) {
         int error = read_run(in, i, expected, &map->runs[i]);
@@ -163,7 +186,8 @@ static int fill_map(const struct reader *in, struct nv_map *map)
     }
     if (expected != in->header.size)
         return nv_fail(EINVAL, "runs cover %" PRIu64 " of %" PRIu64 " bytes", expected, in->header.size);
-    return collect_objects(map);
+    failed = collect_objects(map);
+    return failed ? failed : index_runs(map);
 }
 
 int nv_desc_compile(const void *record, uint64_t length, uint32_t reactors, nv_object_lookup *lookup, void *context,
@@ -215,6 +239,7 @@ void nv_map_free(struct nv_map *map)
     if (!map)
         return;
     free(map->objects);
+    free(map->cells);
     free(map->users);
     free(map);
 }
