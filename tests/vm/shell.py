@@ -31,7 +31,8 @@ class Shell:
         self._answers += 1
         script = (
             f"echo {shlex.quote(json.dumps(order))} >/run/orders\n"
-            f"until test $(wc -l </run/answers) -ge {self._answers}; do kill -0 {self._pid} || exit 3; sleep 0.1; done\n"
+            f"until test $(wc -l </run/answers) -ge {self._answers}\n"
+            f"do kill -0 {self._pid} || exit 3; sleep 0.1; done\n"
             f"sed -n {self._answers}p /run/answers"
         )
         try:
