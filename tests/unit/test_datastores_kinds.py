@@ -177,8 +177,13 @@ def test_one_object_datastores_hold_no_files(tmp_path: Path, kind: str) -> None:
     for act in (lambda: ds.create("x", 1), lambda: ds.grow("x", 1), lambda: ds.remove("x")):
         with refused(Code.UNSUPPORTED, "kind dir"):
             act()
-    with refused(Code.INVALID, "one object"):
-        ds.open("x")
+    for look in (ds.open, ds.size):
+        with refused(Code.INVALID, "one object"):
+            look("x")
+    with refused(Code.UNAVAILABLE, "is missing"):
+        ds.size("")
+    (tmp_path / "x").write_bytes(bytes(12345))
+    assert ds.size("") == 12345
 
 
 def test_kinds_of_later_work_are_refused_by_name(tmp_path: Path) -> None:
