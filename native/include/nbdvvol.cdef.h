@@ -93,6 +93,7 @@ int nv_object_open(nv_plane *plane, int fd, uint32_t flags, uint32_t align, uint
                    uint32_t *object);                       /* dups fd; align: O_DIRECT alignment or 1 */
 int nv_object_close(nv_plane *plane, uint32_t object, uint64_t token);
 int nv_object_set_size(nv_plane *plane, uint32_t object, uint64_t size);
+int nv_object_latch_fault(nv_plane *plane, uint32_t object); /* as if its sync had failed; raises no event */
 int nv_object_clear_fault(nv_plane *plane, uint32_t object);
 int nv_object_job(nv_plane *plane, uint32_t object, uint32_t op, void *buffer, uint64_t offset,
                   uint64_t length, uint64_t token);         /* buffer stays the caller's until JOB_DONE */

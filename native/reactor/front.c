@@ -120,6 +120,16 @@ int nv_object_set_size(nv_plane *plane, uint32_t number, uint64_t size)
     return 0;
 }
 
+int nv_object_latch_fault(nv_plane *plane, uint32_t number)
+{
+    struct nv_object *object;
+    int error = find_object(plane, number, &object);
+
+    if (!error)
+        nv_sync_latch(&object->sync);
+    return error;
+}
+
 int nv_object_clear_fault(nv_plane *plane, uint32_t number)
 {
     struct nv_object *object;

@@ -147,6 +147,15 @@ void nv_sync_fail(struct nv_sync *sync, struct nv_reactor *reactor, int error)
     pthread_mutex_unlock(&sync->lock);
 }
 
+void nv_sync_latch(struct nv_sync *sync)
+{
+    int none = 0;
+
+    pthread_mutex_lock(&sync->lock);
+    atomic_compare_exchange_strong(&sync->fault, &none, -EIO);
+    pthread_mutex_unlock(&sync->lock);
+}
+
 void nv_sync_clear(struct nv_sync *sync)
 {
     pthread_mutex_lock(&sync->lock);

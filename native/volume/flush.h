@@ -55,6 +55,8 @@ void nv_sync_wrote(struct nv_sync *sync);
 bool nv_sync_begin(struct nv_sync *sync, struct nv_reactor *reactor, struct nv_sync_wait *wait);
 /* A write that was to be durable failed: latch. */
 void nv_sync_fail(struct nv_sync *sync, struct nv_reactor *reactor, int error);
+/* A sync failed in an earlier process, or so the registry says: every flush fails from now on. */
+void nv_sync_latch(struct nv_sync *sync);
 /* The operator's word: forget the fault; the next flush syncs again. */
 void nv_sync_clear(struct nv_sync *sync);
 

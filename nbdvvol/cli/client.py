@@ -155,9 +155,9 @@ class Client:
         answer = self._call("POST", f"/v1/tasks/{number}/cancel")
         return Task.model_validate(answer.get("task", answer))
 
-    def clear_fault(self, datastore: str) -> Any:
-        """Accept what a failed sync may have lost, so that FLUSH works again."""
-        return self._call("POST", f"/v1/datastores/{datastore}/clear-fault")
+    def clear_fault(self, datastore: str) -> TaskRef:
+        """Accept what failed syncs may have lost, so that FLUSH works again."""
+        return TaskRef.model_validate(self._call("POST", f"/v1/datastores/{datastore}/clear-fault"))
 
     def wait(self, number: int, on_change: Callable[[Task], None] = lambda task: None) -> Task:
         """Wait until a task is over; outlives restarts of control. Raises NvError when it did not succeed."""

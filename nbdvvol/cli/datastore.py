@@ -27,13 +27,16 @@ def clear_fault(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     run: RunOption = None,
 ) -> None:
-    """Let FLUSH succeed again after a failed sync: what was written since the last good one may be lost."""
+    """Let FLUSH succeed again after a failed sync: what was written since the last good one may be lost.
+
+    Until then it fails, whatever restarts, and VVols that were bound to that host move to no other."""
     from nbdvvol.cli.client import Client
+    from nbdvvol.cli.output import follow
 
     with Client.connect(run) as client:
         if not yes and sys.stdin.isatty():
             typer.confirm(
                 f"Writes to {name} since its last good flush may be lost. Go on as if they were not?", abort=True
             )
-        client.clear_fault(name)
-    print(f"{name}: fault cleared; check the file systems of its VVols")
+        done = f"{name}: fault cleared; check the file systems of its VVols"
+        follow(client, client.clear_fault(name), done, no_wait=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from nbdvvol.control.registry import bindings, space, stores
+from nbdvvol.control.registry import bindings, faults, space, stores
 from nbdvvol.control.registry.space import Placement
 from nbdvvol.control.registry.stores import Store
 from nbdvvol.control.tasks import Body, Context
@@ -141,7 +141,7 @@ async def _bind_to(context: Context, host: str, *, force: bool) -> None:
         state, error = await context.registry.run(bindings.state, uuid, host)
         if error:
             raise NvError(Code.IO, f"host {host} cannot serve {context.job.subject}: {error}", hint)
-        waits = state == "binding" and host in context.links.connected
+        waits = state in ("assigned", "binding") and host in context.links.connected
         return f"host {host} to serve it" if waits else ""
 
     await context.until(0.95, served)
@@ -217,12 +217,15 @@ async def probe(context: Context) -> None:
 
 
 async def clear_fault(context: Context) -> None:
-    """The operator accepts what a failed sync may have lost: every connected filter forgets the fault."""
-    store = await context.store(context.job.args["datastore"])
-    await context.host_for(store)
-    for host in [host for host in store.hosts if host in context.links.connected]:
-        await context.work_on(host, store, "clear_fault", f"clear.{host}")
-    await context.registry.run(stores.fault_cleared, store.name)
+    """The operator accepts what failed syncs may have lost: filters clear what is listed no more."""
+    name = context.job.args["datastore"]
+    revision, hosts = await context.registry.run(faults.clear, name)
+
+    async def heard() -> str:
+        late = [host for host in hosts if not context.links.runs(host, revision)]
+        return f"host {', '.join(late)} to hear of it" if late else ""
+
+    await context.until(0.5, heard, cancellable=False)
 
 
 async def undo_create(context: Context, error: str) -> None:

@@ -16,7 +16,7 @@ import structlog
 from pydantic import ValidationError
 
 from nbdvvol.control import queries
-from nbdvvol.control.registry import Registry, bindings, feed, orders, stores
+from nbdvvol.control.registry import Registry, bindings, faults, feed, orders, stores
 from nbdvvol.control.registry.orders import Order
 from nbdvvol.control.signal import Signals
 from nbdvvol.model import link
@@ -46,14 +46,17 @@ class Channel(Protocol):
 class HostLink:
     """One filter's connection."""
 
-    def __init__(self, host: str, channel: Channel) -> None:
+    def __init__(self, host: str, instance: str, channel: Channel) -> None:
         self.host = host
+        self.instance = instance
         self.channel = channel
         self.dirty = asyncio.Event()
         self.told: set[str] = set()
         self.ready = False
         """Welcomed and told its state: orders may be sent."""
         self.sent = 0
+        self.runs = 0
+        """The revision up to which the filter said that it runs everything."""
 
     async def send(self, message: link.FromControl) -> None:
         """Send one message."""
@@ -75,6 +78,11 @@ class Links:
         for host in hosts:
             if host in self.connected:
                 self.connected[host].dirty.set()
+
+    def runs(self, host: str, revision: int) -> bool:
+        """Whether the host's filter runs everything up to a revision, or is away and will hear of it first."""
+        me = self.connected.get(host)
+        return me is None or me.runs >= revision
 
     async def close(self) -> None:
         """End every link; orders stay written down."""
@@ -102,8 +110,12 @@ class Links:
         try:
             while True:
                 text = await channel.receive()
+                message = link.from_filter.validate_json(text)
                 try:
-                    await self._take(me, text)
+                    if isinstance(message, link.Stopped):
+                        await self._stopped(me, helpers)
+                        break
+                    await self._take(me, message)
                 except NvError as error:
                     log.warning("what the filter says cannot be kept", host=host, error=str(error))
         except ConnectionError as error:
@@ -117,6 +129,15 @@ class Links:
                 del self.connected[host]
             await channel.close()
             self.changed.fire_all()
+
+    async def _stopped(self, me: HostLink, helpers: list[asyncio.Task[None]]) -> None:
+        """Its last word. First nobody tells it of anything more, then what it says is written down."""
+        me.ready = False
+        for helper in helpers:
+            helper.cancel()
+        await asyncio.gather(*helpers, return_exceptions=True)
+        await self.registry.run(bindings.stopped, me.host, me.instance)
+        log.info("filter stopped", host=me.host)
 
     async def _hello(self, host: str, channel: Channel) -> HostLink | str:
         """Take the hello and send what follows. Returns the link, or why the filter is refused."""
@@ -135,7 +156,7 @@ class Links:
             return f"the credential is host {host}'s; it may not claim to be host {hello.host}"
         if host in self.connected or self._closing:
             return f"a filter of host {host} is connected already; it counts as gone after 8 s without an answer"
-        me = HostLink(host, channel)
+        me = HostLink(host, hello.instance, channel)
         self.connected[host] = me
         try:
             await self._welcome(me, hello)
@@ -156,6 +177,8 @@ class Links:
         me.told = {held.uuid for held in hello.held}
         if isinstance(first, link.Snapshot):
             me.told |= set(first.state.vvols)
+        else:
+            me.runs = first.revision
         me.ready = True
         missed = {order.id: order for order in await self.registry.run(orders.of_host, me.host)}
         missed |= {order.id: order for order, _, _ in self._waiting.values() if order.host == me.host}
@@ -191,13 +214,16 @@ class Links:
         except NvError as error:
             log.info("probing stopped", host=me.host, error=str(error))
 
-    async def _take(self, me: HostLink, text: str) -> None:
-        message = link.from_filter.validate_json(text)
+    async def _take(self, me: HostLink, message: link.FromFilter) -> None:
         match message:
             case link.Hello():
                 raise ConnectionError("a second hello on one connection")
             case link.Applied():
-                await self.registry.run(feed.applied, me.host, min(message.revision, me.sent))
+                me.runs = min(message.revision, me.sent)
+                await self.registry.run(feed.applied, me.host, me.runs)
+                self.changed.fire([""])
+            case link.Fault():
+                await self.registry.run(faults.record, me.host, message)
             case link.Exports():
                 await self.registry.run(bindings.report, me.host, message.exports)
             case link.Released():
@@ -216,9 +242,7 @@ class Links:
 
     async def _notice(self, host: str, message: link.Notice) -> None:
         await self.registry.run(bindings.notice, host, message.event, message.subject, message.message)
-        if message.event == "sync_failed":
-            await self.registry.run(stores.faulty, message.subject, message.message)
-        elif message.event == "datastore_missing":
+        if message.event == "datastore_missing":
             await self.registry.run(stores.missing, message.subject, f"host {host}: {message.message}")
 
     async def _done(self, message: link.WorkDone) -> None:

@@ -10,7 +10,8 @@ FULL_BELOW = 0.05
 
 def host_view(row: HostRow, connected: bool) -> Host:
     """A host as the API shows it."""
-    return Host(name=row.name, connected=connected, address=row.address, instance=row.instance, vvols=row.vvols)
+    state = {"connected": connected, "instance": row.instance, "vvols": row.vvols, "serving": row.told}
+    return Host.model_validate({"name": row.name, "address": row.address} | state)
 
 
 def problems(
@@ -25,15 +26,7 @@ def problems(
         found += _datastore_problems(store)
     for host in hosts:
         if not host.connected:
-            used = f"; it serves {host.vvols} VVols, which go on while its filter runs" if host.vvols else ""
-            found.append(
-                Problem(
-                    code="HOST_DOWN",
-                    subject=host.name,
-                    message=f"no filter of host {host.name} is connected{used}",
-                    action=f"start it: nbdvvol filter {host.name}; if it is gone for good: nbdvvol unbind --force",
-                )
-            )
+            found.append(_host_down(host))
     for vvol in vvols:
         if vvol.binding is not None and vvol.binding.state == "releasing" and vvol.binding.host in down:
             found.append(
@@ -45,6 +38,21 @@ def problems(
                 )
             )
     return found + _task_problems(tasks)
+
+
+def _host_down(host: Host) -> Problem:
+    start = f"start it: nbdvvol filter --host {host.name}"
+    if host.serving:
+        used = f"; it serves {host.serving} VVols, which go on while its filter runs"
+        start += "; if it is gone for good: nbdvvol unbind --force"
+    elif host.vvols:
+        used = f"; nothing of the {host.vvols} VVols bound to it runs there"
+        start += ", or serve them elsewhere: nbdvvol bind --host"
+    else:
+        used = ""
+    return Problem(
+        code="HOST_DOWN", subject=host.name, message=f"no filter of host {host.name} is connected{used}", action=start
+    )
 
 
 def _vvol_problems(finding: Finding) -> list[Problem]:
@@ -70,37 +78,45 @@ def _vvol_problems(finding: Finding) -> list[Problem]:
 
 
 def _datastore_problems(store: Datastore) -> list[Problem]:
+    found = []
+    if store.faults:
+        hosts = ", ".join(sorted({fault.host for fault in store.faults}))
+        found.append(
+            Problem(
+                code="SYNC_FAILED",
+                subject=store.name,
+                message=f"host {hosts}: {store.faults[0].message}",
+                action=f"check the storage, then accept what may be lost: nbdvvol datastore clear-fault {store.name}",
+            )
+        )
+    elif store.state == "faulty":
+        found.append(
+            Problem(
+                code="DATASTORE_FAULTY",
+                subject=store.name,
+                message=store.detail,
+                action="check that its path is right; nothing was changed",
+            )
+        )
     if store.state == "missing":
-        return [
+        found.append(
             Problem(
                 code="DATASTORE_MISSING",
                 subject=store.name,
                 message=f"it cannot be opened: {store.detail}",
                 action="bring it back, or correct its path and apply; VVols on other datastores are not concerned",
             )
-        ]
-    if store.state == "faulty":
-        sync = store.detail.startswith("sync failed")
-        return [
-            Problem(
-                code="SYNC_FAILED" if sync else "DATASTORE_FAULTY",
-                subject=store.name,
-                message=store.detail,
-                action=f"check the storage, then accept what may be lost: nbdvvol datastore clear-fault {store.name}"
-                if sync
-                else "check that its path is right; nothing was changed",
-            )
-        ]
-    if store.use == "formatted" and store.size and store.free < store.size * FULL_BELOW:
-        return [
+        )
+    if store.state == "online" and store.use == "formatted" and store.free < store.size * FULL_BELOW:
+        found.append(
             Problem(
                 code="DATASTORE_FULL",
                 subject=store.name,
                 message=f"{store.free} of {store.size} bytes are free",
                 action="grow it, or delete VVols that are no longer needed",
             )
-        ]
-    return []
+        )
+    return found
 
 
 def _task_problems(tasks: list[Task]) -> list[Problem]:

@@ -199,6 +199,10 @@ class Plane:
         """Tell the plane that the object grew."""
         check(lib.nv_object_set_size(self._live, obj, size))
 
+    def latch_fault(self, obj: int) -> None:
+        """A sync of the object failed in an earlier process: FLUSH and FUA fail until the fault is cleared."""
+        check(lib.nv_object_latch_fault(self._live, obj))
+
     def clear_fault(self, obj: int) -> None:
         """The operator accepts what a failed sync may have lost: FLUSH works again."""
         check(lib.nv_object_clear_fault(self._live, obj))

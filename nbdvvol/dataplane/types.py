@@ -218,6 +218,9 @@ class DataPlane(Protocol):
     def set_object_size(self, obj: int, size: int) -> None:
         """Tell the plane that the object grew."""
 
+    def latch_fault(self, obj: int) -> None:
+        """A sync of the object failed in an earlier process: FLUSH and FUA fail until the fault is cleared."""
+
     def clear_fault(self, obj: int) -> None:
         """The operator accepts what a failed sync may have lost: FLUSH works again."""
 

@@ -1,7 +1,7 @@
 """The filter daemon: puts link, exports, listeners, work and data plane together; starts and stops them in order.
 
-It keeps no state of its own on disk: after a kill and a restart control says again what to serve, under fresh
-epochs, and the sockets are replaced. One filter a run directory.
+After a kill and a restart control says again what to serve, under fresh epochs, and the sockets are replaced. It
+keeps nothing on disk but failed syncs that control has not heard of. One filter a run directory.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from nbdvvol.filter.link import ControlLink, LinkOptions
 from nbdvvol.filter.listener import Listeners
 from nbdvvol.filter.objects import ObjectTable
 from nbdvvol.filter.reconcile import merge
+from nbdvvol.filter.syncfaults import FaultBook
 from nbdvvol.filter.view import View
 from nbdvvol.filter.work import WorkShop
 from nbdvvol.logs import log_to_stderr
 from nbdvvol.model.errors import Code, NvError
-from nbdvvol.model.link import Delta, Held, HostState, Snapshot, Work
+from nbdvvol.model.link import Delta, Fault, Held, HostState, Snapshot, Work
 
 _log = structlog.get_logger("filter")
 
@@ -55,8 +56,9 @@ class FilterOptions:
 class Filter:
     """One running filter over a data plane. Implements the link's Handler."""
 
-    def __init__(self, options: FilterOptions, plane: DataPlane) -> None:
+    def __init__(self, options: FilterOptions, plane: DataPlane, faults: FaultBook) -> None:
         self._plane = plane
+        self._faults = faults
         self._link = ControlLink(
             LinkOptions(
                 host=options.host,
@@ -69,7 +71,7 @@ class Filter:
             ),
             self,
         )
-        self._objects = ObjectTable(plane)
+        self._objects = ObjectTable(plane, self._faults)
         self._table = ExportTable(plane, self._objects, self._link)
         self._work = WorkShop(plane, self._objects, self._link.send)
         self._listeners = Listeners(
@@ -93,13 +95,14 @@ class Filter:
             await self._listeners.stop()
             await self._work.stop()
             await self._table.stop()
-            await self._table.close_all()
+            clean = await self._table.close_all()
             await self._plane.close()
-            await self._link.flush()
+            await self._link.farewell(clean=clean)
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             self._objects.shutdown()
+            self._faults.close()
             _log.info("stopped")
 
     # ---- the link's Handler ----
@@ -112,9 +115,14 @@ class Filter:
         """Address of the TCP listener, or ""."""
         return self._listeners.address
 
+    def faults(self) -> list[Fault]:
+        """Failed syncs that control may not have heard of."""
+        return self._faults.unheard()
+
     def snapshot(self, control: str, message: Snapshot) -> None:
         """The whole state."""
         self._objects.farm = control
+        self._faults.enter(control)
         self._take(message.revision, message.state)
 
     def change(self, message: Delta) -> None:
@@ -132,6 +140,8 @@ class Filter:
         self._work.order(self._link.control, message)
 
     def _take(self, revision: int, state: HostState) -> None:
+        self._faults.take(state.faults)
+        self._objects.follow_faults()
         exports = self._table.take(state)
         self._listeners.follow(state)
         self._reports.put_nowait((revision, exports))
@@ -156,9 +166,10 @@ async def run_filter(options: FilterOptions) -> None:
         loop.add_signal_handler(number, stop.set)
     options.run_dir.mkdir(parents=True, exist_ok=True)
     with locked(options.run_dir):
+        faults = FaultBook(options.run_dir.absolute())
         plane = Plane(PlaneConfig(reactors=options.reactors, spin_us=options.spin_us))
         _log.info("filter starts", host=options.host, control=options.control, pid=os.getpid())
-        await Filter(options, plane).run(stop)
+        await Filter(options, plane, faults).run(stop)
 
 
 @contextlib.contextmanager

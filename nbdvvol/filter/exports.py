@@ -17,7 +17,7 @@ from nbdvvol.dataplane.types import DataPlane
 from nbdvvol.filter.objects import HeldObject, ObjectTable
 from nbdvvol.filter.reconcile import Step, decide, describe, touched, transmission_flags
 from nbdvvol.model.errors import Code, NvError
-from nbdvvol.model.link import DatastoreSpec, ExportReport, Held, HostState, VVolSpec
+from nbdvvol.model.link import DatastoreSpec, ExportReport, Fault, Held, HostState, VVolSpec
 from nbdvvol.nbd.constants import BLOCK_PREFERRED_BYTES, PAYLOAD_BYTES_MAX
 from nbdvvol.nbd.provider import Facts
 
@@ -34,6 +34,9 @@ class Reporter(Protocol):
 
     def released(self, uuid: str, epoch: int) -> None:
         """Drained."""
+
+    def fault(self, fault: Fault) -> None:
+        """A sync failed and latched."""
 
     def notice(self, event: str, subject: str, message: str) -> None:
         """For the event list."""
@@ -156,17 +159,30 @@ class ExportTable:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def close_all(self) -> None:
-        """At a clean stop: drain every volume and release it, so that another host may take it at once."""
-        await asyncio.gather(*(self._close(export) for export in self._exports.values()), return_exceptions=True)
+    async def close_all(self) -> bool:
+        """At a clean stop: drain every volume and release it, so that another host may take it at once.
 
-    def sync_failed(self, obj: int, error: int) -> None:
+        False: something did not end as it should, and may still be under way."""
+        closing = (self._close(export) for export in self._exports.values())
+        failures = [end for end in await asyncio.gather(*closing, return_exceptions=True) if end is not None]
+        for failure in failures:
+            _log.error("a VVol did not close", error=repr(failure))
+        return not failures
+
+    def sync_failed(self, number: int, error: int) -> None:
         """The data plane latched a failed sync."""
-        held = self._objects.mark_faulty(obj)
-        where = held.spec.path if held else f"object {obj}"
-        _log.error("sync failed: FLUSH fails until the operator clears it", path=where, errno=error)
-        message = f"a sync of {where} failed (errno {error}); acknowledged writes may be lost, every FLUSH fails"
-        self._reporter.notice("sync_failed", held.datastore if held else "", message)
+        held = self._objects.find(number)
+        if held is None:
+            _log.error("a sync failed of an object that is not open", object=number, errno=error)
+        else:
+            self._latched(held, error)
+
+    def _latched(self, held: HeldObject, error: int) -> None:
+        """A sync of it failed; whoever sees it first says so, before the VVols on it are released."""
+        fault = self._objects.sync_failed(held, error)
+        if fault is not None:
+            _log.error("sync failed: FLUSH fails until the operator clears it", path=held.spec.path, errno=error)
+            self._reporter.fault(fault)
 
     def _poke(self, uuid: str, wanted: VVolSpec | None) -> Export:
         export = self._exports.get(uuid)
@@ -312,10 +328,11 @@ class ExportTable:
         for held in running.objects.values():
             try:
                 await self._plane.sync(held.number)
-            except OSError as error:  # latched and reported by the data plane; the VVol must still be let go
+            except OSError as error:  # the VVol must still be let go
                 _log.error(
                     "the last sync of a VVol failed", uuid=running.spec.uuid, path=held.spec.path, error=str(error)
                 )
+                self._latched(held, error.errno or 0)
 
     async def _acquire(
         self, spec: VVolSpec, have: dict[tuple[str, str], HeldObject]

@@ -29,6 +29,7 @@ from nbdvvol.model.link import (
     Delta,
     ExportReport,
     Exports,
+    Fault,
     Held,
     Hello,
     Notice,
@@ -37,6 +38,7 @@ from nbdvvol.model.link import (
     Released,
     Resumed,
     Snapshot,
+    Stopped,
     Welcome,
     Work,
     from_control,
@@ -48,7 +50,7 @@ QUERY_S = 2.0
 _RETRY_MIN_S, _RETRY_MAX_S = 0.1, 5.0
 _OPEN_S = 5.0
 _PING_S = 5.0
-_FLUSH_S = 0.5
+_FAREWELL_S = 2.0
 _NOTICES_MAX = 1000
 
 
@@ -76,6 +78,9 @@ class Handler(Protocol):
 
     def address(self) -> str:
         """Address of the TCP listener, or ""."""
+
+    def faults(self) -> list[Fault]:
+        """Failed syncs that control may not have heard of."""
 
     def snapshot(self, control: str, message: Snapshot) -> None:
         """The whole state."""
@@ -106,19 +111,21 @@ class ControlLink:
     _notices: list[Notice] = field(default_factory=list, init=False)
     _queries: dict[int, asyncio.Future[Answer]] = field(default_factory=dict, init=False)
     _query_id: int = field(default=0, init=False)
+    _leaving: bool = field(default=False, init=False)
+    _left: asyncio.Event = field(default_factory=asyncio.Event, init=False)
 
     async def run(self) -> None:
-        """Dial control until cancelled."""
+        """Dial control until cancelled, or until control took our farewell."""
         delay_s = _RETRY_MIN_S
         complained = ""
-        while True:
+        while not self._leaving:
             try:
                 async with self._dial() as socket:
                     await self._talk(socket)
                     delay_s, complained = _RETRY_MIN_S, ""
             except (OSError, TimeoutError, WebSocketException, NvError, ValidationError) as error:
                 text = _words(error)
-                if text != complained:
+                if text != complained and not self._leaving:
                     _log.warning("no link to control; serving goes on", control=self.options.control, error=text)
                     complained = text
             except Exception:
@@ -145,6 +152,10 @@ class ControlLink:
             self._released[uuid] = max(epoch, self._released.get(uuid, 0))
             self.send(Released(uuid=uuid, epoch=epoch))
 
+    def fault(self, fault: Fault) -> None:
+        """A sync failed; the handler repeats it at every connect until control lists it."""
+        self.send(fault)
+
     def notice(self, event: str, subject: str, message: str) -> None:
         """For control's event list; kept while control is away."""
         news = Notice(event=event, subject=subject, message=message)
@@ -162,12 +173,17 @@ class ControlLink:
         if self.up:
             self._outbox.put_nowait(message)
 
-    async def flush(self) -> None:
-        """Give what was said last a moment to leave."""
+    async def farewell(self, *, clean: bool) -> None:
+        """Our last words, given a moment to arrive. Clean: nothing of any VVol is under way in this process, nor will
+        be; control writes that down and closes the link."""
+        if not self.up:
+            return
+        self._leaving = True
+        if clean:
+            self.send(Stopped())
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_FLUSH_S):
-                if self.up:
-                    await self._outbox.join()
+            async with asyncio.timeout(_FAREWELL_S):
+                await (self._left.wait() if clean else self._outbox.join())
 
     # ---- queries (Control) ----
 
@@ -296,6 +312,8 @@ class ControlLink:
         if not self.up:
             _log.info("linked to control", control=self.options.control, revision=self.revision)
         self.up = True
+        for fault in self.handler.faults():
+            self.send(fault)
         for uuid, epoch in self._released.items():
             self.send(Released(uuid=uuid, epoch=epoch))
         for news in self._notices:
@@ -304,9 +322,10 @@ class ControlLink:
         self.handler.connected()
 
     def _down(self) -> None:
-        if self.up:
+        if self.up and not self._leaving:
             _log.warning("the link to control is down; serving goes on from the last state")
         self.up = False
+        self._left.set()
         while not self._outbox.empty():
             lost = self._outbox.get_nowait()
             self._outbox.task_done()

@@ -1,8 +1,8 @@
 """Open datastore objects, shared by VVols and work orders and counted: one object, one I/O mode, one opening.
 
-An object whose sync failed stays open without users until the operator clears it: closing it would forget that
-acknowledged bytes may be lost. Each datastore has a thread of its own for calls that block, so that one that
-hangs holds up no other.
+An object whose sync failed is latched: every FLUSH on it fails, also after it was closed and opened again, until
+the operator clears it (syncfaults.py remembers). Each datastore has a thread of its own for calls that block, so that
+one that hangs holds up no other.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from nbdvvol.dataplane.types import DataPlane, ObjectSpec
 from nbdvvol.datastores import store_of
 from nbdvvol.datastores.base import OpenObject, Store
 from nbdvvol.datastores.format import HEADER_AREA, decode_header
+from nbdvvol.filter.syncfaults import FaultBook
 from nbdvvol.model.errors import Code, NvError
-from nbdvvol.model.link import DatastoreSpec
+from nbdvvol.model.link import DatastoreSpec, Fault
 
 T = TypeVar("T")
 Key = tuple[str, str]
@@ -36,16 +37,18 @@ class HeldObject:
     number: int
     spec: ObjectSpec
     users: int = 0
-    faulty: bool = False
+    latched: bool = False
+    """Its data plane object fails every FLUSH."""
 
 
 class ObjectTable:
     """Every open object of this filter."""
 
-    def __init__(self, plane: DataPlane) -> None:
+    def __init__(self, plane: DataPlane, faults: FaultBook) -> None:
         self.farm = ""
         """Identity of the farm that the objects are locked for."""
         self._plane = plane
+        self._faults = faults
         self._held: dict[Key, HeldObject] = {}
         self._locks: defaultdict[Key, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._threads: dict[str, ThreadPoolExecutor] = {}
@@ -102,23 +105,31 @@ class ObjectTable:
             thread = self._threads[spec.path] = ThreadPoolExecutor(1, thread_name_prefix=f"store-{spec.name}")
         return await asyncio.get_running_loop().run_in_executor(thread, call, store)
 
-    def mark_faulty(self, number: int) -> HeldObject | None:
-        """The data plane reports a failed sync of an object."""
-        for held in self._held.values():
-            if held.number == number:
-                held.faulty = True
-                return held
-        return None
+    def find(self, number: int) -> HeldObject | None:
+        """An open object by its data plane number."""
+        return next((held for held in self._held.values() if held.number == number), None)
 
-    async def clear_faults(self, spec: DatastoreSpec) -> int:
-        """The operator accepts what failed syncs of this datastore may have lost; return how many objects."""
-        faulty = [held for held in self._held.values() if held.key[0] == spec.path and held.faulty]
-        for held in faulty:
-            self._plane.clear_fault(held.number)
-            held.faulty = False
-            async with self._locks[held.key]:
-                await self._close_unused(held)
-        return len(faulty)
+    def sync_failed(self, held: HeldObject, error: int) -> Fault | None:
+        """A sync of it failed with this errno, and latched. Returns what control is to be told, if that is news."""
+        held.latched = True
+        if self._faults.stands(held.datastore, held.key[1]):
+            return None
+        message = (
+            f"a sync of {held.spec.path} failed (errno {error}); acknowledged writes may be lost, every FLUSH fails"
+        )
+        return self._faults.add(held.datastore, held.key[1], message)
+
+    def follow_faults(self) -> None:
+        """Control's list of faults is new: latch what stands, clear what the operator cleared."""
+        for held in self._held.values():
+            if held.users == 0:
+                continue  # it is being closed
+            stands = self._faults.stands(held.datastore, held.key[1])
+            if stands and not held.latched:
+                self._plane.latch_fault(held.number)
+            elif held.latched and not stands:
+                self._plane.clear_fault(held.number)
+            held.latched = stands
 
     def shutdown(self) -> None:
         """End the threads; calls that hang are left behind."""
@@ -145,7 +156,10 @@ class ObjectTable:
             except BaseException:
                 await self._plane.close_object(number)
                 raise
-        return HeldObject(key, spec.name, number, facts)
+        stands = self._faults.stands(spec.name, key[1])
+        if stands:
+            self._plane.latch_fault(number)
+        return HeldObject(key, spec.name, number, facts, latched=stands)
 
     async def _check_header(self, spec: DatastoreSpec, number: int, path: str) -> None:
         """A formatted datastore says who it is: a path may lead to another disk since it was looked at last."""
@@ -162,9 +176,9 @@ class ObjectTable:
             )
 
     async def _close_unused(self, held: HeldObject) -> None:
-        if held.users == 0 and not held.faulty and self._held.get(held.key) is held:
+        if held.users == 0 and self._held.get(held.key) is held:
+            await self._plane.close_object(held.number)  # known until then: what fails at the end must find its name
             del self._held[held.key]
-            await self._plane.close_object(held.number)
 
 
 def _forget(path: str, ranges: Sequence[tuple[int, int]]) -> None:

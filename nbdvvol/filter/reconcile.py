@@ -64,6 +64,7 @@ def merge(state: HostState, delta: Delta) -> HostState:
         datastores=_merge(state.datastores, delta.datastores),
         vms=_merge(state.vms, delta.vms),
         vvols=_merge(state.vvols, delta.vvols),
+        faults={**state.faults, **delta.faults},
     )
 
 

@@ -89,7 +89,6 @@ class WorkShop:
             "file_grow": (_Sized, self._file_grow),
             "file_remove": (_Args, self._file_remove),
             "file_stat": (_Args, self._file_stat),
-            "clear_fault": (_Args, self._clear_fault),
         }
 
     def order(self, farm: str, work: Work) -> None:
@@ -235,9 +234,6 @@ class WorkShop:
 
     async def _file_stat(self, _: int, args: _Args) -> Result:
         return {"size": await self._objects.blocking(args.store, lambda store: store.size(args.object))}
-
-    async def _clear_fault(self, _: int, args: _Args) -> Result:
-        return {"objects": await self._objects.clear_faults(args.store)}
 
 
 def _check_range(held: HeldObject, offset: int, length: int) -> None:

@@ -9,6 +9,9 @@ Ordering rules:
 - control sends changes in revision order; the filter applies them in that order and then says `applied`.
 - a volume is served only while the last snapshot or change names it with that epoch.
 - `released` is sent once the data plane has drained a volume and nothing of it is in flight any more.
+- `fault` goes before the `released` of a VVol whose last sync failed, and again at every connect, until a snapshot or
+  change lists it: then it is control's to remember, and the filter clears the fault once it is listed no more.
+- `stopped` is a filter's last word; control writes it down, then closes the link.
 - `work` is at-least-once and idempotent by its id; the filter answers each with `work_done`.
 """
 
@@ -21,7 +24,7 @@ from pydantic import Field, TypeAdapter
 from nbdvvol.model.base import Model
 from nbdvvol.model.farm import DatastoreKind, HostListen, SocketConfig, TlsFiles, VVolType
 
-PROTOCOL = 1
+PROTOCOL = 2
 MESSAGE_BYTES_MAX = 64 << 20
 
 
@@ -90,6 +93,8 @@ class HostState(Model):
     vms: dict[str, VmSpec] = Field(default_factory=dict)
     vvols: dict[str, VVolSpec] = Field(default_factory=dict)
     """By UUID: the VVols bound to this host."""
+    faults: dict[str, dict[str, str]] = Field(default_factory=dict)
+    """Syncs that failed on this host and that the operator has not cleared: datastore → fault id → object in it."""
 
 
 class Held(Model):
@@ -159,8 +164,25 @@ class Released(Model):
     epoch: int
 
 
+class Stopped(Model):
+    """The filter ends: every volume is drained, its objects are synced, and this process opens nothing any more."""
+
+    kind: Literal["stopped"] = "stopped"
+
+
+class Fault(Model):
+    """A sync of an object failed: acknowledged bytes may be lost, every FLUSH fails until the operator clears it."""
+
+    kind: Literal["fault"] = "fault"
+    id: str
+    """A new UUID for each failure."""
+    datastore: str
+    object: str = ""
+    message: str
+
+
 class Notice(Model):
-    """Something for the event list (a datastore missing, a sync that failed, a VVol refused)."""
+    """Something for the event list (a datastore missing, a VVol refused)."""
 
     kind: Literal["notice"] = "notice"
     event: str
@@ -199,7 +221,8 @@ class Query(Model):
 
 
 FromFilter = Annotated[
-    Hello | Applied | Exports | Released | Notice | WorkDone | WorkProgress | Query, Field(discriminator="kind")
+    Hello | Applied | Exports | Released | Stopped | Fault | Notice | WorkDone | WorkProgress | Query,
+    Field(discriminator="kind"),
 ]
 from_filter: TypeAdapter[FromFilter] = TypeAdapter(FromFilter)
 
@@ -237,6 +260,8 @@ class Delta(Model):
     datastores: dict[str, DatastoreSpec | None] = Field(default_factory=dict)
     vms: dict[str, VmSpec | None] = Field(default_factory=dict)
     vvols: dict[str, VVolSpec | None] = Field(default_factory=dict)
+    faults: dict[str, dict[str, str]] = Field(default_factory=dict)
+    """All that stand on each of these datastores; empty: none any more."""
 
 
 class Resumed(Model):
@@ -257,7 +282,6 @@ class Work(Model):
     - scrub {store, object?, ranges: [[offset, length], …]}: write zeros and flush; progress is reported
     - file_create {store, object, size}: a fully allocated zero-filled file in a `dir`; idempotent
     - file_grow {store, object, size}; file_remove {store, object}; file_stat {store, object}: result {size}
-    - clear_fault {store}: the operator clears a latched sync error
     """
 
     kind: Literal["work"] = "work"
@@ -271,7 +295,6 @@ class Work(Model):
         "file_grow",
         "file_remove",
         "file_stat",
-        "clear_fault",
     ]
     args: dict[str, Any]
 

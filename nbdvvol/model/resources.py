@@ -48,8 +48,9 @@ class Binding(Model):
 
     host: str
     epoch: int
-    state: Literal["binding", "bound", "releasing"] = "binding"
-    """`binding` until the host's filter confirmed that it serves this epoch."""
+    state: Literal["assigned", "binding", "bound", "releasing"] = "assigned"
+    """`assigned`: no filter of the host was told, or it stopped cleanly. `binding`: it was told. `bound`: it confirmed
+    that it serves this epoch."""
 
 
 class VVol(Model):
@@ -78,6 +79,16 @@ class VVol(Model):
         return f"{self.vm}/{self.name}"
 
 
+class SyncFault(Model):
+    """A sync that failed on a host: what was acknowledged there since the last one may be lost."""
+
+    host: str
+    object: str = ""
+    """kind dir: the file; empty for datastores that are one object."""
+    message: str
+    time: datetime
+
+
 class Datastore(Model):
     """A datastore as control knows it."""
 
@@ -93,6 +104,8 @@ class Datastore(Model):
     use: Literal["unused", "formatted", "adopted"] = "unused"
     state: Literal["unknown", "online", "missing", "faulty"] = "unknown"
     detail: str = ""
+    faults: list[SyncFault] = Field(default_factory=list)
+    """FLUSH fails on what they concern until the operator clears them."""
 
 
 class Host(Model):
@@ -103,6 +116,9 @@ class Host(Model):
     address: str = ""
     instance: str = ""
     vvols: int = 0
+    """Bound to it."""
+    serving: int = 0
+    """Of those, what its filter was told to serve, and may go on serving while it is not connected."""
 
 
 class Profile(Model):

@@ -11,7 +11,8 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-from tests.lib.farm import Farm, plain_spec, serves
+from nbdvvol import farmfile
+from tests.lib.farm import START_S, Farm, plain_spec, serves
 from tests.lib.ledger import Ledger, Writer
 from tests.lib.procs import children, command_line, wait_until
 from tests.lib.rawio import open_export
@@ -89,6 +90,66 @@ def children_named(farm: Farm, host: str) -> list[int]:
         if "filter" in words and words[words.index("--host") + 1] == host:
             found.append(pid)
     return found
+
+
+@pytest.fixture
+def split(farms: MakeFarm) -> Farm:
+    """Hosts a and b, whose filters are started and stopped one by one; vm1 lives on a and is served."""
+    spec = plain_spec(hosts={"a": {"remote": True}, "b": {"remote": True}})
+    spec["vms"]["vm1"]["host"] = "a"
+    farm = farms(spec)
+    farm.start_control()
+    farm.api("POST", "/v1/apply", {"farm": farmfile.load(farm.file).model_dump(mode="json", by_alias=True)})
+    start(farm, "a")
+    start(farm, "b")
+    farm.wait_bound("vm1/root", START_S)
+    return farm
+
+
+def start(farm: Farm, host: str) -> None:
+    run = farm.run / "hosts" / host
+    run.mkdir(parents=True, exist_ok=True)
+    farm.start_filter(host, run)
+
+
+def test_a_vvol_leaves_a_cleanly_stopped_host_without_force(split: Farm) -> None:
+    ledger = Ledger(13)
+    here = socket_of(split, "vm1/root")
+    writer = Writer(ledger, open_export(here, "root"))
+    writer.progress(100)
+    before = split.vvol("vm1/root")["epoch"]
+    split.filters["a"].stop()
+    writer.join()
+    assert split.vvol("vm1/root")["binding"] == {"host": "a", "epoch": before, "state": "assigned"}
+    assert "nothing of the 1 VVols bound to it runs there" in split.cli("status", "-x", check=False).stdout
+    assert split.cli("bind", "vm1/root", "--host", "b").stdout.strip() == "vm1/root bound"
+    assert split.wait_bound("vm1/root")["epoch"] == before + 1
+    with open_export(socket_of(split, "vm1/root"), "root") as nbd:
+        ledger.verify(nbd)
+
+    start(split, "a")  # it comes back, and finds that nothing is its own any more
+    wait_until("host a is connected", lambda: all(h["connected"] for h in split.api("GET", "/v1/hosts")))
+    assert not serves(here, "root") and serves(socket_of(split, "vm1/root"), "root")
+
+
+def test_a_vvol_stays_with_a_stopped_host_that_comes_back(split: Farm) -> None:
+    before = split.vvol("vm1/root")["epoch"]
+    split.filters["a"].stop()
+    start(split, "a")
+    assert split.wait_bound("vm1/root")["epoch"] == before + 1
+    assert serves(socket_of(split, "vm1/root"), "root")
+
+
+def test_a_vvol_of_a_killed_host_waits_for_force(split: Farm) -> None:
+    split.filters["a"].popen.send_signal(signal.SIGKILL)
+    split.filters["a"].popen.wait(10)
+    task = split.api("POST", "/v1/vvols/vm1/root/bind", {"host": "b"})
+    time.sleep(1)
+    assert split.api("GET", f"/v1/tasks/{task['task']['id']}")["detail"] == "waits for host a to release it"
+    split.cli("bind", "vm1/root", "--host", "b", "--force")
+    split.task(task)
+    split.wait_bound("vm1/root")
+    assert serves(socket_of(split, "vm1/root"), "root")
 
 
 def test_two_farms_never_share_a_datastore(farms: MakeFarm) -> None:

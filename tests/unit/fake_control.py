@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from websockets.asyncio.server import Server, ServerConnection, serve, unix_serve
 from websockets.exceptions import ConnectionClosed
 
-from nbdvvol.model.link import Hello, HostState, Resumed, Snapshot, Welcome, from_filter
+from nbdvvol.model.link import Hello, HostState, Resumed, Snapshot, Stopped, Welcome, from_filter
 
 WAIT_S = 5.0
 M = TypeVar("M", bound=BaseModel)
@@ -35,6 +35,8 @@ class Session:
                 message = from_filter.validate_json(raw)
                 self.seen.append(message)
                 self._inbox.put_nowait(message)
+                if isinstance(message, Stopped):
+                    await self._socket.close()
         except ConnectionClosed:
             pass
 

@@ -93,6 +93,7 @@ class FakeFilter:
         self.leaving: set[str] = set()
         """Taken away by control but not drained yet."""
         self.hold_release = False
+        self.hold_applied = False
         self.hold_work: set[str] = set()
         """Kinds of orders that are begun but not answered."""
         self.fail_work: dict[str, str] = {}
@@ -135,6 +136,14 @@ class FakeFilter:
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         self._tasks.append(asyncio.ensure_future(work))
 
+    async def stop(self) -> None:
+        """End cleanly: all is drained, control writes that down and closes the link."""
+        self.serving.clear()
+        self.leaving.clear()
+        await self.say(link.Stopped())
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.die()
+
     async def disconnect(self) -> None:
         """Lose the link; go on serving and working."""
         if self._pipe is not None:
@@ -173,6 +182,7 @@ class FakeFilter:
             assert message.revision > self.revision, "changes come in order"
             self.state.datastores |= {k: v for k, v in message.datastores.items() if v is not None}
             self.state.vms |= {k: v for k, v in message.vms.items() if v is not None}
+            self.state.faults |= message.faults
             await self._follow(message.vvols, message.revision, whole=False)
         elif isinstance(message, link.Work):
             self._working.append(asyncio.ensure_future(self._work(message)))
@@ -189,7 +199,8 @@ class FakeFilter:
             self.serving[spec.uuid] = spec
         self.revision = revision
         await self._report(fresh)
-        await self.say(link.Applied(revision=revision))
+        if not self.hold_applied:
+            await self.say(link.Applied(revision=revision))
 
     async def release(self) -> None:
         """Drain what control took away, and say so."""
@@ -299,5 +310,4 @@ DOERS: dict[str, Callable[[Disks, dict[str, Any]], dict[str, Any]]] = {
     "file_grow": _file_grow,
     "file_remove": _file_remove,
     "file_stat": _file_stat,
-    "clear_fault": lambda _disks, _args: {},
 }

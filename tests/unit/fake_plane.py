@@ -94,6 +94,7 @@ class FakePlane(DataPlane):
     tls_identity: str = ""
     log: list[str] = field(default_factory=list)
     fail_open: str = ""
+    fail_sync: bool = False
     closing: asyncio.Event | None = None
     """close_volume waits for it when set."""
     configs: list[TlsConfig] = field(default_factory=list)
@@ -116,6 +117,9 @@ class FakePlane(DataPlane):
     def set_object_size(self, obj: int, size: int) -> None:
         self.objects[obj].size = size
 
+    def latch_fault(self, obj: int) -> None:
+        self.log.append(f"latch_fault {obj}")
+
     def clear_fault(self, obj: int) -> None:
         self.log.append(f"clear_fault {obj}")
 
@@ -131,6 +135,8 @@ class FakePlane(DataPlane):
         os.pwrite(self.objects[obj].fd, bytes(length), offset)
 
     async def sync(self, obj: int) -> None:
+        if self.fail_sync:
+            raise OSError(errno.EIO, "sync failed")
         os.fsync(self.objects[obj].fd)
         self.log.append(f"sync {obj}")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nbdvvol.model.farm import DatastoreKind, SocketConfig, VVolType
-from nbdvvol.model.link import DatastoreSpec, ExportReport, HostState, LegSpec, RunSpec, VmSpec, VVolSpec
+from nbdvvol.model.link import DatastoreSpec, ExportReport, Fault, HostState, LegSpec, RunSpec, VmSpec, VVolSpec
 
 MIB = 1 << 20
 
@@ -62,6 +62,9 @@ class Reports:
 
     def released(self, uuid: str, epoch: int) -> None:
         self.lines.append(f"released {uuid[-1]} epoch {epoch}")
+
+    def fault(self, fault: Fault) -> None:
+        self.lines.append(f"fault {fault.datastore}/{fault.object}")
 
     def notice(self, event: str, subject: str, message: str) -> None:
         self.lines.append(f"notice {event} {subject}")

@@ -10,6 +10,7 @@ import pytest
 
 from nbdvvol.filter.exports import ExportTable
 from nbdvvol.filter.objects import ObjectTable
+from nbdvvol.filter.syncfaults import FaultBook
 from tests.unit.fake_plane import FakePlane
 from tests.unit.filter_words import MIB, Reports, file_store, host_state, until, uuid_of, vvol
 
@@ -22,7 +23,7 @@ class Bench:
         self.store = file_store(path)
         self.plane = FakePlane()
         self.reports = Reports()
-        self.objects = ObjectTable(self.plane)
+        self.objects = ObjectTable(self.plane, FaultBook(path.parent))
         self.objects.farm = "farm"
         self.table = ExportTable(self.plane, self.objects, self.reports)
 

@@ -1,4 +1,4 @@
-"""A seeded storm: VVols come, grow, move and go while control restarts and filters lose their link or die.
+"""A seeded storm: VVols come, grow, move and go while control restarts and filters lose their link, stop or die.
 
 The judge is the bytes. A filter that begins to serve a VVol checks that it holds what its VM wrote, zeros where it
 never wrote, and that nobody else serves it; then it overwrites all of it with the VVol's own pattern. So a byte
@@ -47,11 +47,13 @@ class Storm:
         self.written: dict[str, int] = {}
         self.wrong: list[str] = []
         self.looks = 0
+        self.stopped: set[str] = set()
 
     async def start_filter(self, host: str) -> None:
         """A new filter process of a host."""
         fake = FakeFilter(host, self.farm.disks, f"/run/{host}")
         fake.on_serve = self._look
+        self.stopped.discard(host)
         self.filters[host] = fake
         self.farm.filters.append(fake)
         await fake.connect(self.farm.control.links)
@@ -81,6 +83,7 @@ class Storm:
             (2, self._restart_control),
             (2, self._lose_link),
             (2, self._kill_filter),
+            (1, self._stop_filter),
             (3, self._toggle_held_work),
             (4, self._let_things_happen),
         ]
@@ -144,6 +147,12 @@ class Storm:
         await fake.die()
         await self.start_filter(host)
 
+    async def _stop_filter(self) -> None:
+        """A clean end; the host is without a filter for a while."""
+        host = self.random.choice(HOSTS)
+        await self.filters[host].stop()
+        self.stopped.add(host)
+
     async def _toggle_held_work(self) -> None:
         fake = self.filters[self.random.choice(HOSTS)]
         if fake.hold_work:
@@ -152,11 +161,15 @@ class Storm:
             fake.hold_work.add(self.random.choice(["scrub", "write_meta"]))
 
     async def _reconnect(self) -> None:
-        for fake in self.filters.values():
-            if fake.host not in self.farm.control.links.connected and self.random.random() < 0.7:
+        for fake in list(self.filters.values()):
+            chance = 0.5 if fake.host in self.stopped else 0.7
+            if fake.host not in self.farm.control.links.connected and self.random.random() < chance:
                 await self._connect(fake)
 
     async def _connect(self, fake: FakeFilter) -> None:
+        if fake.host in self.stopped:
+            await self.start_filter(fake.host)
+            return
         await fake.disconnect()
         await fake.connect(self.farm.control.links)
         if fake.hold_release and self.random.random() < 0.7:
@@ -164,7 +177,7 @@ class Storm:
 
     async def calm(self) -> None:
         """The storm is over: everything is connected and answers; every task must come to its end."""
-        for fake in self.filters.values():
+        for fake in list(self.filters.values()):
             fake.hold_work.clear()
             if fake.host not in self.farm.control.links.connected:
                 await self._connect(fake)

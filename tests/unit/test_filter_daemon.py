@@ -18,6 +18,7 @@ import pytest
 import nbdvvol.filter.link as link_module
 import nbdvvol.filter.view as view_module
 from nbdvvol.filter.daemon import Filter, FilterOptions, locked
+from nbdvvol.filter.syncfaults import FaultBook
 from nbdvvol.model.errors import Code, NvError
 from nbdvvol.model.farm import SocketConfig
 from nbdvvol.model.link import (
@@ -26,12 +27,14 @@ from nbdvvol.model.link import (
     Delta,
     ExportInfo,
     Exports,
+    Fault,
     HostState,
     Listing,
     Notice,
     Query,
     Refused,
     Released,
+    Stopped,
     VmSpec,
     Work,
     WorkDone,
@@ -66,7 +69,9 @@ class Bench:
         self.task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        self.task = asyncio.create_task(Filter(self.options, self.plane).run(self.stop))
+        self.task = asyncio.create_task(
+            Filter(self.options, self.plane, FaultBook(self.options.run_dir)).run(self.stop)
+        )
 
     async def end(self) -> None:
         if self.task is not None:
@@ -437,7 +442,54 @@ async def test_clean_stop(bench: Bench) -> None:
     assert bench.plane.closed and await working.read(1) == b"" and await idle.read(1) == b""
     assert list((bench.folder / "run" / "vms").iterdir()) == []
     assert await session.next(Released) == Released(uuid=uuid_of(1), epoch=1)
+    assert isinstance(session.seen[-1], Stopped), "its last word"
     assert bench.plane.objects == {}
+
+
+async def test_a_stop_that_is_not_clean_claims_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = await bench.up(1)
+
+    async def hangs(_: int) -> None:
+        raise OSError(5, "it hangs")
+
+    monkeypatch.setattr(bench.plane, "close_volume", hangs)
+    await bench.end()
+    assert not any(isinstance(message, Stopped | Released) for message in session.seen)
+
+
+async def test_a_stop_without_control_waits_for_nobody(bench: Bench) -> None:
+    await bench.up(1)
+    await bench.control.stop()
+    await bench.end()
+    assert bench.plane.closed
+
+
+async def test_a_failed_sync_is_said_until_control_lists_it_and_latched_until_it_does_not(bench: Bench) -> None:
+    session = await bench.up(1)
+    [number] = bench.plane.objects
+    assert bench.plane.on_sync_failed is not None
+    bench.plane.on_sync_failed(number, 5)
+    fault = await session.next(Fault)
+    assert (fault.datastore, fault.object) == ("local", "")
+    await bench.end()
+    bench.plane, bench.stop = FakePlane(), asyncio.Event()
+    bench.start()
+    session = await bench.control.session()
+    await session.greet(6, bench.state(1, epoch=2))
+    assert await session.next(Fault) == fault, "control did not list it: it may not have heard of it"
+    await session.next(Applied)
+    [number] = bench.plane.objects
+    assert f"latch_fault {number}" in bench.plane.log
+    await session.send(Delta(revision=7, faults={"local": {fault.id: ""}}))
+    await session.next(Applied)
+    assert list((bench.folder / "run").glob("*.json")) == [], "control remembers it now"
+    await session.close()
+    session = await bench.control.session()
+    await session.greet(7)
+    await session.send(Delta(revision=8, faults={"local": {}}))
+    await session.next(Applied)
+    assert bench.plane.log[-1] == f"clear_fault {number}"
+    assert not any(isinstance(message, Fault) for message in session.seen)
 
 
 async def test_work_goes_through_the_link(bench: Bench) -> None:

@@ -12,6 +12,7 @@ import pytest
 import nbdvvol.filter.exports as exports_module
 from nbdvvol.filter.exports import ExportTable
 from nbdvvol.filter.objects import ObjectTable
+from nbdvvol.filter.syncfaults import FaultBook
 from nbdvvol.model.errors import NvError
 from tests.unit.fake_plane import FakePlane
 from tests.unit.filter_words import MIB, Reports, dir_store, file_store, host_state, until, uuid_of, vvol
@@ -20,10 +21,11 @@ from tests.unit.filter_words import MIB, Reports, dir_store, file_store, host_st
 class Bench:
     """A table over a fake plane."""
 
-    def __init__(self) -> None:
+    def __init__(self, run_dir: Path) -> None:
         self.plane = FakePlane()
         self.reports = Reports()
-        self.objects = ObjectTable(self.plane)
+        self.faults = FaultBook(run_dir)
+        self.objects = ObjectTable(self.plane, self.faults)
         self.objects.farm = "farm"
         self.table = ExportTable(self.plane, self.objects, self.reports)
 
@@ -33,9 +35,9 @@ class Bench:
 
 
 @pytest.fixture
-async def bench(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Bench]:
+async def bench(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Bench]:
     monkeypatch.setattr(exports_module, "RETRY_MIN_S", 0.05)
-    bench = Bench()
+    bench = Bench(tmp_path_factory.mktemp("run"))
     yield bench
     if bench.plane.closing is not None:
         bench.plane.closing.set()
@@ -202,16 +204,60 @@ async def test_one_object_has_one_mode(bench: Bench, local: Path) -> None:
         await bench.objects.acquire(file_store(local, direct=True), "")
 
 
-async def test_a_faulty_object_stays_open_until_it_is_cleared(bench: Bench, local: Path) -> None:
-    await bench.take(vvol(1), file_store(local))
+async def test_a_fault_stays_with_its_object_until_it_is_cleared(bench: Bench, local: Path) -> None:
+    await bench.take(vvol(1), vvol(2, at=MIB), file_store(local))
     [number] = bench.plane.objects
     bench.table.sync_failed(number, 5)
-    assert bench.reports.lines[-1] == "notice sync_failed local"
-    await bench.take(file_store(local))
-    assert list(bench.plane.objects) == [number]
-    await bench.take(vvol(1, epoch=2), file_store(local))
-    assert list(bench.plane.objects) == [number]
-    assert await bench.objects.clear_faults(file_store(local)) == 1
-    assert f"clear_fault {number}" in bench.plane.log
+    bench.table.sync_failed(number, 5)
+    assert bench.reports.lines[-1] == "fault local/" and bench.reports.lines.count("fault local/") == 1
+    [fault] = bench.faults.unheard()
+    assert str(local) in fault.message and "errno 5" in fault.message
     await bench.take(file_store(local))
     assert bench.plane.objects == {}
+    await bench.take(vvol(1, epoch=2), file_store(local))
+    [again] = bench.plane.objects
+    assert bench.plane.log.count(f"latch_fault {again}") == 1, "the object is another one, its fault is not"
+    bench.faults.take({"local": {fault.id: ""}})  # control lists it
+    bench.objects.follow_faults()
+    assert f"clear_fault {again}" not in bench.plane.log
+    bench.faults.take({})  # and no more: the operator cleared it
+    bench.objects.follow_faults()
+    assert bench.plane.log[-1] == f"clear_fault {again}"
+    bench.table.sync_failed(again, 5)
+    assert [one.id != fault.id for one in bench.faults.unheard()] == [True], "a new failure is another fault"
+
+
+async def test_faults_of_a_directory_are_its_files_own(bench: Bench, tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / name).write_bytes(bytes(MIB))
+    bench.faults.take({"nas": {"one": "b"}, "other": {"two": "a"}})
+    await bench.take(vvol(1, store="nas", obj="a"), vvol(2, store="nas", obj="b"), dir_store(tmp_path))
+    open_files = {number: Path(f"/proc/self/fd/{held.fd}") for number, held in bench.plane.objects.items()}
+    by_file = {str(link.readlink()): number for number, link in open_files.items()}
+    latched = [line for line in bench.plane.log if line.startswith("latch")]
+    assert latched == [f"latch_fault {by_file[str(tmp_path / 'b')]}"]
+
+
+async def test_a_last_sync_that_fails_is_told_before_the_release(bench: Bench, local: Path) -> None:
+    await bench.take(vvol(1), file_store(local))
+    bench.plane.fail_sync = True
+    await bench.take(file_store(local))
+    assert bench.reports.lines[-2:] == ["fault local/", "released 1 epoch 1"]
+    bench.plane.fail_sync = False
+
+
+async def test_what_did_not_close_is_no_clean_end(bench: Bench, local: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    await bench.take(vvol(1), vvol(2, at=MIB), file_store(local))
+    await bench.table.stop()
+    real = bench.plane.close_volume
+    first = min(bench.plane.volumes)
+
+    async def close(volume: int) -> None:
+        if volume == first:
+            raise OSError(5, "it hangs")
+        await real(volume)
+
+    monkeypatch.setattr(bench.plane, "close_volume", close)
+    assert not await bench.table.close_all()
+    monkeypatch.undo()
+    assert await bench.table.close_all()

@@ -16,6 +16,7 @@ from pydantic import BaseModel
 import nbdvvol.filter.work as work_module
 from nbdvvol.filter.activation import take_sockets
 from nbdvvol.filter.objects import ObjectTable
+from nbdvvol.filter.syncfaults import FaultBook
 from nbdvvol.filter.work import WorkShop
 from nbdvvol.model.errors import Code, NvError
 from nbdvvol.model.link import DatastoreSpec, Work, WorkDone, WorkProgress
@@ -24,9 +25,9 @@ from tests.unit.filter_words import MIB, dir_store, file_store, until
 
 
 class Bench:
-    def __init__(self) -> None:
+    def __init__(self, run_dir: Path) -> None:
         self.plane = FakePlane()
-        self.objects = ObjectTable(self.plane)
+        self.objects = ObjectTable(self.plane, FaultBook(run_dir))
         self.objects.farm = "farm"
         self.sent: list[BaseModel] = []
         self.shop = WorkShop(self.plane, self.objects, self.sent.append)
@@ -44,8 +45,8 @@ class Bench:
 
 
 @pytest.fixture
-async def bench() -> AsyncIterator[Bench]:
-    bench = Bench()
+async def bench(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Bench]:
+    bench = Bench(tmp_path_factory.mktemp("run"))
     yield bench
     await bench.shop.stop()
     assert bench.plane.objects == {}

@@ -9,6 +9,7 @@ import pytest
 
 from nbdvvol.datastores import format as disk
 from nbdvvol.filter.objects import ObjectTable
+from nbdvvol.filter.syncfaults import FaultBook
 from nbdvvol.model.errors import Code, NvError
 from nbdvvol.model.farm import DatastoreKind
 from nbdvvol.model.link import DatastoreSpec
@@ -31,7 +32,7 @@ async def test_the_right_datastore_is_opened(tmp_path: Path) -> None:
     path = tmp_path / "store"
     _write(path)
     plane = FakePlane()
-    table = ObjectTable(plane)
+    table = ObjectTable(plane, FaultBook(tmp_path))
     held = await table.acquire(_spec(path), "")
     assert held.number in plane.objects
     await table.release(held)
@@ -45,7 +46,7 @@ async def test_anything_else_is_refused_and_closed(tmp_path: Path, there: str) -
     if there != "another":
         path.write_bytes((b"\0" if there == "zeros" else b"garbage!") * (MIB // 8) * 8)
     plane = FakePlane()
-    table = ObjectTable(plane)
+    table = ObjectTable(plane, FaultBook(tmp_path))
     with pytest.raises(NvError, match="another datastore" if there == "another" else "no nbdvvol datastore") as refused:
         await table.acquire(_spec(path), "")
     assert refused.value.code in (Code.CONFLICT, Code.INVALID)
@@ -57,6 +58,6 @@ async def test_what_is_not_formatted_yet_has_no_name_to_check(tmp_path: Path) ->
     path = tmp_path / "store"
     path.write_bytes(bytes(MIB))
     plane = FakePlane()
-    table = ObjectTable(plane)
+    table = ObjectTable(plane, FaultBook(tmp_path))
     await table.release(await table.acquire(_spec(path, ""), ""))
     table.shutdown()

@@ -58,6 +58,25 @@ def test_a_failed_sync_latches_for_every_volume_until_cleared(rig: Rig, bad_obje
     eventually("the second event", lambda: len(told) == 2)
 
 
+def test_a_fault_of_an_earlier_process_is_latched_again(rig: Rig) -> None:
+    told: list[tuple[int, int]] = []
+    rig.plane.on_sync_failed = lambda obj, error: told.append((obj, error))
+    obj = rig.file_object(SIZE)
+    client = rig.connect(rig.volume(SIZE, [Run(0, SIZE, obj, 0)]), SIZE)
+    client.write(0, b"x")
+    client.flush()
+    rig.call(rig.plane.latch_fault, obj)
+    for _ in range(2):
+        assert failed(client, w.CMD_FLUSH)
+        assert failed(client, w.CMD_WRITE, 0, 1, flags=w.CMD_FLAG_FUA, payload=b"x")
+    client.write(0, b"plain writes go on")
+    rig.call(rig.plane.clear_fault, obj)
+    client.flush()
+    assert told == [], "nobody has to be told what everybody knows"
+    with pytest.raises(OSError, match="not open"):
+        rig.call(rig.plane.latch_fault, 4711)
+
+
 def test_a_failed_durable_write_latches_too(rig: Rig) -> None:
     fd = os.open("/dev/full", os.O_RDWR)
     obj = rig.fd_object(fd, SIZE)

@@ -17,6 +17,7 @@ from nbdvvol.control.registry import (
     Registry,
     bindings,
     farm,
+    faults,
     feed,
     migrations,
     orders,
@@ -181,6 +182,36 @@ async def test_an_older_schema_is_migrated_step_by_step(tmp_path: Path, monkeypa
     other.close()
 
 
+async def test_a_registry_of_version_1_keeps_its_failed_syncs(tmp_path: Path) -> None:
+    path = tmp_path / "r.db"
+    registry = await Registry.open(path)
+    await registry.run(farm.apply, ApplyRequest(farm=Farm.model_validate(PLAIN)))
+    uuid = await _ready(registry)
+    await registry.run(bindings.bind, uuid, "local")
+    await registry.close()
+    with sqlite3.connect(path) as other:
+        columns = "select m.name, c.name, c.type, c.[notnull], c.pk from sqlite_master m, pragma_table_info(m.name) c"
+        newest = set(other.execute(columns))
+        other.execute("drop table faults")
+        other.execute("alter table legs drop column fault_host")
+        other.execute("update datastores set state = 'faulty', detail = 'sync failed: EIO on /fake/local.img'")
+        other.execute("update meta set value = '1' where key = 'schema_version'")
+    other.close()
+    registry = await Registry.open(path)
+    [store] = await registry.run(views.datastores)
+    assert (store.state, [fault.host for fault in store.faults]) == ("faulty", ["local"])
+    assert "EIO on /fake/local.img" in store.faults[0].message
+    state = await registry.run(bindings.connect, _hello())
+    assert isinstance(state, link.Snapshot) and list(state.state.faults["local"].values()) == [""]
+    await registry.run(faults.clear, "local")
+    [store] = await registry.run(views.datastores)
+    assert (store.state, store.faults) == ("online", [])
+    await registry.close()
+    with sqlite3.connect(path) as other:
+        assert set(other.execute(columns)) == newest, "a migrated registry is like a new one"
+    other.close()
+
+
 async def test_a_registry_that_was_half_made_is_made_again(tmp_path: Path) -> None:
     (tmp_path / "r.new").write_bytes(b"half")
     registry = await Registry.open(tmp_path / "r.db")
@@ -216,6 +247,7 @@ async def test_of_two_binds_at_once_one_wins(registry: Registry) -> None:
     await registry.run(farm.apply, ApplyRequest(farm=Farm.model_validate(two)))
     uuid = await _ready(registry)
     assert await registry.run(bindings.bind, uuid, "local") == ""
+    await registry.run(feed.changes, "local", 0)  # it is told
     assert "local" in await registry.run(bindings.bind, uuid, "b")
     assert await registry.run(bindings.unreleased, uuid) == ["local"]
     await registry.run(bindings.released, "local", uuid, 1)
@@ -226,9 +258,11 @@ async def test_of_two_binds_at_once_one_wins(registry: Registry) -> None:
 async def test_an_old_release_frees_nothing_new(registry: Registry) -> None:
     uuid = await _ready(registry)
     await registry.run(bindings.bind, uuid, "local")
+    await registry.run(feed.changes, "local", 0)  # it is told
     await registry.run(bindings.unbind, uuid)
     await registry.run(bindings.released, "local", uuid, 1)
     await registry.run(bindings.bind, uuid, "local")
+    await registry.run(feed.changes, "local", 0)  # it is told
     await registry.run(bindings.unbind, uuid)
     await registry.run(bindings.released, "local", uuid, 1)
     assert await registry.run(bindings.unreleased, uuid) == ["local"], "that was the word for epoch 1"
@@ -239,6 +273,7 @@ async def test_an_old_release_frees_nothing_new(registry: Registry) -> None:
 async def test_force_says_the_risk_and_keeps_the_bytes(registry: Registry) -> None:
     uuid = await _ready(registry)
     await registry.run(bindings.bind, uuid, "local")
+    await registry.run(feed.changes, "local", 0)  # it is told
     assert await registry.run(bindings.unbind, uuid, True) == ""
     assert await registry.run(bindings.unreleased, uuid) == ["local"], "its bytes are not free before the host spoke"
     events = await registry.run(views.events, 0, 100)
@@ -254,6 +289,20 @@ async def test_a_new_process_gets_new_epochs_and_a_snapshot(registry: Registry) 
     assert isinstance(again, link.Resumed), "the same process that missed nothing keeps its epochs"
     other = await registry.run(bindings.connect, _hello("two"))
     assert isinstance(other, link.Snapshot) and other.state.vvols[uuid].epoch == 3
+
+
+async def test_who_was_never_told_needs_no_asking(registry: Registry) -> None:
+    two = PLAIN | {"hosts": {"local": {}, "b": {}}}
+    await registry.run(farm.apply, ApplyRequest(farm=Farm.model_validate(two | {"vms": {"vm1": {"host": "local"}}})))
+    uuid = await _ready(registry)
+    assert await registry.run(bindings.bind, uuid, "local") == ""
+    assert await registry.run(bindings.bind, uuid, "b") == ""
+    assert await registry.run(bindings.unreleased, uuid) == ["b"]
+    assert (await registry.run(views.vvol, "vm1", "root")).epoch == 2
+    told = await registry.run(feed.changes, "local", 0)
+    assert told is not None and told.vvols[uuid] is None
+    assert await registry.run(bindings.unbind, uuid) == ""
+    assert await registry.run(bindings.unreleased, uuid) == []
 
 
 @pytest.mark.parametrize("why", ["other control", "too new", "nothing yet", "forgotten"])
@@ -313,6 +362,7 @@ async def test_a_hello_that_no_longer_holds_releases(registry: Registry) -> None
 async def test_reports_of_an_old_epoch_say_nothing(registry: Registry) -> None:
     uuid = await _ready(registry)
     await registry.run(bindings.bind, uuid, "local")
+    await registry.run(feed.changes, "local", 0)  # it is told
     report = link.ExportReport(uuid=uuid, epoch=9, size=1, flags=1, block_min=1, block_preferred=1, block_max=1)
     await registry.run(bindings.report, "local", [report])
     assert await registry.run(bindings.state, uuid, "local") == ("binding", "")

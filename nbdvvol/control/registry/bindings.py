@@ -1,17 +1,20 @@
 """Which host serves a VVol, under which epoch; which hosts may still hold one.
 
 Epochs only grow, by compare-and-swap. A VVol is given to a host only when no other host may hold it: the
-others released it, or the operator took it from them by force and said so.
+others released it, or were never told of it, or their filters stopped cleanly, or the operator took it from them by
+force and said so.
 """
 
 from __future__ import annotations
 
-from sqlalchemy import delete, insert, select, update
+from typing import Any
 
-from nbdvvol.control.registry import feed, orders
+from sqlalchemy import Row, delete, insert, select, update
+
+from nbdvvol.control.registry import faults, feed, orders
 from nbdvvol.control.registry import schema as s
 from nbdvvol.control.registry.tx import Tx, transaction
-from nbdvvol.control.registry.views import HELD, vvol_row
+from nbdvvol.control.registry.views import HELD, TOLD, vvol_row
 from nbdvvol.model.errors import Code, NvError
 from nbdvvol.model.link import ExportReport, Hello, Resumed, Snapshot
 
@@ -51,6 +54,26 @@ def _move(tx: Tx, uuid: str, host: str, state: str) -> None:
     tx.db.execute(update(s.holders).where(s.holders.c.vvol == uuid, s.holders.c.host == host).values(state=state))
 
 
+def _take(tx: Tx, row: Row[Any]) -> list[str]:
+    """Take a VVol from whoever has it. Returns the hosts that are to release it first."""
+    waiting = []
+    for holder in tx.db.execute(select(s.holders).where(s.holders.c.vvol == row.uuid)).all():
+        if holder.state == "assigned":
+            _let_go(tx, row.uuid, holder.host, row.vm)
+        elif holder.state in TOLD:
+            _move(tx, row.uuid, holder.host, "releasing")
+            touch_holder(tx, holder.host, row.uuid, row.vm)
+        if holder.state in (*TOLD, "releasing"):
+            waiting.append(holder.host)
+    return waiting
+
+
+def _let_go(tx: Tx, uuid: str, host: str, vm: str) -> None:
+    """The host holds nothing of the VVol."""
+    tx.db.execute(delete(s.holders).where(s.holders.c.vvol == uuid, s.holders.c.host == host))
+    touch_holder(tx, host, uuid, vm)
+
+
 @transaction
 def bind(tx: Tx, uuid: str, host: str, force: bool = False) -> str:
     """Bind to `host` under the next epoch, once nobody else may hold the VVol. Returns what it waits for, or "".
@@ -59,23 +82,26 @@ def bind(tx: Tx, uuid: str, host: str, force: bool = False) -> str:
     row = vvol_row(tx, uuid)
     if row.state != "ready":
         raise NvError(Code.CONFLICT, f"VVol {row.vm}/{row.name} is {row.state}, not ready", "wait for its task")
-    holders = tx.db.execute(select(s.holders).where(s.holders.c.vvol == uuid)).all()
-    if any(h.host == host and h.state in HELD for h in holders):
+    name = f"{row.vm}/{row.name}"
+    mine = select(s.holders).where(s.holders.c.vvol == uuid, s.holders.c.host == host, s.holders.c.state.in_(HELD))
+    if tx.db.execute(mine).one_or_none() is not None:
         return ""
-    for holder in holders:
-        if holder.state in HELD:
-            _move(tx, uuid, holder.host, "releasing")
-            touch_holder(tx, holder.host, uuid, row.vm)
-    waiting = [h.host for h in holders if h.state in (*HELD, "releasing")]
+    if force:
+        faults.accept(tx, uuid, name)
+    risk = faults.elsewhere(tx, uuid, host)
+    if risk:
+        return risk
+    waiting = _take(tx, row)
     if waiting and not force:
         return f"host {', '.join(waiting)} to release it"
-    for name in waiting:
-        _force(tx, uuid, name, f"{row.vm}/{row.name}")
+    for other in waiting:
+        _force(tx, uuid, other, name)
     tx.db.execute(delete(s.holders).where(s.holders.c.vvol == uuid, s.holders.c.host == host))
     advance_epoch(tx, uuid, row.epoch)
-    tx.db.execute(insert(s.holders).values(vvol=uuid, host=host, epoch=row.epoch + 1, state="binding"))
+    tx.db.execute(insert(s.holders).values(vvol=uuid, host=host, epoch=row.epoch + 1, state="assigned"))
+    faults.inherit(tx, uuid, host)
     touch_holder(tx, host, uuid, row.vm)
-    tx.event("vvol.binding", f"{row.vm}/{row.name}", f"bound to host {host} under epoch {row.epoch + 1}")
+    tx.event("vvol.binding", name, f"bound to host {host} under epoch {row.epoch + 1}")
     return ""
 
 
@@ -93,16 +119,12 @@ def _force(tx: Tx, uuid: str, host: str, name: str) -> None:
 def unbind(tx: Tx, uuid: str, force: bool = False) -> str:
     """Take the VVol from its host. Returns what it waits for, or "" once no host serves it."""
     row = vvol_row(tx, uuid)
-    holders = tx.db.execute(select(s.holders).where(s.holders.c.vvol == uuid, s.holders.c.state != "forced")).all()
-    for holder in holders:
-        if holder.state in HELD:
-            _move(tx, uuid, holder.host, "releasing")
-            touch_holder(tx, holder.host, uuid, row.vm)
-        if force:
-            _force(tx, uuid, holder.host, f"{row.vm}/{row.name}")
-    if holders and not force:
-        return f"host {', '.join(holder.host for holder in holders)} to release it"
-    return ""
+    waiting = _take(tx, row)
+    if force:
+        for host in waiting:
+            _force(tx, uuid, host, f"{row.vm}/{row.name}")
+        return ""
+    return f"host {', '.join(waiting)} to release it" if waiting else ""
 
 
 @transaction
@@ -121,7 +143,7 @@ def home(tx: Tx, uuid: str) -> str:
 
 @transaction
 def state(tx: Tx, uuid: str, host: str) -> tuple[str, str]:
-    """(binding, bound, releasing, forced or "", why it is not served) of a VVol on a host."""
+    """(assigned, binding, bound, releasing, forced or "", why it is not served) of a VVol on a host."""
     mine = select(s.holders.c.state, s.holders.c.error).where(s.holders.c.vvol == uuid, s.holders.c.host == host)
     row = tx.db.execute(mine).one_or_none()
     return (row.state, row.error) if row is not None else ("", "")
@@ -155,12 +177,30 @@ def released(tx: Tx, host: str, uuid: str, epoch: int) -> None:
 
 
 @transaction
+def stopped(tx: Tx, host: str, instance: str) -> None:
+    """The host's filter ends: it drained and synced all it held and opens nothing any more.
+
+    Its VVols stay bound to it, and another filter of the host gets them under new epochs; but they may be taken
+    without asking, because nothing of them runs anywhere."""
+    row = tx.db.execute(select(s.hosts).where(s.hosts.c.name == host)).one()
+    if row.instance != instance:
+        return
+    for holder in tx.db.execute(select(s.holders).where(s.holders.c.host == host)).all():
+        if holder.state in TOLD:
+            _move(tx, holder.vvol, host, "assigned")
+            tx.about.add(holder.vvol)
+        elif holder.state != "assigned":
+            released(tx, host, holder.vvol, holder.epoch)
+    tx.event("host.stopped", host, "its filter stopped cleanly; nothing of its VVols runs there")
+
+
+@transaction
 def report(tx: Tx, host: str, exports: list[ExportReport]) -> None:
     """What the host's filter says of its exports; those of an older epoch say nothing any more."""
     for export in exports:
         query = select(s.holders, s.vvols.c.vm, s.vvols.c.name).join(s.vvols, s.vvols.c.uuid == s.holders.c.vvol)
         row = tx.db.execute(query.where(s.holders.c.vvol == export.uuid, s.holders.c.host == host)).one_or_none()
-        if row is None or row.epoch != export.epoch or row.state not in HELD:
+        if row is None or row.epoch != export.epoch or row.state not in TOLD:
             continue
         state = "binding" if export.error else "bound"
         mine = update(s.holders).where(s.holders.c.vvol == export.uuid, s.holders.c.host == host)

@@ -1,7 +1,8 @@
 """What each host needs to know: whole, or as the ordered changes since a revision.
 
 The feed keeps no old values: `touched` says when an entry last changed, its value is read when it is sent. So
-changes that pile up while a filter is away become one, and a filter can resume from any revision it had.
+changes that pile up while a filter is away become one, and a filter can resume from any revision it had. What is read
+counts as told: a VVol that was only assigned to a host may be served there from then on.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 from sqlalchemy import Row, delete, func, select, update
 
 from nbdvvol.control.policy import opens_direct
+from nbdvvol.control.registry import faults
 from nbdvvol.control.registry import schema as s
 from nbdvvol.control.registry.tx import Tx, transaction
 from nbdvvol.control.registry.views import HELD, LegRows, leg_rows
@@ -83,13 +85,18 @@ def _vms(tx: Tx, host: str) -> dict[str, VmSpec]:
     return {row.name: VmSpec(name=row.name, socket=SocketConfig.model_validate_json(row.socket)) for row in rows}
 
 
-def held_vvols(tx: Tx, host: str, only: Iterable[str] | None = None) -> dict[str, VVolSpec]:
-    """The VVols this host is to serve, by UUID."""
+def _tell_vvols(tx: Tx, host: str, only: Iterable[str] | None = None) -> dict[str, VVolSpec]:
+    """The VVols this host is to serve, by UUID; it counts as told of them."""
     query = select(s.vvols, s.holders.c.epoch.label("held_epoch")).join(s.holders, s.holders.c.vvol == s.vvols.c.uuid)
     query = query.where(s.holders.c.host == host, s.holders.c.state.in_(HELD), s.vvols.c.state == "ready")
     if only is not None:
         query = query.where(s.vvols.c.uuid.in_(list(only)))
     rows = tx.db.execute(query).all()
+    named = s.holders.c.vvol.in_(select(s.vvols.c.uuid).where(s.vvols.c.state == "ready"))
+    if only is not None:
+        named = s.holders.c.vvol.in_([row.uuid for row in rows])
+    assigned = update(s.holders).where(s.holders.c.host == host, s.holders.c.state == "assigned", named)
+    tx.db.execute(assigned.values(state="binding"))
     found = leg_rows(tx, rows)
     return {row.uuid: _vvol_spec(row, found) for row in rows}
 
@@ -110,7 +117,8 @@ def snapshot(tx: Tx, host: str) -> Snapshot:
         tls=tls,
         datastores=_datastores(tx, host),
         vms=_vms(tx, host),
-        vvols=held_vvols(tx, host),
+        vvols=_tell_vvols(tx, host),
+        faults=faults.of_host(tx, host),
     )
     return Snapshot(revision=tx.revision, state=state)
 
@@ -122,7 +130,7 @@ def changes(tx: Tx, host: str, since: int) -> Delta | None:
     rows = tx.db.execute(query).all()
     if not rows:
         return None
-    keys: dict[str, list[str]] = {"settings": [], "datastore": [], "vm": [], "vvol": []}
+    keys: dict[str, list[str]] = {"settings": [], "datastore": [], "vm": [], "vvol": [], "faults": []}
     for kind, key in rows:
         keys[kind].append(key)
     delta = Delta(revision=tx.revision)
@@ -136,8 +144,11 @@ def changes(tx: Tx, host: str, since: int) -> Delta | None:
         known = _vms(tx, host)
         delta.vms = {key: known.get(key) for key in keys["vm"]}
     if keys["vvol"]:
-        held = held_vvols(tx, host, keys["vvol"])
+        held = _tell_vvols(tx, host, keys["vvol"])
         delta.vvols = {key: held.get(key) for key in keys["vvol"]}
+    if keys["faults"]:
+        standing = faults.of_host(tx, host)
+        delta.faults = {key: standing.get(key, {}) for key in keys["faults"]}
     return delta
 
 

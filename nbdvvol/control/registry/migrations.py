@@ -9,8 +9,31 @@ from sqlalchemy import Connection
 from nbdvvol.control.registry.schema import SCHEMA_VERSION
 from nbdvvol.model.errors import Code, NvError
 
-STEPS: dict[int, Callable[[Connection], None]] = {}
-"""Version → the step that leads from it to the next. Version 1 is the first, so there is none yet."""
+
+def _to_2(connection: Connection) -> None:
+    """Failed syncs have rows of their own: a datastore's word that one failed becomes one of each host that sees it.
+
+    Which file of a `dir` it was, is not known; its faults say so by naming the whole."""
+    for statement in _STEP_1.split(";"):
+        connection.exec_driver_sql(statement)
+
+
+_STEP_1 = """
+CREATE TABLE faults (
+    id VARCHAR NOT NULL PRIMARY KEY, datastore VARCHAR NOT NULL REFERENCES datastores (name),
+    object VARCHAR NOT NULL, host VARCHAR NOT NULL REFERENCES hosts (name), message TEXT NOT NULL,
+    time VARCHAR NOT NULL);
+ALTER TABLE legs ADD COLUMN fault_host VARCHAR NOT NULL DEFAULT '';
+INSERT INTO faults
+    SELECT lower(hex(randomblob(16))), d.name, '', h.name, d.detail, strftime('%Y-%m-%dT%H:%M:%f+00:00', 'now')
+    FROM datastores d, hosts h WHERE d.state = 'faulty' AND d.detail LIKE 'sync failed%';
+UPDATE legs SET fault_host = (SELECT host FROM holders WHERE holders.vvol = legs.vvol LIMIT 1)
+    WHERE datastore IN (SELECT datastore FROM faults)
+    AND EXISTS (SELECT 1 FROM holders WHERE holders.vvol = legs.vvol);
+UPDATE datastores SET state = 'online', detail = '' WHERE state = 'faulty' AND detail LIKE 'sync failed%'
+"""
+STEPS: dict[int, Callable[[Connection], None]] = {1: _to_2}
+"""Version → the step that leads from it to the next."""
 
 
 def migrate(connection: Connection, found: int, steps: dict[int, Callable[[Connection], None]] | None = None) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from sqlalchemy import Boolean, Column, ForeignKey, Index, Integer, MetaData, String, Table, Text, UniqueConstraint
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 APPLICATION_ID = 0x4E564256
 """Marks the SQLite file as ours (`NVBV`)."""
 
@@ -90,8 +90,10 @@ holders = Table(
     Column("facts", Text, nullable=False, default=""),
     Column("error", Text, nullable=False, default=""),
 )
-"""Hosts that may hold a VVol: `binding`, `bound` (at most one host is either), `releasing`, or `forced`: the
-operator took it away without the host's word; its extents are not handed out again before the host speaks."""
+"""Hosts that a VVol is bound to, or that may still hold it. At most one host is `assigned` (no filter of it was told,
+or the one that was has stopped cleanly: nothing runs there), `binding` (told) or `bound` (serves it). Others are
+`releasing`, or `forced`: the operator took it away without the host's word; its extents are not handed out again
+before the host speaks."""
 
 legs = Table(
     "legs",
@@ -106,9 +108,11 @@ legs = Table(
     Column("meta_offset", Integer, nullable=False, default=0),
     Column("meta_length", Integer, nullable=False, default=0),
     Column("stamp", Integer, nullable=False, default=0),
+    Column("fault_host", String, nullable=False, default=""),
     UniqueConstraint("datastore", "slot"),
 )
-"""`slot`: its directory entry; `stamp`: sequence of its last label."""
+"""`slot`: its directory entry; `stamp`: sequence of its last label; `fault_host`: a sync failed there, so that bytes
+acknowledged there may be lost: another host serves it only once the operator accepts that."""
 
 runs = Table(
     "runs",
@@ -132,6 +136,18 @@ areas = Table(
     Column("state", String, nullable=False),
     Column("owner", String, nullable=False, default=""),
 )
+
+faults = Table(
+    "faults",
+    schema,
+    Column("id", String, primary_key=True),
+    Column("datastore", String, ForeignKey("datastores.name"), nullable=False),
+    Column("object", String, nullable=False, default=""),
+    Column("host", String, ForeignKey("hosts.name"), nullable=False),
+    Column("message", Text, nullable=False),
+    Column("time", String, nullable=False),
+)
+"""Syncs that failed: the host fails every FLUSH on the object until the operator clears them."""
 
 tasks = Table(
     "tasks",

@@ -10,7 +10,7 @@ from sqlalchemy import delete, insert, select, update
 
 from nbdvvol.control import allocator, policy
 from nbdvvol.control.allocator import AreaState, Space
-from nbdvvol.control.registry import bindings
+from nbdvvol.control.registry import bindings, faults
 from nbdvvol.control.registry import schema as s
 from nbdvvol.control.registry.stores import load_areas, load_space, save_areas, store_row
 from nbdvvol.control.registry.tx import Tx, transaction
@@ -290,6 +290,8 @@ def finish_delete(tx: Tx, uuid: str) -> None:
     store = store_row(tx, row.datastore)
     if store.use == "formatted":
         _with_space(tx, row.datastore, lambda space: space.freed(uuid))
+    for leg in tx.db.execute(select(s.legs).where(s.legs.c.vvol == uuid, s.legs.c.object != "")).all():
+        faults.forget(tx, leg.datastore, leg.object)
     tx.db.execute(delete(s.areas).where(s.areas.c.owner == uuid, s.areas.c.state == AreaState.ADOPTED))
     tx.db.execute(delete(s.vvols).where(s.vvols.c.uuid == uuid))
     if store.use == "adopted" and not load_areas(tx, row.datastore):

@@ -19,8 +19,6 @@ from nbdvvol.model.farm import DatastoreConfig, DatastoreKind
 from nbdvvol.model.link import DatastoreSpec
 from nbdvvol.model.resources import TaskRef
 
-SYNC_FAILED = "sync failed"
-
 
 @dataclass(frozen=True, slots=True)
 class Store:
@@ -125,11 +123,10 @@ def probed(tx: Tx, name: str, host: str, result: dict[str, Any]) -> str:
             tx.event("datastore.faulty", name, f"host {host}: {wrong}")
         tx.changed = True
         return wrong
-    latched = row.state == "faulty" and row.detail.startswith(SYNC_FAILED)
     values: dict[str, Any] = {
         "size": size,
-        "state": row.state if latched else "online",
-        "detail": row.detail if latched else "",
+        "state": "online",
+        "detail": "",
         "block_size": int(result.get("block_size", 0)),
         "direct_ok": result.get("direct_ok"),
     }
@@ -154,22 +151,6 @@ def missing(tx: Tx, name: str, why: str) -> None:
     if row.state != "missing" or row.detail != why:
         tx.db.execute(update(s.datastores).where(s.datastores.c.name == name).values(state="missing", detail=why))
         tx.event("datastore.missing", name, why)
-
-
-@transaction
-def faulty(tx: Tx, name: str, why: str) -> None:
-    """A sync of this datastore failed and latched."""
-    why = f"{SYNC_FAILED}: {why}"
-    tx.db.execute(update(s.datastores).where(s.datastores.c.name == name).values(state="faulty", detail=why))
-    tx.changed = True
-
-
-@transaction
-def fault_cleared(tx: Tx, name: str) -> None:
-    """The operator accepted what a failed sync may have lost."""
-    store_row(tx, name)
-    tx.db.execute(update(s.datastores).where(s.datastores.c.name == name).values(state="online", detail=""))
-    tx.event("datastore.cleared", name, "its sync fault was cleared by the operator")
 
 
 @transaction
@@ -235,6 +216,6 @@ def directory_page(tx: Tx, name: str, slot: int) -> tuple[int, bytes]:
 
 @transaction
 def begin_clear_fault(tx: Tx, name: str) -> TaskRef:
-    """Have every filter forget a datastore's sync fault: the operator accepts what it may have lost."""
+    """Have every filter forget a datastore's sync faults: the operator accepts what they may have lost."""
     store_row(tx, name)
     return TaskRef(task=add_task(tx, "clear-fault", name, datastore=name))

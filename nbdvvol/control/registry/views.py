@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from sqlalchemy import ColumnElement, Row, Select, func, select
 
+from nbdvvol.control.registry import faults
 from nbdvvol.control.registry import schema as s
 from nbdvvol.control.registry.tx import Tx, transaction
 from nbdvvol.control.uris import attach_lines, socket_path, tcp_uri, unix_uri
@@ -29,7 +30,9 @@ from nbdvvol.model.resources import (
     VVolState,
 )
 
-HELD = ("binding", "bound")
+HELD = ("assigned", "binding", "bound")
+TOLD = ("binding", "bound")
+"""Of these, a filter may serve the VVol."""
 FEW = 100
 REGION_STATES: tuple[Literal["mapped", "zero", "write-protected"], ...] = ("mapped", "zero", "write-protected")
 
@@ -160,6 +163,8 @@ def _datastore_view(tx: Tx, row: Row[Any]) -> Datastore:
         free = row.size - tx.db.execute(total).scalar_one() if config.kind != "dir" else row.size
     else:
         free = row.size
+    failed = faults.of_datastore(tx, row.name)
+    sound = row.state in ("online", "unknown")
     return Datastore(
         name=row.name,
         kind=config.kind,
@@ -170,8 +175,9 @@ def _datastore_view(tx: Tx, row: Row[Any]) -> Datastore:
         extent_size=config.extent_size,
         hosts=config.hosts,
         use=row.use,
-        state=row.state,
-        detail=row.detail,
+        state="faulty" if failed and sound else row.state,
+        detail=f"host {failed[0].host}: {failed[0].message}" if failed and sound else row.detail,
+        faults=failed,
     )
 
 
@@ -244,13 +250,19 @@ class HostRow:
     run_dir: str
     address: str
     vvols: int
+    told: int
+    """Of its VVols, those that its filter may still serve when it is not connected."""
 
 
 @transaction
 def hosts(tx: Tx) -> list[HostRow]:
     """Every host, by name."""
-    here = select(s.holders.c.host, func.count()).where(s.holders.c.state.in_(HELD)).group_by(s.holders.c.host)
-    counts: dict[str, int] = dict(tx.db.execute(here).all())
+
+    def counts(states: tuple[str, ...]) -> dict[str, int]:
+        here = select(s.holders.c.host, func.count()).where(s.holders.c.state.in_(states)).group_by(s.holders.c.host)
+        return dict(tx.db.execute(here).all())
+
+    held, told = counts(HELD), counts(TOLD)
     return [
         HostRow(
             row.name,
@@ -258,7 +270,8 @@ def hosts(tx: Tx) -> list[HostRow]:
             row.instance,
             row.run_dir,
             row.address,
-            counts.get(row.name, 0),
+            held.get(row.name, 0),
+            told.get(row.name, 0),
         )
         for row in tx.db.execute(select(s.hosts).order_by(s.hosts.c.name)).all()
     ]
@@ -310,7 +323,9 @@ def export_uri(tx: Tx, vm: str, name: str) -> ExportUri:
     tcp = tcp_uri(HostConfig.model_validate_json(host.config).listen, host.address, vm, name)
     if not view.uri:
         raise NvError(
-            Code.UNAVAILABLE, f"the filter of host {host.name} was never here", f"start it: nbdvvol filter {host.name}"
+            Code.UNAVAILABLE,
+            f"the filter of host {host.name} was never here",
+            f"start it: nbdvvol filter --host {host.name}",
         )
     lines = attach_lines(view.uri, tcp, view.full_name, host.run_dir, vm, name)
     return ExportUri(vvol=view.full_name, uri=view.uri, host=host.name, identity=view.uuid, lines=lines)

@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import Row, insert, select, update
 
 from nbdvvol.control import policy
-from nbdvvol.control.registry import bindings
+from nbdvvol.control.registry import bindings, faults
 from nbdvvol.control.registry import schema as s
 from nbdvvol.control.registry.stores import store_row
 from nbdvvol.control.registry.tasks import add_task
@@ -196,6 +196,7 @@ def begin_bind(tx: Tx, vm: str, name: str, body: BindVVol) -> TaskRef:
     running = tx.db.execute(select(s.tasks).where(s.tasks.c.id == row.task)).one_or_none()
     if running is not None and body.force and running.kind == "bind":
         bindings.unbind(tx, row.uuid, True)
+        faults.accept(tx, row.uuid, f"{vm}/{name}")
         return _ref(tx, task_view(running), row.uuid)
     home: str = tx.db.execute(select(s.vms.c.host).where(s.vms.c.name == vm)).scalar_one()
     return _ref(tx, start_bind(tx, row, body.host or home, body.force), row.uuid)
