@@ -249,7 +249,7 @@ static void start_trim(struct nv_piece *piece)
     submit(piece, NV_OP_PUNCH, at_most(piece->length, NV_PUNCH_PIECE), 0);
 }
 
-void nv_piece_start(struct nv_piece *piece)
+void nv_file_start(struct nv_piece *piece)
 {
     assert(piece->length > 0 && piece->finished);
     piece->moved = 0;
@@ -275,4 +275,52 @@ void nv_piece_start(struct nv_piece *piece)
     default:
         submit(piece, NV_OP_PREFETCH, piece->length, 0);
     }
+}
+
+/* --- the object --- */
+
+static void synced(struct nv_op *op)
+{
+    nv_sync_ran((struct nv_sync *)((char *)op - offsetof(struct nv_sync, op)), op->result);
+}
+
+static void sync_file(struct nv_sync *sync, struct nv_reactor *reactor)
+{
+    struct nv_object *object = (struct nv_object *)((char *)sync - offsetof(struct nv_object, sync));
+
+    sync->op.kind = NV_OP_SYNC;
+    sync->op.flags = atomic_load(&object->view) ? NV_OP_NOW : 0;
+    sync->op.handle = object->handle;
+    sync->op.done = synced;
+    nv_io_submit(reactor->io, &sync->op);
+}
+
+void nv_file_open(struct nv_object *object, nv_handle handle, uint32_t flags, uint32_t align, uint64_t size)
+{
+    object->kind = NV_KIND_FILE;
+    object->handle = handle;
+    object->flags = flags;
+    object->align = object->memory_align = align;
+    atomic_store(&object->size, size);
+    if (!(flags & NV_OBJECT_DIRECT) && nv_io_in_memory(handle))
+        atomic_store(&object->view, nv_view_create(handle, size, !(flags & NV_OBJECT_READ_ONLY), NULL));
+    nv_sync_init(&object->sync, object->id, sync_file);
+}
+
+/* A view of the new size takes the place of the present one; without memory for it, that one stays. */
+void nv_file_grow(struct nv_object *object, uint64_t size)
+{
+    struct nv_view *present = atomic_load(&object->view), *larger;
+
+    if (!present || size <= present->size)
+        return;
+    larger = nv_view_create(object->handle, size, present->writable, present);
+    if (larger)
+        atomic_store_explicit(&object->view, larger, memory_order_release);
+}
+
+void nv_file_close(struct nv_object *object)
+{
+    nv_view_free(atomic_load(&object->view));
+    nv_io_close(object->handle);
 }

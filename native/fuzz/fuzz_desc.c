@@ -31,7 +31,7 @@ static void offer(struct nv_object objects[OBJECTS])
     memset(objects, 0, OBJECTS * sizeof *objects);
     for (uint32_t i = 0; i < OBJECTS; i++) {
         objects[i].id = i + 1;
-        objects[i].align = aligns[i];
+        objects[i].align = objects[i].memory_align = aligns[i];
         objects[i].flags = i == 2 ? NV_OBJECT_READ_ONLY : 0;
         atomic_store(&objects[i].size, sizes[i]);
     }

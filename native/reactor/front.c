@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "backend/file.h"
 #include "limits.h"
 #include "nbd/session.h"
 #include "error.h"
@@ -33,6 +34,7 @@ static int check_object(uint32_t flags, uint32_t align)
 int nv_object_open(nv_plane *plane, int fd, uint32_t flags, uint32_t align, uint64_t size, uint32_t *number)
 {
     struct nv_object *object;
+    nv_handle handle;
     int error = check_object(flags, align);
 
     if (error)
@@ -40,23 +42,18 @@ int nv_object_open(nv_plane *plane, int fd, uint32_t flags, uint32_t align, uint
     object = calloc(1, sizeof *object);
     if (!object)
         return nv_fail(ENOMEM, "no memory for an object");
-    object->handle = nv_io_open_file(fd);
-    if (object->handle < 0) {
-        error = nv_fail(-object->handle, "descriptor %d: %s", fd, strerror(-object->handle));
+    handle = nv_io_open_file(fd);
+    if (handle < 0) {
+        error = nv_fail(-handle, "descriptor %d: %s", fd, strerror(-handle));
         free(object);
         return error;
     }
     if (nv_table_add(&plane->objects, object, &object->id) != 0) {
-        nv_io_close(object->handle);
+        nv_io_close(handle);
         free(object);
         return nv_fail(ENOSPC, "%u objects are open, the limit", NV_OBJECTS_MAX);
     }
-    object->flags = flags;
-    object->align = align;
-    atomic_store(&object->size, size);
-    if (!(flags & NV_OBJECT_DIRECT) && nv_io_in_memory(object->handle))
-        atomic_store(&object->view, nv_view_create(object->handle, size, !(flags & NV_OBJECT_READ_ONLY), NULL));
-    nv_sync_init(&object->sync, object->handle, object->id, atomic_load(&object->view) ? NV_OP_NOW : 0);
+    nv_file_open(object, handle, flags, align, size);
     *number = object->id;
     return 0;
 }
@@ -93,18 +90,6 @@ int nv_object_close(nv_plane *plane, uint32_t number, uint64_t token)
     return 0;
 }
 
-/* A view of the new size takes the place of the present one; without memory for it, that one stays. */
-static void grow_view(struct nv_object *object, uint64_t size)
-{
-    struct nv_view *present = atomic_load(&object->view), *larger;
-
-    if (!present || size <= present->size)
-        return;
-    larger = nv_view_create(object->handle, size, present->writable, present);
-    if (larger)
-        atomic_store_explicit(&object->view, larger, memory_order_release);
-}
-
 int nv_object_set_size(nv_plane *plane, uint32_t number, uint64_t size)
 {
     struct nv_object *object;
@@ -115,7 +100,8 @@ int nv_object_set_size(nv_plane *plane, uint32_t number, uint64_t size)
     if (size < atomic_load(&object->size) && object->users > 0)
         return nv_fail(EBUSY, "object %u of %" PRIu64 " bytes is in use and cannot shrink to %" PRIu64, number,
                        atomic_load(&object->size), size);
-    grow_view(object, size);
+    if (object->kind == NV_KIND_FILE)
+        nv_file_grow(object, size);
     atomic_store(&object->size, size);
     return 0;
 }

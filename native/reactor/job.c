@@ -37,8 +37,8 @@ int nv_job_create(struct nv_object *object, uint32_t op, void *buffer, uint64_t 
     job = calloc(1, sizeof *job);
     if (!job)
         return nv_fail(ENOMEM, "no memory for an object job");
-    if (object->align > 1 && (op == NV_JOB_READ || op == NV_JOB_WRITE)) {
-        const size_t align = object->align > 4096 ? object->align : 4096;
+    if (object->memory_align > 1 && (op == NV_JOB_READ || op == NV_JOB_WRITE)) {
+        const size_t align = object->memory_align > 4096 ? object->memory_align : 4096;
         job->bounce = aligned_alloc(align, NV_JOB_PIECE);
         if (!job->bounce) {
             free(job);

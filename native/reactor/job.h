@@ -5,7 +5,7 @@
 #ifndef NV_JOB_H
 #define NV_JOB_H
 
-#include "backend/file.h"
+#include "backend/backend.h"
 #include "reactor/events.h"
 #include "reactor/inbox.h"
 

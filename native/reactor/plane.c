@@ -275,10 +275,7 @@ static void volume_changed(nv_plane *plane, struct nv_volume_change *change)
 static void object_closed(nv_plane *plane, struct nv_object *object)
 {
     nv_table_remove(&plane->objects, object->id);
-    nv_sync_free(&object->sync);
-    nv_view_free(atomic_load(&object->view));
-    nv_io_close(object->handle);
-    free(object);
+    nv_object_free(object);
 }
 
 static void consume(nv_plane *plane, const struct nv_event_record *record)

@@ -141,8 +141,8 @@ static int collect_objects(struct nv_map *map)
         struct nv_object *object = map->runs[i].object;
         if (object && (count == 0 || map->objects[count - 1] != object))
             map->objects[count++] = object;
-        if (object && object->align > map->memory_align)
-            map->memory_align = object->align;
+        if (object && object->memory_align > map->memory_align)
+            map->memory_align = object->memory_align;
     }
     qsort(map->objects, count, sizeof(struct nv_object *), compare_objects);
     for (uint32_t i = 0; i < count; i++)

@@ -11,18 +11,14 @@
 #include "reactor/plane.h"
 #include "reactor/reactor.h"
 
-static void sync_done(struct nv_op *op);
 static void wait_arrives(struct nv_reactor *reactor, struct nv_message *message);
 
-void nv_sync_init(struct nv_sync *sync, nv_handle handle, uint32_t object_id, uint8_t op_flags)
+void nv_sync_init(struct nv_sync *sync, uint32_t object_id, nv_sync_run *run)
 {
     pthread_mutex_init(&sync->lock, NULL);
     /* A filter that ran before us may have died with acknowledged writes in the page cache: the first flush syncs. */
     atomic_store(&sync->written, 1);
-    sync->op.kind = NV_OP_SYNC;
-    sync->op.handle = handle;
-    sync->op.flags = op_flags;
-    sync->op.done = sync_done;
+    sync->run = run;
     sync->event.event = (nv_event){.kind = NV_EVENT_SYNC_FAILED, .args = {object_id}};
 }
 
@@ -70,7 +66,7 @@ static void start(struct nv_sync *sync, struct nv_reactor *reactor)
     sync->covers = atomic_load(&sync->written);
     atomic_fetch_add(&sync->syncs, 1);
     reactor->syncs++;
-    nv_io_submit(reactor->io, &sync->op);
+    sync->run(sync, reactor);
 }
 
 bool nv_sync_begin(struct nv_sync *sync, struct nv_reactor *reactor, struct nv_sync_wait *wait)
@@ -111,9 +107,8 @@ static void answer(struct nv_sync_wait *list, int error)
     }
 }
 
-static void sync_done(struct nv_op *op)
+void nv_sync_ran(struct nv_sync *sync, int64_t result)
 {
-    struct nv_sync *sync = (struct nv_sync *)((char *)op - offsetof(struct nv_sync, op));
     struct nv_reactor *reactor = sync->runner;
     struct nv_sync_wait *riders, *failed = NULL;
     int error = 0;
@@ -124,8 +119,8 @@ static void sync_done(struct nv_op *op)
     reactor->syncs--;
     riders = sync->riders;
     sync->riders = NULL;
-    if (op->result < 0)
-        latch(sync, reactor, (int)op->result);
+    if (result < 0)
+        latch(sync, reactor, (int)result);
     if (atomic_load(&sync->fault)) {
         error = -EIO;
         failed = sync->waiting; /* they must not be answered from a later, clean-looking sync */

@@ -29,26 +29,33 @@ struct nv_sync_wait {
     void (*done)(struct nv_sync_wait *wait); /* on the waiter's reactor, from its inbox */
 };
 
+struct nv_sync;
+
+/* How a kind of object syncs. Called under the lock, on the reactor that is to run it; ends in nv_sync_ran(). */
+typedef void nv_sync_run(struct nv_sync *sync, struct nv_reactor *reactor);
+
 struct nv_sync {
     _Atomic uint64_t written;
     _Atomic uint64_t synced;        /* value of `written` that the last successful sync covers; raised under the lock */
     _Atomic int fault;              /* 0, or the -errno that latched */
     _Atomic uint64_t syncs;         /* submitted since open */
     pthread_mutex_t lock;
-    bool running;                   /* under the lock: op is in flight */
+    bool running;                   /* under the lock: between `run` and nv_sync_ran() */
     uint64_t covers;                /* what the running sync covers */
     struct nv_sync_wait *riders;    /* of the running sync */
     struct nv_sync_wait *waiting;   /* for the next one */
-    struct nv_op op;
+    nv_sync_run *run;
+    struct nv_op op;                /* the backend's, while it runs */
     struct nv_reactor *runner;
     _Atomic bool telling;           /* the fault event is on its way */
     struct nv_message tell;
     struct nv_event_slot event;
 };
 
-/* `op_flags`: NV_OP_NOW for a handle in memory, else 0. */
-void nv_sync_init(struct nv_sync *sync, nv_handle handle, uint32_t object_id, uint8_t op_flags);
+void nv_sync_init(struct nv_sync *sync, uint32_t object_id, nv_sync_run *run);
 void nv_sync_free(struct nv_sync *sync);
+/* The sync that `run` began has ended, with 0 or -errno. On the reactor that ran it, and never from inside `run`. */
+void nv_sync_ran(struct nv_sync *sync, int64_t result);
 /* A change has completed in the backend; call before it is answered. */
 void nv_sync_wrote(struct nv_sync *sync);
 /* Start making everything answered so far durable. True: done at once, see wait->error. Else wait->done comes. */

@@ -9,7 +9,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-#include "backend/file.h"
+#include "backend/backend.h"
 
 struct nv_run {
     uint64_t offset;                /* in the volume */

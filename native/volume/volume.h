@@ -10,7 +10,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-#include "backend/file.h"
+#include "backend/backend.h"
 #include "nbdvvol.h"
 #include "reactor/events.h"
 #include "reactor/inbox.h"

@@ -1,0 +1,90 @@
+/*
+ * The backend's door: an object (a file, a block device; whatever holds a datastore's bytes) and one piece of I/O on it.
+ *
+ * A piece is a contiguous range of one object. Everybody above starts pieces here and syncs through the object's
+ * nv_sync, and does not know what kind the object is. The way to a file is one predictable branch, because files are
+ * what most farms have. Order between pieces, maps and durability across pieces are the volume's business.
+ *
+ * What every kind promises: `finished` runs exactly once, on the piece's reactor, never from inside nv_piece_start();
+ * a read never succeeds with fewer bytes than asked; the piece's memory is not touched after `finished`; every change
+ * that is not durable by itself is told to the sync state (nv_sync_wrote) before `finished` runs.
+ */
+#ifndef NV_BACKEND_H
+#define NV_BACKEND_H
+
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "backend/view.h"
+#include "io/io.h"
+#include "volume/flush.h"
+
+struct nv_reactor;
+
+enum nv_object_kind {
+    NV_KIND_FILE,                   /* backend/file.c */
+};
+
+struct nv_object {
+    uint32_t id;
+    nv_handle handle;               /* of a file; -1 otherwise */
+    uint8_t kind;                   /* enum nv_object_kind */
+    uint32_t flags;                 /* NV_OBJECT_* */
+    uint32_t align;                 /* offsets and lengths are multiples of it */
+    uint32_t memory_align;          /* and so is memory: 1 unless DIRECT */
+    _Atomic(struct nv_view *) view; /* of a file in memory: the largest; NULL for any other object */
+    _Atomic uint64_t size;
+    _Atomic bool no_punch;          /* learned: the operation is not supported here */
+    _Atomic bool no_zero_range;
+    _Atomic bool no_try_now;
+    struct nv_sync sync;
+    struct nv_message close_message;
+    struct nv_event_slot closed;
+    uint32_t users;                 /* front thread: maps and jobs that name it */
+    bool closing;                   /* front thread */
+};
+
+enum nv_piece_kind {
+    NV_PIECE_READ = 1,
+    NV_PIECE_WRITE,
+    NV_PIECE_ZERO,                  /* guaranteed zeros */
+    NV_PIECE_TRIM,                  /* a hint: only EIO is an error */
+    NV_PIECE_EXTENTS,               /* result: count */
+    NV_PIECE_PREFETCH,              /* a hint */
+};
+
+#define NV_PIECE_DSYNC 1u           /* WRITE: durable on completion */
+#define NV_PIECE_NO_HOLE 2u         /* ZERO: keep (or make) the space allocated */
+#define NV_PIECE_FAST 4u            /* ZERO: -EOPNOTSUPP rather than writing zeros out */
+
+struct nv_piece {
+    struct nv_op op;
+    struct iovec iov;
+    struct nv_reactor *reactor;
+    struct nv_object *object;
+    uint8_t kind;
+    uint8_t flags;
+    uint8_t stage;                  /* the backend's own */
+    uint64_t offset;                /* in the object */
+    uint64_t length;
+    uint64_t moved;
+    int64_t answer;                 /* the backend's own */
+    uint8_t *data;                  /* READ, WRITE; aligned to object->memory_align */
+    struct nv_extent *extents;
+    uint32_t extents_max;
+    void (*finished)(struct nv_piece *piece, int64_t result); /* 0 or a count, or -errno */
+};
+
+void nv_file_start(struct nv_piece *piece); /* backend/file.c */
+
+/* Start a filled-in piece. `finished` runs later, from the reactor's loop, never from inside. */
+static inline void nv_piece_start(struct nv_piece *piece)
+{
+    nv_file_start(piece);
+}
+
+/* Front: let go of what the object holds open, and of its memory. Nothing uses it any more. */
+void nv_object_free(struct nv_object *object);
+
+#endif
