@@ -384,10 +384,29 @@ static void stops(struct nv_reactor *reactor, struct nv_message *message)
         nv_conn_close(conn, -ESHUTDOWN);
 }
 
+static void ends(struct nv_reactor *reactor, struct nv_message *message)
+{
+    (void)message;
+    reactor->ending = true;
+}
+
+void nv_plane_drained(nv_plane *plane)
+{
+    if (atomic_fetch_add(&plane->drained, 1) + 1 < plane->stopping)
+        return;
+    for (uint32_t i = 0; i < plane->config.reactors; i++) {
+        plane->stops[i].message.run = ends; /* each has run it for the first time: it is free again */
+        if (plane->reactors[i].io)
+            nv_reactor_send(&plane->reactors[i], &plane->stops[i].message);
+    }
+}
+
 void nv_plane_stop(nv_plane *plane)
 {
     if (!plane->reactors)
         return;
+    for (uint32_t i = 0; i < plane->config.reactors; i++)
+        plane->stopping += plane->reactors[i].io != NULL; /* before the first can have drained */
     for (uint32_t i = 0; i < plane->config.reactors; i++) {
         plane->stops[i].message.run = stops;
         if (plane->reactors[i].io)

@@ -34,6 +34,8 @@ struct nv_plane {
     bool released;                  /* ... the front is through with their ports */
     int start_error;
     struct nv_stop *stops;
+    uint32_t stopping;              /* reactors that were asked to stop */
+    _Atomic uint32_t drained;       /* of them, those that have nothing left which starts pieces */
     bool threads;
     bool stopped;                   /* no reactor runs any more */
     uint32_t assigned[NV_REACTORS_MAX]; /* connections given to each reactor and not yet seen to end */
@@ -51,6 +53,8 @@ static inline struct nv_reactor *nv_plane_reactor(struct nv_plane *plane, uint32
  */
 int nv_plane_build(const nv_plane_config *config, bool threads, nv_plane **out);
 void nv_plane_stop(nv_plane *plane);
+/* Reactor, once, while stopping. */
+void nv_plane_drained(nv_plane *plane);
 void nv_plane_free(nv_plane *plane);
 
 /* Front-side tables. */

@@ -11,6 +11,7 @@
 
 #include "limits.h"
 #include "nbd/session.h"
+#include "reactor/plane.h"
 
 static void publish(struct nv_reactor *reactor)
 {
@@ -37,13 +38,14 @@ int nv_reactor_setup(struct nv_reactor *reactor, const struct nv_io_config *conf
     }
     reactor->kicked_tail = &reactor->kicked;
     reactor->starving_tail = &reactor->starving;
+    reactor->late_tail = &reactor->late;
     publish(reactor);
     return 0;
 }
 
 void nv_reactor_teardown(struct nv_reactor *reactor)
 {
-    assert(!reactor->connections && !reactor->jobs && !reactor->syncs);
+    assert(!reactor->connections && !reactor->jobs && !reactor->syncs && !reactor->late && !reactor->tickers);
     nv_io_destroy(reactor->io);
     nv_pool_destroy(reactor->pool);
 }
@@ -168,6 +170,45 @@ static void run_senders(struct nv_reactor *reactor)
     }
 }
 
+void nv_reactor_late(struct nv_reactor *reactor, struct nv_late *late)
+{
+    if (late->queued)
+        return;
+    late->queued = true;
+    late->next = NULL;
+    *reactor->late_tail = late;
+    reactor->late_tail = &late->next;
+}
+
+static void run_late(struct nv_reactor *reactor)
+{
+    struct nv_late *late = reactor->late;
+
+    reactor->late = NULL;
+    reactor->late_tail = &reactor->late;
+    for (struct nv_late *next; late; late = next) {
+        next = late->next;
+        late->queued = false;
+        late->run(late);
+    }
+}
+
+void nv_reactor_add_ticker(struct nv_reactor *reactor, struct nv_ticker *ticker)
+{
+    ticker->next = reactor->tickers;
+    ticker->back = &reactor->tickers;
+    if (ticker->next)
+        ticker->next->back = &ticker->next;
+    reactor->tickers = ticker;
+}
+
+void nv_reactor_drop_ticker(struct nv_ticker *ticker)
+{
+    *ticker->back = ticker->next;
+    if (ticker->next)
+        ticker->next->back = ticker->back;
+}
+
 static void ticked(struct nv_op *op)
 {
     struct nv_reactor *reactor = (struct nv_reactor *)((char *)op - offsetof(struct nv_reactor, tick));
@@ -178,6 +219,10 @@ static void ticked(struct nv_op *op)
     for (struct nv_conn *conn = reactor->connections, *next; conn; conn = next) {
         next = conn->next;
         nv_conn_tick(conn, now);
+    }
+    for (struct nv_ticker *ticker = reactor->tickers, *next; ticker; ticker = next) {
+        next = ticker->next;
+        ticker->tick(ticker, now);
     }
 }
 
@@ -191,6 +236,15 @@ void nv_reactor_want_tick(struct nv_reactor *reactor)
     nv_io_submit(reactor->io, &reactor->tick);
 }
 
+/* What serves pieces may end only when no reactor can start one any more: the last to drain tells all. */
+static void check_drained(struct nv_reactor *reactor)
+{
+    if (!reactor->stopping || reactor->drained || reactor->connections || reactor->jobs || reactor->syncs)
+        return;
+    reactor->drained = true;
+    nv_plane_drained(reactor->plane);
+}
+
 bool nv_reactor_turn(struct nv_reactor *reactor)
 {
     bool any = false;
@@ -202,11 +256,13 @@ bool nv_reactor_turn(struct nv_reactor *reactor)
             break;
         any = true;
     }
+    run_late(reactor);
     run_senders(reactor);
+    check_drained(reactor);
     if (any)
         publish(reactor); /* before the events: who hears of an end sees its memory counted back */
     nv_events_flush(&reactor->events);
-    if (reactor->stopping && !reactor->connections && reactor->tick_armed)
+    if (reactor->ending && !reactor->connections && !reactor->tickers && reactor->tick_armed)
         nv_io_cancel(reactor->io, &reactor->tick); /* nobody has a deadline any more */
     nv_io_enter(reactor->io);
     return any;
@@ -214,13 +270,14 @@ bool nv_reactor_turn(struct nv_reactor *reactor)
 
 bool nv_reactor_finished(const struct nv_reactor *reactor)
 {
-    return reactor->stopping && !reactor->connections && !reactor->jobs && !reactor->syncs && !reactor->tick_armed &&
-           !reactor->kicked && nv_inbox_empty((struct nv_inbox *)&reactor->inbox);
+    return reactor->ending && !reactor->connections && !reactor->jobs && !reactor->syncs && !reactor->tickers &&
+           !reactor->tick_armed && !reactor->kicked && !reactor->late &&
+           nv_inbox_empty((struct nv_inbox *)&reactor->inbox);
 }
 
 static bool idle(struct nv_reactor *reactor)
 {
-    return !nv_io_ready(reactor->io) && nv_inbox_empty(&reactor->inbox) && !reactor->kicked;
+    return !nv_io_ready(reactor->io) && nv_inbox_empty(&reactor->inbox) && !reactor->kicked && !reactor->late;
 }
 
 /* Busy-wait while it has lately paid off: the length doubles when work came in time and halves when it did not. */

@@ -18,6 +18,18 @@
 
 struct nv_conn;
 struct nv_plane;
+struct nv_remote;
+
+struct nv_late {                    /* something to do once before the turn ends */
+    struct nv_late *next;
+    void (*run)(struct nv_late *late);
+    bool queued;
+};
+
+struct nv_ticker {                  /* somebody who looks at the clock every NV_TICK_MS, while it is wanted */
+    struct nv_ticker *next, **back;
+    void (*tick)(struct nv_ticker *ticker, uint64_t now_ns);
+};
 
 struct nv_reactor_counters {        /* one writer, the reactor; read by the front */
     _Atomic uint64_t enters, sleeps, requests, batches, submissions, copies_bytes, connections, pool_free_bytes,
@@ -37,10 +49,15 @@ struct nv_reactor {
     bool pool_freed;                        /* since the starving were last looked at */
     uint32_t jobs;                          /* object jobs under way */
     uint32_t syncs;                         /* syncs this reactor runs */
+    struct nv_late *late, **late_tail;
+    struct nv_ticker *tickers;
+    struct nv_remote *remotes;              /* remote exports whose home this is */
     struct nv_op tick;                      /* coarse timer, armed while somebody has a deadline */
     bool tick_armed;
     bool tick_wanted;
-    bool stopping;
+    bool stopping;                          /* no new client; connections end */
+    bool drained;                           /* while stopping: nothing here starts a piece any more */
+    bool ending;                            /* every reactor has drained: what served pieces ends too */
     uint64_t spin_ns;                       /* present length of the busy wait */
     uint64_t spin_max_ns;
     pthread_t thread;
@@ -70,7 +87,12 @@ void nv_reactor_send_later(struct nv_reactor *reactor, struct nv_conn *conn);
 /* Reactor: the connection is gone; it stands on no list any more. */
 void nv_reactor_forget(struct nv_reactor *reactor, struct nv_conn *conn);
 void nv_reactor_unstarve(struct nv_reactor *reactor, struct nv_conn *conn);
-/* Reactor: call nv_conn_tick() on all connections every NV_TICK_MS while wanted. */
+/* Reactor: run it once before this turn ends (if it asks again while it runs, in the next turn). */
+void nv_reactor_late(struct nv_reactor *reactor, struct nv_late *late);
+/* Reactor: who ticks from now on; and no longer. */
+void nv_reactor_add_ticker(struct nv_reactor *reactor, struct nv_ticker *ticker);
+void nv_reactor_drop_ticker(struct nv_ticker *ticker);
+/* Reactor: call nv_conn_tick() on all connections, and all tickers, every NV_TICK_MS while wanted. */
 void nv_reactor_want_tick(struct nv_reactor *reactor);
 
 #endif
