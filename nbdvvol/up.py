@@ -1,8 +1,9 @@
 """`nbdvvol up`: a whole farm on one machine, in the foreground.
 
 Starts control, applies the farm file through its API, starts a filter for every host that is not remote, waits
-until every export answers a client, and keeps all that running until SIGTERM or SIGINT; then ends the filters
-first (clients are told, in-flight requests finish), control last. Moves no data and decides nothing itself.
+until every export answers a client (a VVol that could not be created has none: that is told), and keeps all that
+running until SIGTERM or SIGINT; then ends the filters first (clients are told, in-flight requests finish), control
+last. Moves no data and decides nothing itself.
 
 The first host's filter uses the run directory itself, further ones RUN/hosts/NAME: a host that is appended to
 the file moves nobody's sockets.
@@ -26,7 +27,7 @@ from nbdvvol import farmfile
 from nbdvvol.cli.client import Client
 from nbdvvol.model.errors import Code, NvError
 from nbdvvol.model.farm import Farm
-from nbdvvol.model.resources import ExportUri, Status, Task, TaskState, VVol, VVolState
+from nbdvvol.model.resources import ExportUri, Problem, Status, Task, TaskState, VVol, VVolState
 from nbdvvol.model.units import format_size
 from nbdvvol.probe import answers
 from nbdvvol.supervisor import Child
@@ -222,7 +223,8 @@ async def _until_exports_answer(farm: _Farm, tasks: list[int]) -> None:
         missing = await exports.look()
         now = time.monotonic()
         if not missing and not tasks:
-            return await exports.show()
+            await exports.show()
+            return exports.tell_failed()
         text = "; ".join(missing) or f"tasks {', '.join(map(str, tasks))}"
         if now >= quiet_until:
             await exports.show()
@@ -252,11 +254,13 @@ class _Exports:
         self._hosts = local_hosts(farm.farm, farm.run)
         self._answering: dict[str, VVol] = {}
         self._shown: set[str] = set()
+        self._failed: list[Problem] = []
 
     async def look(self) -> list[str]:
         """Ask everything that did not answer yet; what still does not, with the reason."""
         status = await _patiently(lambda: asyncio.to_thread(self._farm.client.status))
         missing = []
+        self._failed = [problem for problem in status.problems if problem.code == "VVOL_FAILED"]
         for vvol in status.vvols:
             why = "" if vvol.full_name in self._answering else await self._why_not(vvol, status)
             if why:
@@ -272,14 +276,18 @@ class _Exports:
             _print_export(self._answering[name], uri, self._farm.run)
             self._shown.add(name)
 
+    def tell_failed(self) -> None:
+        """VVols that could not be created have no export to wait for; what to do about each."""
+        for problem in self._failed:
+            say(f"error: {problem.subject} is not served: {problem.message}; {problem.action}")
+
     async def _why_not(self, vvol: VVol, status: Status) -> str:
         """Why a VVol does not answer; empty when it does, or when nobody here has to serve it."""
-        if vvol.state is VVolState.DELETING:
+        if vvol.state in (VVolState.DELETING, VVolState.FAILED):
             return ""
         if vvol.binding is None or vvol.binding.host not in self._hosts:
             # Unbound by the operator, or served by another machine: not ours to wait for.
-            retry = f"could not be created (`nbdvvol delete vvol {vvol.full_name}`, then apply the file again)"
-            return {VVolState.CREATING: "is being created", VVolState.FAILED: retry}.get(vvol.state, "")
+            return "is being created" if vvol.state is VVolState.CREATING else ""
         socket = self._hosts[vvol.binding.host] / "vms" / f"{vvol.vm}.sock"
         if vvol.binding.state == "bound" and await answers(socket, vvol.name):
             self._answering[vvol.full_name] = vvol

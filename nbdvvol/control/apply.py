@@ -57,6 +57,8 @@ class HaveVVol:
     adopt: AdoptConfig | None
     state: str
     host: str | None
+    busy: bool
+    """A task has it."""
 
 
 @dataclass(slots=True)
@@ -84,7 +86,7 @@ class Plan:
     profiles: dict[str, ProfileConfig] = field(default_factory=dict)
     vms: dict[str, HaveVm] = field(default_factory=dict)
     create: list[CreateVVol] = field(default_factory=list)
-    retry: list[str] = field(default_factory=list)
+    retry: list[tuple[str, CreateVVol]] = field(default_factory=list)
     resize: list[tuple[str, int]] = field(default_factory=list)
     describe: list[tuple[str, str, str, bool]] = field(default_factory=list)
     """(uuid, type, description, read_only)."""
@@ -267,27 +269,41 @@ def _compare_vvol(plan: Plan, have: Have, farm: Farm, vm: str, short: str, new: 
     if new.size is not None and new.adopt is None:
         policy.check_size(name, new.size)
     old = have.vvols.get((vm, short))
-    if old is None:
-        body = {key: getattr(new, key) for key in ("size", "profile", "type", "adopt", "read_only", "description")}
-        plan.create.append(CreateVVol(vm=vm, name=short, datastore=None if new.adopt else where, **body))
-        size = format_size(new.size) if new.size is not None else "adopted"
-        plan.say("vvol", name, "create", f"{size} on datastore {where}")
+    if old is None or old.state == "failed":
+        _create_vvol(plan, vm, short, new, where, old)
+        return
+    if old.state == "deleting":
+        plan.say("vvol", name, "keep", "is being deleted; apply again when it is gone, to create it anew")
+        return
+    if old.state == "creating":
+        other = (old.datastore, old.adopt) != (where, new.adopt) or (not old.adopt and old.size != new.size)
+        plan.say("vvol", name, "keep", "is being created as it was declared before; apply again then" if other else "")
         return
     _check_same_place(name, old, new, where)
     read_only = new.read_only or (profile is not None and profile[1].read_only)
-    done = _update_vvol(plan, name, old, new, read_only, vm_host(have, farm, vm), have.vms.get(vm))
-    if new.size is not None and new.size < old.size and old.adopt is None:
-        # No refusal: a VVol that was resized by hand must not keep its old file from starting the farm.
-        had, asked = format_size(old.size), format_size(new.size)
-        done_or_note = [*done, f"keeps its {had}: the file's {asked} is less, and a VVol only grows"]
+    done, notes = _update_vvol(plan, old, new, read_only, vm_host(have, farm, vm), have.vms.get(vm))
+    plan.say("vvol", name, "update" if done else "keep", ", ".join([*done, *notes]))
+
+
+def _create_vvol(plan: Plan, vm: str, short: str, new: VVolConfig, where: str, failed: HaveVVol | None) -> None:
+    """Create it; or try again, as it is declared now, what failed before."""
+    name = f"{vm}/{short}"
+    keys = ("size", "profile", "type", "adopt", "read_only", "description")
+    body = CreateVVol(
+        vm=vm, name=short, datastore=None if new.adopt else where, **{key: getattr(new, key) for key in keys}
+    )
+    what = f"{format_size(new.size) if new.size is not None else 'adopted'} on datastore {where}"
+    if failed is None:
+        plan.create.append(body)
+        plan.say("vvol", name, "create", what)
+    elif failed.busy:
+        plan.say("vvol", name, "keep", "a task has it; apply again when that is done")
     else:
-        done_or_note = done
-    plan.say("vvol", name, "update" if done else "keep", ", ".join(done_or_note))
+        plan.retry.append((failed.uuid, body))
+        plan.say("vvol", name, "update", f"try again to create it: {what}")
 
 
 def _check_same_place(name: str, old: HaveVVol, new: VVolConfig, where: str) -> None:
-    if old.state == "deleting":
-        raise NvError(Code.CONFLICT, f"VVol {name} is being deleted", "apply again when it is gone")
     if old.datastore != where:
         raise NvError(
             Code.UNSUPPORTED,
@@ -301,23 +317,31 @@ def _check_same_place(name: str, old: HaveVVol, new: VVolConfig, where: str) -> 
 
 
 def _update_vvol(
-    plan: Plan, name: str, old: HaveVVol, new: VVolConfig, read_only: bool, host: str, vm: HaveVm | None
-) -> list[str]:
+    plan: Plan, old: HaveVVol, new: VVolConfig, read_only: bool, host: str, vm: HaveVm | None
+) -> tuple[list[str], list[str]]:
+    """What is done about a VVol, and what is only said of it."""
     done: list[str] = []
-    if old.state == "failed":
-        plan.retry.append(old.uuid)
-        done.append("try again to create it")
-    elif new.size is not None and new.size > old.size and old.adopt is None:
-        plan.resize.append((old.uuid, new.size))
-        done.append(f"grow from {format_size(old.size)} to {format_size(new.size)}")
-    elif old.state == "ready" and (old.host is None or (vm is not None and vm.host != host and old.host != host)):
+    notes: list[str] = []
+    elsewhere = old.host is None or (vm is not None and vm.host != host and old.host != host)
+    size = new.size if new.size is not None and old.adopt is None else old.size
+    if size > old.size and old.busy:
+        notes.append(f"keeps its {format_size(old.size)} while a task has it; apply again when that is done")
+    elif size > old.size:
+        plan.resize.append((old.uuid, size))
+        done.append(f"grow from {format_size(old.size)} to {format_size(size)}")
+    elif old.state == "ready" and elsewhere and not old.busy:
         plan.bind.append((old.uuid, host))
         done.append(f"bind to host {host}")
+    if size < old.size:
+        # No refusal: a VVol that was resized by hand must not keep its old file from starting the farm.
+        notes.append(
+            f"keeps its {format_size(old.size)}: the file's {format_size(size)} is less, and a VVol only grows"
+        )
     words = (new.type.value, new.description, read_only)
     if words != (old.type, old.description, old.read_only):
         plan.describe.append((old.uuid, *words))
         done.append("description, type or read_only")
-    return done
+    return done, notes
 
 
 def _say_absent(plan: Plan, have: Have, farm: Farm) -> None:

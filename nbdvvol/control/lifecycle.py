@@ -103,6 +103,10 @@ async def _write_directory(context: Context, store: Store, slot: int) -> None:
 async def create(context: Context) -> None:
     """Place, scrub, write metadata (or make the file), be ready, then bind to the VM's host."""
     placement = await _placement(context)
+    if placement is not None and placement.state == VVolState.DELETING:
+        await _give_back(context)
+        await context.registry.run(space.start_over, context.job.vvol, **context.job.args["instead"])
+        placement = await _placement(context)
     if placement is None:
         return
     if placement.state == VVolState.CREATING:
@@ -194,10 +198,16 @@ async def delete(context: Context) -> None:
     if await _placement(context) is None:
         return
     await context.until(0.1, released, cancellable=False)
+    await _give_back(context)
+    await context.registry.run(space.finish_delete, uuid)
+
+
+async def _give_back(context: Context) -> None:
+    """Scrub what a VVol has, or remove its file; adopted bytes stay as they are."""
     await context.settled(but_mine=True)
-    await context.registry.run(space.begin_freeing, uuid)
+    await context.registry.run(space.begin_freeing, context.job.vvol)
     placement = await _placement(context)
-    assert placement is not None, "only this task deletes the VVol"
+    assert placement is not None, "only this task takes away what the VVol has"
     store = await context.store(placement.datastore)
     if placement.placed and not placement.adopted and store.is_dir:
         await context.work(store, "file_remove", "file.remove", object=placement.object)
@@ -206,7 +216,6 @@ async def delete(context: Context) -> None:
         ranges = [list(piece) for piece in placement.freeing]
         if ranges:
             await context.work(store, "scrub", "free.scrub", share=(0.2, 0.9), ranges=ranges)
-    await context.registry.run(space.finish_delete, uuid)
 
 
 async def probe(context: Context) -> None:

@@ -62,7 +62,7 @@ def _vvol_problems(finding: Finding) -> list[Problem]:
                 code="VVOL_FAILED",
                 subject=finding.vvol,
                 message=f"it could not be created: {finding.error}",
-                action=f"mend the cause and apply again, or: nbdvvol delete vvol {finding.vvol}",
+                action=f"mend the cause or the farm file and apply it, or: nbdvvol delete vvol {finding.vvol}",
             )
         ]
     if finding.export_error:

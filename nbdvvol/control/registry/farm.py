@@ -52,6 +52,7 @@ def _have(tx: Tx) -> Have:
             adopt=AdoptConfig.model_validate_json(row.adopt) if row.adopt else None,
             state=row.state,
             host=vvols.bound_host(tx, row.uuid),
+            busy=row.task is not None,
         )
     return have
 
@@ -75,7 +76,7 @@ def _write_declared(tx: Tx, plan: Plan, farm: Farm) -> None:
         tx.db.execute(row.on_conflict_do_update(index_elements=["name"], set_=doc))
     for name, store in plan.datastores.items():
         row = upsert(s.datastores).values(name=name, config=store.model_dump_json())
-        doc = {"config": store.model_dump_json()}
+        doc = {"config": store.model_dump_json(), "state": "unknown", "detail": ""}
         tx.db.execute(row.on_conflict_do_update(index_elements=["name"], set_=doc))
     for name, profile in plan.profiles.items():
         row = upsert(s.profiles).values(name=name, spec=profile.model_dump_json())
@@ -106,10 +107,6 @@ def _touch_declared(tx: Tx, plan: Plan, before: dict[str, HaveVm]) -> None:
             tx.touch(host, "vm", name)
 
 
-def _busy(tx: Tx, uuid: str) -> bool:
-    return vvol_row(tx, uuid).task is not None
-
-
 @transaction
 def apply(tx: Tx, request: ApplyRequest) -> ApplyResult:
     """Compare, and unless it is a dry run, write the plan and queue its tasks. All or nothing."""
@@ -129,16 +126,14 @@ def apply(tx: Tx, request: ApplyRequest) -> ApplyResult:
         values = {"type": kind, "description": text, "read_only": read_only}
         bindings.advance_generation(tx, uuid, row.generation, **values)
         bindings.touch_holders(tx, uuid)
-    for uuid in plan.retry:
-        if not _busy(tx, uuid):
-            result.tasks.append(vvols.retry_create(tx, vvol_row(tx, uuid)).id)
+    for uuid, body in plan.retry:
+        result.tasks.append(vvols.retry_create(tx, vvol_row(tx, uuid), body).id)
     for uuid, size in plan.resize:
         task = vvols.start_resize(tx, vvol_row(tx, uuid), size)
         if task is not None:
             result.tasks.append(task.id)
     for uuid, host in plan.bind:
-        if not _busy(tx, uuid):
-            result.tasks.append(vvols.start_bind(tx, vvol_row(tx, uuid), host).id)
+        result.tasks.append(vvols.start_bind(tx, vvol_row(tx, uuid), host).id)
     if any(change.action in ("create", "update") for change in plan.changes):
         tx.event("farm.applied", "farm", f"{len(plan.changes)} entries, {len(result.tasks)} tasks")
     return result

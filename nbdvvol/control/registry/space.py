@@ -5,8 +5,9 @@ from __future__ import annotations
 import uuid as uuids
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-from sqlalchemy import delete, insert, select, update
+from sqlalchemy import Row, delete, insert, select, update
 
 from nbdvvol.control import allocator, policy
 from nbdvvol.control.allocator import AreaState, Space
@@ -206,7 +207,7 @@ def failed(tx: Tx, uuid: str, error: str) -> None:
     if row is None:
         return
     values = {"error": error}
-    if row.state == "creating":
+    if row.state in ("creating", "deleting"):
         values["state"] = "failed"
     tx.db.execute(update(s.vvols).where(s.vvols.c.uuid == uuid).values(**values))
     tx.changed = True
@@ -283,9 +284,8 @@ def begin_freeing(tx: Tx, uuid: str) -> None:
         _with_space(tx, row.datastore, lambda space: space.release(uuid))
 
 
-@transaction
-def finish_delete(tx: Tx, uuid: str) -> None:
-    """Everything the VVol had is scrubbed (or given back, if adopted): it is gone."""
+def _given_back(tx: Tx, uuid: str) -> Row[Any]:
+    """Everything the VVol had is scrubbed (or left as it is, if adopted): its space is free. Returns its row."""
     row = vvol_row(tx, uuid)
     store = store_row(tx, row.datastore)
     if store.use == "formatted":
@@ -293,10 +293,28 @@ def finish_delete(tx: Tx, uuid: str) -> None:
     for leg in tx.db.execute(select(s.legs).where(s.legs.c.vvol == uuid, s.legs.c.object != "")).all():
         faults.forget(tx, leg.datastore, leg.object)
     tx.db.execute(delete(s.areas).where(s.areas.c.owner == uuid, s.areas.c.state == AreaState.ADOPTED))
-    tx.db.execute(delete(s.vvols).where(s.vvols.c.uuid == uuid))
+    tx.db.execute(delete(s.runs).where(s.runs.c.vvol == uuid))
+    tx.db.execute(delete(s.legs).where(s.legs.c.vvol == uuid))
     if store.use == "adopted" and not load_areas(tx, row.datastore):
         tx.db.execute(update(s.datastores).where(s.datastores.c.name == row.datastore).values(use="unused"))
+    return row
+
+
+@transaction
+def finish_delete(tx: Tx, uuid: str) -> None:
+    """The VVol's space is free again, and it is gone."""
+    row = _given_back(tx, uuid)
+    tx.db.execute(delete(s.vvols).where(s.vvols.c.uuid == uuid))
     tx.event("vvol.deleted", f"{row.vm}/{row.name}", f"its space on datastore {row.datastore} is free again")
+
+
+@transaction
+def start_over(tx: Tx, uuid: str, size: int, datastore: str, adopt: str | None) -> None:
+    """A VVol that failed gave back the place it had: it is created anew in the one that is declared now."""
+    row = _given_back(tx, uuid)
+    values = {"size": size, "datastore": datastore, "adopt": adopt, "state": "creating"}
+    tx.db.execute(update(s.vvols).where(s.vvols.c.uuid == uuid).values(**values))
+    tx.event("vvol.creating", f"{row.vm}/{row.name}", f"anew, on datastore {datastore}")
 
 
 @transaction

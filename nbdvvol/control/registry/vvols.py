@@ -56,15 +56,12 @@ def _check_sees(name: str, host: str, store: str, config: DatastoreConfig) -> No
         )
 
 
-def insert_vvol(tx: Tx, body: CreateVVol) -> Task:
-    """Write the row of a new VVol and queue its creation. Raises NvError for what cannot be."""
+def _declared(tx: Tx, body: CreateVVol) -> dict[str, Any]:
+    """The row that a declaration makes, but for what tells one VVol from another. Raises NvError for what cannot be."""
     name = f"{body.vm}/{body.name}"
     home = tx.db.execute(select(s.vms.c.host).where(s.vms.c.name == body.vm)).scalar_one_or_none()
     if home is None:
         raise NvError(Code.NOT_FOUND, f"no VM {body.vm}", "declare it in the farm file and apply")
-    taken = select(s.vvols.c.uuid).where(s.vvols.c.vm == body.vm, s.vvols.c.name == body.name)
-    if tx.db.execute(taken).one_or_none() is not None:
-        raise NvError(Code.EXISTS, f"VVol {name} exists already", "choose another name or delete it first")
     profile = _profile(tx, body.profile)
     stores = list(tx.db.execute(select(s.datastores.c.name).order_by(s.datastores.c.name)).scalars())
     adopt = body.adopt
@@ -91,21 +88,26 @@ def insert_vvol(tx: Tx, body: CreateVVol) -> Task:
             f"VVol {name}: datastore {where} is {store.use}; a datastore holds new VVols or adopted bytes, never both",
             "name another datastore",
         )
-    row = {
-        "uuid": str(uuids.uuid4()),
-        "vm": body.vm,
-        "name": body.name,
+    return {
         "size": body.size or 0,
         "type": body.type.value,
         "profile": body.profile or "",
-        "state": "creating",
         "read_only": body.read_only or (profile is not None and profile[1].read_only),
         "description": body.description,
         "datastore": where,
         "adopt": adopt.model_dump_json() if adopt is not None else None,
     }
+
+
+def insert_vvol(tx: Tx, body: CreateVVol) -> Task:
+    """Write the row of a new VVol and queue its creation. Raises NvError for what cannot be."""
+    name = f"{body.vm}/{body.name}"
+    taken = select(s.vvols.c.uuid).where(s.vvols.c.vm == body.vm, s.vvols.c.name == body.name)
+    if tx.db.execute(taken).one_or_none() is not None:
+        raise NvError(Code.EXISTS, f"VVol {name} exists already", "choose another name or delete it first")
+    row = {"uuid": str(uuids.uuid4()), "vm": body.vm, "name": body.name, "state": "creating", **_declared(tx, body)}
     tx.db.execute(insert(s.vvols).values(**row))
-    tx.event("vvol.creating", name, f"on datastore {where}")
+    tx.event("vvol.creating", name, f"on datastore {row['datastore']}")
     return add_task(tx, "create", name, str(row["uuid"]))
 
 
@@ -120,10 +122,25 @@ def begin_create(tx: Tx, body: CreateVVol) -> TaskRef:
     return _ref(tx, task, find_vvol(tx, body.vm, body.name).uuid)
 
 
-def retry_create(tx: Tx, row: Row[Any]) -> Task:
-    """Try again to create a VVol that failed while it was made."""
-    tx.db.execute(update(s.vvols).where(s.vvols.c.uuid == row.uuid).values(state="creating", error=""))
-    return add_task(tx, "create", f"{row.vm}/{row.name}", row.uuid)
+def retry_create(tx: Tx, row: Row[Any], body: CreateVVol) -> Task:
+    """Try again to create a VVol that failed while it was made, as it is declared now.
+
+    Where it has a place already that is not the one it is to have, it gives that back first."""
+    wanted = _declared(tx, body)
+    place = {key: wanted[key] for key in ("size", "datastore", "adopt")}
+    same = place["datastore"] == row.datastore and place["adopt"] == row.adopt
+    if place["adopt"] is None:
+        same = same and place["size"] == row.size
+    placed = tx.db.execute(select(s.legs.c.id).where(s.legs.c.vvol == row.uuid)).first() is not None
+    given_back = select(s.areas.c.offset).where(s.areas.c.owner == row.uuid, s.areas.c.state == "freeing")
+    start_over = placed and not (same and tx.db.execute(given_back).first() is None)
+    if start_over:
+        wanted |= {"state": "deleting", "size": row.size, "datastore": row.datastore, "adopt": row.adopt}
+    else:
+        wanted |= {"state": "creating", **({"size": row.size} if placed else {})}
+    tx.db.execute(update(s.vvols).where(s.vvols.c.uuid == row.uuid).values(**wanted, error=""))
+    args = {"instead": place} if start_over else {}
+    return add_task(tx, "create", f"{row.vm}/{row.name}", row.uuid, **args)
 
 
 @transaction
