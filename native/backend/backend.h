@@ -24,6 +24,7 @@ struct nv_reactor;
 
 enum nv_object_kind {
     NV_KIND_FILE,                   /* backend/file.c */
+    NV_KIND_NBD,                    /* an export of an NBD server: backend/nbd.h */
 };
 
 struct nv_object {
@@ -57,10 +58,20 @@ enum nv_piece_kind {
 #define NV_PIECE_DSYNC 1u           /* WRITE: durable on completion */
 #define NV_PIECE_NO_HOLE 2u         /* ZERO: keep (or make) the space allocated */
 #define NV_PIECE_FAST 4u            /* ZERO: -EOPNOTSUPP rather than writing zeros out */
+#define NV_PIECE_LEG 8u             /* -ESTALE rather than go on with an object whose sync state has a fault */
 
 struct nv_piece {
-    struct nv_op op;
-    struct iovec iov;
+    union {                         /* the backend's own */
+        struct {
+            struct nv_op op;
+            struct iovec iov;
+        };
+        struct {                    /* a remote piece on its way to its object's home reactor, in a queue there, or back */
+            struct nv_message message;
+            struct nv_piece *next;
+            uint64_t era;
+        } remote;
+    };
     struct nv_reactor *reactor;
     struct nv_object *object;
     uint8_t kind;
@@ -76,12 +87,16 @@ struct nv_piece {
     void (*finished)(struct nv_piece *piece, int64_t result); /* 0 or a count, or -errno */
 };
 
-void nv_file_start(struct nv_piece *piece); /* backend/file.c */
+void nv_file_start(struct nv_piece *piece);     /* backend/file.c */
+void nv_remote_start(struct nv_piece *piece);   /* backend/nbd_remote.c */
 
 /* Start a filled-in piece. `finished` runs later, from the reactor's loop, never from inside. */
 static inline void nv_piece_start(struct nv_piece *piece)
 {
-    nv_file_start(piece);
+    if (__builtin_expect(piece->object->kind == NV_KIND_FILE, 1))
+        nv_file_start(piece);
+    else
+        nv_remote_start(piece);
 }
 
 /* Front: let go of what the object holds open, and of its memory. Nothing uses it any more. */

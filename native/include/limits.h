@@ -48,6 +48,27 @@
 #define NV_PSK_KEY_MAX 64u
 #define NV_PSK_NAME_MAX 128u                   /* OpenSSL takes identities up to 256 */
 
+/* a remote export (backend/nbd.h) and one connection to it */
+#define NV_LINKS_MAX 4096u                     /* of a plane */
+#define NV_LINKS_PER_REMOTE 16u
+#define NV_LINK_ASKS 128u                      /* requests in flight */
+#define NV_LINK_BYTES (16ull << 20)            /* ... and their payload; one request may exceed it alone */
+#define NV_LINK_BATCH 16u                      /* a connection is filled this far before the next one is tried */
+#define NV_LINK_BATCH_BYTES (256ull << 10)
+#define NV_LINK_RX (64u << 10)                 /* receive buffer */
+#define NV_LINK_DIRECT (16u << 10)             /* what is missing of a read's payload is received in place from here on */
+#define NV_LINK_TX_ASKS 64u                    /* requests gathered into one send */
+#define NV_LINK_TX_IOV (2u * NV_LINK_TX_ASKS)
+#define NV_LINK_TX_BYTES (1u << 20)            /* soft: no further request joins a send beyond it */
+#define NV_LINK_SPANS 32u                      /* scattered pieces of one read's answer */
+#define NV_LINK_ERROR_TEXT 4096u               /* longest error text that a server may send */
+#define NV_LINK_REASON 160u                    /* why a connection was lost, for people */
+#define NV_LINK_TALK (64u << 10)               /* bytes asked for at once while haggling through TLS */
+#define NV_LINK_BYE_MS 1000u                   /* how long the server may take to close after DISC */
+#define NV_REMOTE_TIMEOUT_MAX_MS 600000u
+#define NV_REMOTE_ZERO_PIECE (64ull << 20)     /* bounds how long one WRITE_ZEROES may run at the server */
+#define NV_REMOTE_TRIM_PIECE (1ull << 30)
+
 /* one reactor */
 #define NV_POOL_MIN (4u << 20)
 #define NV_POOL_PAGE 4096u

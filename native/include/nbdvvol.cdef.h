@@ -20,6 +20,8 @@
 #define NV_EVENT_TLS_READY 6         /* TLS handshake done; nv_tls_identity() answers */
 #define NV_EVENT_TLS_OPTION 7        /* one whole option waits; read it, then nv_tls_reply() */
 #define NV_EVENT_SYNC_FAILED 8       /* an object's sync failed: latched; args[0] = object, result = -errno */
+#define NV_EVENT_LINK_LOST 10        /* a connection to a remote export ended: token = the link's, args = object, link */
+#define NV_EVENT_LINK_HEARD 11       /* haggling through TLS: what nv_link_say() wanted is there; token = the link's */
 #define NV_EVENT_MAP_FAULT 9         /* reserved: token completes it; args = vvol offset, length, map version */
 
 typedef struct {
@@ -97,6 +99,52 @@ int nv_object_latch_fault(nv_plane *plane, uint32_t object); /* as if its sync h
 int nv_object_clear_fault(nv_plane *plane, uint32_t object);
 int nv_object_job(nv_plane *plane, uint32_t object, uint32_t op, void *buffer, uint64_t offset,
                   uint64_t length, uint64_t token);         /* buffer stays the caller's until JOB_DONE */
+
+/* ---- remote exports: objects behind NBD servers; links are connections to one ---- */
+#define NV_REMOTE_READ_ONLY 1
+#define NV_REMOTE_WRITE_THROUGH 2    /* every change is durable when it is acknowledged (FUA, or FLUSH after it) */
+
+typedef struct {
+    uint64_t size;
+    uint32_t align;                  /* the server's minimum block: a power of two of 1..65536 */
+    uint32_t flags;
+    uint32_t timeout_ms;             /* a request without an answer for this long ends its link */
+    uint32_t reserved;
+} nv_remote_config;
+
+typedef struct {                     /* what the haggling of one link found */
+    uint32_t flags;                  /* NV_CONN_STRUCTURED, NV_CONN_EXTENDED */
+    uint32_t tflags;                 /* the server's transmission flags */
+    uint32_t payload_max;            /* at least align; larger requests are split */
+    uint32_t has_allocation;         /* base:allocation was selected, with this id */
+    uint32_t allocation_id;
+    uint32_t reserved;
+} nv_link_params;
+
+typedef struct {
+    uint64_t links;                  /* that serve now */
+    uint64_t in_flight;              /* requests sent and not answered */
+    uint64_t waiting;                /* pieces that wait for a link, or for room on one */
+    uint64_t asked;
+    uint64_t answered;
+    uint64_t errors;                 /* answers that were errors */
+    uint64_t again;                  /* requests sent once more, because their link was lost */
+    uint64_t lost;                   /* links that were lost */
+    uint64_t read_bytes;
+    uint64_t write_bytes;
+    uint64_t owed;                   /* 1: acknowledged changes wait for a FLUSH */
+    uint64_t reserved[5];
+} nv_remote_stats_t;
+
+int nv_remote_open(nv_plane *plane, const nv_remote_config *config, uint32_t *object); /* no link yet: I/O waits */
+int nv_remote_give_up(nv_plane *plane, uint32_t object, int yes);  /* I/O without a link fails, until one comes */
+int nv_remote_stats(nv_plane *plane, uint32_t object, nv_remote_stats_t *out);
+/* On success the plane owns fd: a connected stream socket, in the transmission phase. */
+int nv_link_open(nv_plane *plane, uint32_t object, int fd, const nv_link_params *params, uint64_t token,
+                 uint32_t *link);
+int nv_link_close(nv_plane *plane, uint32_t link);                 /* DISC once nothing is in flight */
+/* After LINK_LOST: copy why, and forget the link. */
+int nv_link_forget(nv_plane *plane, uint32_t link, char *reason, uint64_t size);
 
 /* ---- volume description: a versioned flat record, native byte order, validated in C ---- */
 #define NV_DESC_MAGIC 0x4456564e     /* "NVVD" */
@@ -201,6 +249,22 @@ void nv_tls_context_free(nv_tls_context *context);                         /* co
 #define NV_TLS_CONTINUE 0
 #define NV_TLS_CLOSE 1               /* send the bytes, then close */
 #define NV_TLS_ENTER 2               /* send the bytes, then the transmission phase on `volume` */
+
+/* The other side: who the servers are that we connect to. Without a CA file the system's authorities count. */
+#define NV_TLS_TRUST_ANYBODY 2       /* the server's certificate is not checked: nobody listens in, but who is it? */
+
+nv_tls_context *nv_tls_client_create(void);
+int nv_tls_client_x509(nv_tls_context *context, const char *ca_file, const char *cert_file, const char *key_file,
+                       uint32_t flags);                                    /* cert and key: NULL, or both */
+int nv_tls_client_psk(nv_tls_context *context, const char *keys_file, const char *identity);
+
+/* A link that begins with TLS, right after the server's STARTTLS acknowledgement. Its certificate must be for hostname
+ * (a name or an address). Then: say bytes and ask for some (LINK_HEARD), take them, at last enter. */
+int nv_link_secure(nv_plane *plane, uint32_t object, int fd, nv_tls_context *context, const char *hostname,
+                   uint32_t timeout_ms, uint64_t token, uint32_t *link);
+int nv_link_say(nv_plane *plane, uint32_t link, const void *bytes, uint64_t length, uint32_t want);
+int nv_link_heard(nv_plane *plane, uint32_t link, void *out, uint64_t size);
+int nv_link_enter(nv_plane *plane, uint32_t link, const nv_link_params *params);
 
 int nv_tls_open(nv_plane *plane, int fd, nv_tls_context *context, uint32_t timeout_ms, uint64_t token,
                 uint32_t *connection);

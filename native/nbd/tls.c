@@ -177,7 +177,7 @@ static bool attach_bio(struct nv_tls *tls)
     return true;
 }
 
-struct nv_tls *nv_tls_new(nv_tls_context *context)
+static struct nv_tls *new_side(nv_tls_context *context)
 {
     assert(context && context->ssl);
     struct nv_tls *tls = calloc(1, sizeof *tls);
@@ -191,9 +191,41 @@ struct nv_tls *nv_tls_new(nv_tls_context *context)
         free(tls);
         return NULL;
     }
-    SSL_set_accept_state(tls->ssl);
     nv_tls_context_hold(context);
     tls->context = context;
+    return tls;
+}
+
+struct nv_tls *nv_tls_new(nv_tls_context *context)
+{
+    assert(!context->client);
+    struct nv_tls *tls = new_side(context);
+    if (tls)
+        SSL_set_accept_state(tls->ssl);
+    return tls;
+}
+
+/* A certificate is for an address as an address, not as a name that looks like one. */
+static bool expect_host(SSL *ssl, const char *hostname)
+{
+    if (X509_VERIFY_PARAM_set1_ip_asc(SSL_get0_param(ssl), hostname))
+        return true;
+    SSL_set_hostflags(ssl, X509_CHECK_FLAG_NO_PARTIAL_WILDCARDS);
+    return SSL_set1_host(ssl, hostname) && SSL_set_tlsext_host_name(ssl, hostname);
+}
+
+struct nv_tls *nv_tls_new_client(nv_tls_context *context, const char *hostname)
+{
+    assert(context->client);
+    struct nv_tls *tls = new_side(context);
+    if (!tls)
+        return NULL;
+    SSL_set_connect_state(tls->ssl);
+    if (hostname && !expect_host(tls->ssl, hostname)) {
+        ERR_clear_error();
+        nv_tls_free(tls);
+        return NULL;
+    }
     return tls;
 }
 
@@ -271,7 +303,7 @@ int nv_tls_handshake(struct nv_tls *tls)
         return 1;
     }
     int verdict = judge(tls, result, "TLS handshake failed");
-    return verdict == -EPIPE ? fail(tls, "the client closed the TLS handshake") : verdict;
+    return verdict == -EPIPE ? fail(tls, "the peer closed the TLS handshake") : verdict;
 }
 
 ssize_t nv_tls_read(struct nv_tls *tls, void *plain, size_t capacity)
@@ -358,6 +390,19 @@ unsigned nv_tls_psk_server(SSL *ssl, const char *identity, unsigned char *key, u
     if (!psk || psk->key_size > capacity)
         return 0;
     memcpy(tls->psk_name, psk->name, sizeof tls->psk_name);
+    memcpy(key, psk->key, psk->key_size);
+    return psk->key_size;
+}
+
+unsigned nv_tls_psk_client(SSL *ssl, const char *hint, char *identity, unsigned identity_capacity, unsigned char *key,
+                           unsigned capacity)
+{
+    struct nv_tls *tls = SSL_get_app_data(ssl);
+    const struct nv_psk *psk = tls->context->keys;
+    (void)hint;
+    if (!psk || psk->key_size > capacity || strlen(psk->name) >= identity_capacity)
+        return 0;
+    memcpy(identity, psk->name, strlen(psk->name) + 1);
     memcpy(key, psk->key, psk->key_size);
     return psk->key_size;
 }

@@ -1,6 +1,6 @@
 /*
  * TLS for one connection, as an object that never touches a socket: ciphertext is fed in and taken out,
- * plaintext is read and written. OpenSSL 3.0 or later, server side only, TLS 1.2 and 1.3, certificates
+ * plaintext is read and written. OpenSSL 3.0 or later, server and client, TLS 1.2 and 1.3, certificates
  * (x509) and pre-shared keys (PSK).
  *
  * Invariants
@@ -28,6 +28,11 @@ struct nv_tls;
 /* A new server side of a TLS connection, or NULL when memory is short. Holds a reference to `context`. */
 struct nv_tls *nv_tls_new(nv_tls_context *context);
 
+/* A new client side. The server's certificate must be for `hostname`, a name or an address (NULL: its name is not
+ * checked). NULL when memory is short or the name is none. */
+struct nv_tls *nv_tls_new_client(nv_tls_context *context, const char *hostname);
+
+/* NULL is fine. */
 void nv_tls_free(struct nv_tls *tls);
 
 /* Take in ciphertext. Returns how many bytes were taken: fewer than `size` only while NV_TLS_INPUT_MAX

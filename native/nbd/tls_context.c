@@ -1,6 +1,7 @@
 /*
- * The server's TLS identity: certificates, keys and who may connect. Made and filled by Python's thread,
- * then shared read-only by every reactor (see tls.h for what a connection promises).
+ * A TLS identity: certificates, keys and who may connect; the server's, and what tls_client.c builds the
+ * client's from. Made and filled by Python's thread, then shared read-only by every reactor (see tls.h for
+ * what a connection promises).
  *
  * Invariants: counted; frozen by the first connection, so reactors need no lock; a failed call leaves the
  * context as unusable as it was, never half accepted (x509 and psk each install only what fully loaded).
@@ -27,7 +28,7 @@
     "ECDHE+AESGCM:ECDHE+CHACHA20:DHE+AESGCM:!aNULL:!eNULL:!kRSA"
 #define NV_TLS13_CIPHERS "TLS_AES_128_GCM_SHA256:TLS_CHACHA20_POLY1305_SHA256:TLS_AES_256_GCM_SHA384"
 
-static const char *openssl_reason(void)
+const char *nv_tls_openssl_reason(void)
 {
     unsigned long code = ERR_peek_last_error();
     const char *reason = code ? ERR_reason_error_string(code) : NULL;
@@ -35,10 +36,10 @@ static const char *openssl_reason(void)
     return reason ? reason : "unknown OpenSSL error";
 }
 
-static SSL_CTX *make_ssl_context(void)
+static SSL_CTX *make_ssl_context(bool client)
 {
     static const unsigned char session_id_context[] = "nbdvvol";
-    SSL_CTX *ssl = SSL_CTX_new(TLS_server_method());
+    SSL_CTX *ssl = SSL_CTX_new(client ? TLS_client_method() : TLS_server_method());
     if (!ssl)
         return NULL;
     SSL_CTX_set_min_proto_version(ssl, TLS1_2_VERSION);
@@ -58,19 +59,25 @@ static SSL_CTX *make_ssl_context(void)
     return ssl;
 }
 
-nv_tls_context *nv_tls_context_create(void)
+nv_tls_context *nv_tls_context_create_side(bool client)
 {
     struct nv_tls_context *context = calloc(1, sizeof *context);
     if (context)
-        context->ssl = make_ssl_context();
+        context->ssl = make_ssl_context(client);
     if (!context || !context->ssl) {
         free(context);
-        nv_fail(ENOMEM, "cannot make a TLS context: %s", openssl_reason());
+        nv_fail(ENOMEM, "cannot make a TLS context: %s", nv_tls_openssl_reason());
         return NULL;
     }
+    context->client = client;
     atomic_init(&context->references, 1);
     atomic_init(&context->frozen, false);
     return context;
+}
+
+nv_tls_context *nv_tls_context_create(void)
+{
+    return nv_tls_context_create_side(false);
 }
 
 void nv_tls_context_hold(struct nv_tls_context *context)
@@ -100,7 +107,7 @@ void nv_tls_context_free(nv_tls_context *context)
     free(context);
 }
 
-static int require_unfrozen(const struct nv_tls_context *context)
+int nv_tls_context_unfrozen(const struct nv_tls_context *context)
 {
     if (!atomic_load_explicit(&context->frozen, memory_order_relaxed))
         return 0;
@@ -114,7 +121,7 @@ static int load_client_authority(struct nv_tls_context *context, const char *ca_
     STACK_OF(X509_NAME) *names = SSL_load_client_CA_file(ca_file);
     if (!names || !SSL_CTX_load_verify_file(context->ssl, ca_file)) {
         sk_X509_NAME_pop_free(names, X509_NAME_free);
-        return nv_fail(EINVAL, "CA file %s: %s", ca_file, openssl_reason());
+        return nv_fail(EINVAL, "CA file %s: %s", ca_file, nv_tls_openssl_reason());
     }
     SSL_CTX_set_client_CA_list(context->ssl, names); /* takes the list over */
     SSL_CTX_set_verify(context->ssl, SSL_VERIFY_PEER | SSL_VERIFY_FAIL_IF_NO_PEER_CERT, NULL);
@@ -126,20 +133,28 @@ int nv_tls_context_x509(nv_tls_context *context, const char *ca_file, const char
                         const char *key_file, uint32_t flags)
 {
     assert(context && context->ssl);
-    int error = require_unfrozen(context);
+    int error = nv_tls_context_unfrozen(context);
     if (error)
         return error;
+    error = nv_tls_use_certificate(context, cert_file, key_file);
+    if (error)
+        return error;
+    return flags & NV_TLS_VERIFY_CLIENT ? load_client_authority(context, ca_file) : 0;
+}
+
+int nv_tls_use_certificate(struct nv_tls_context *context, const char *cert_file, const char *key_file)
+{
     if (!cert_file || !key_file)
         return nv_fail(EINVAL, "x509 needs a certificate file and a key file");
     ERR_clear_error();
     if (SSL_CTX_use_certificate_chain_file(context->ssl, cert_file) != 1)
-        return nv_fail(EINVAL, "certificate file %s: %s", cert_file, openssl_reason());
+        return nv_fail(EINVAL, "certificate file %s: %s", cert_file, nv_tls_openssl_reason());
     if (SSL_CTX_use_PrivateKey_file(context->ssl, key_file, SSL_FILETYPE_PEM) != 1)
-        return nv_fail(EINVAL, "key file %s: %s", key_file, openssl_reason());
+        return nv_fail(EINVAL, "key file %s: %s", key_file, nv_tls_openssl_reason());
     if (SSL_CTX_check_private_key(context->ssl) != 1)
         return nv_fail(EINVAL, "key file %s does not belong to certificate file %s: %s", key_file, cert_file,
-                       openssl_reason());
-    return flags & NV_TLS_VERIFY_CLIENT ? load_client_authority(context, ca_file) : 0;
+                       nv_tls_openssl_reason());
+    return 0;
 }
 
 /* ---- the keys file ---- */
@@ -250,10 +265,10 @@ static int sort_keys(struct key_table *table, const char *path)
     return 0;
 }
 
-int nv_tls_context_psk(nv_tls_context *context, const char *keys_file)
+int nv_tls_load_keys(struct nv_tls_context *context, const char *keys_file)
 {
     assert(context && context->ssl && keys_file);
-    int error = require_unfrozen(context);
+    int error = nv_tls_context_unfrozen(context);
     if (error)
         return error;
     FILE *file = fopen(keys_file, "re");
@@ -272,6 +287,13 @@ int nv_tls_context_psk(nv_tls_context *context, const char *keys_file)
     forget_keys(context->keys, context->key_count);
     context->keys = table.keys;
     context->key_count = table.count;
-    SSL_CTX_set_psk_server_callback(context->ssl, nv_tls_psk_server);
     return 0;
+}
+
+int nv_tls_context_psk(nv_tls_context *context, const char *keys_file)
+{
+    int error = nv_tls_load_keys(context, keys_file);
+    if (!error)
+        SSL_CTX_set_psk_server_callback(context->ssl, nv_tls_psk_server);
+    return error;
 }

@@ -52,9 +52,12 @@ enum nbd_command {
 #define NBD_REPLY_FLAG_DONE 1u
 #define NBD_REPLY_TYPE_NONE 0u
 #define NBD_REPLY_TYPE_OFFSET_DATA 1u
+#define NBD_REPLY_TYPE_OFFSET_HOLE 2u
 #define NBD_REPLY_TYPE_BLOCK_STATUS 5u
 #define NBD_REPLY_TYPE_BLOCK_STATUS_EXT 6u
 #define NBD_REPLY_TYPE_ERROR 0x8001u
+#define NBD_REPLY_TYPE_ERROR_OFFSET 0x8002u
+#define NBD_REPLY_TYPE_ERROR_BIT 0x8000u
 
 static inline uint16_t get16(const uint8_t *from)
 {

@@ -9,6 +9,7 @@
 #include <string.h>
 
 #include "backend/file.h"
+#include "backend/nbd.h"
 #include "limits.h"
 #include "nbd/session.h"
 #include "error.h"
@@ -85,6 +86,10 @@ int nv_object_close(nv_plane *plane, uint32_t number, uint64_t token)
     object->closing = true;
     object->closed.event = (nv_event){.kind = NV_EVENT_OBJECT_CLOSED, .token = token, .args = {number}};
     object->closed.subject = object;
+    if (object->kind == NV_KIND_NBD) {
+        nv_remote_close(nv_remote_of(object));
+        return 0;
+    }
     object->close_message.run = object_closes;
     nv_reactor_send(nv_plane_reactor(plane, 0), &object->close_message); /* behind its fault events */
     return 0;

@@ -12,6 +12,7 @@
 #include <sys/mman.h>
 #include <sys/resource.h>
 
+#include "backend/nbd.h"
 #include "nbd/session.h"
 #include "error.h"
 #include "reactor/job.h"
@@ -162,7 +163,7 @@ static int build(struct nv_plane *plane)
     plane->stops = calloc(count, sizeof *plane->stops);
     if (!plane->reactors || !plane->stops || !make_table(&plane->objects, NV_OBJECTS_MAX) ||
         !make_table(&plane->volumes, NV_VOLUMES_MAX) ||
-        !make_table(&plane->connections, plane->config.connections_max))
+        !make_table(&plane->connections, plane->config.connections_max) || !make_table(&plane->links, NV_LINKS_MAX))
         return -ENOMEM;
     plane->bell = nv_bell_create();
     if (plane->bell < 0)
@@ -299,6 +300,9 @@ static void consume(nv_plane *plane, const struct nv_event_record *record)
     case NV_EVENT_OBJECT_CLOSED:
         object_closed(plane, record->subject);
         break;
+    case NV_EVENT_LINK_LOST:
+        nv_link_told(record->subject);
+        break;
     case NV_EVENT_JOB_DONE:
         job = record->subject;
         job->object->users--;
@@ -382,12 +386,16 @@ static void stops(struct nv_reactor *reactor, struct nv_message *message)
     reactor->stopping = true;
     for (struct nv_conn *conn = reactor->connections; conn; conn = conn->next)
         nv_conn_close(conn, -ESHUTDOWN);
+    for (struct nv_remote *remote = reactor->remotes; remote; remote = remote->next)
+        nv_remote_stops(remote);
 }
 
 static void ends(struct nv_reactor *reactor, struct nv_message *message)
 {
     (void)message;
     reactor->ending = true;
+    for (struct nv_remote *remote = reactor->remotes; remote; remote = remote->next)
+        nv_remote_ends(remote);
 }
 
 void nv_plane_drained(nv_plane *plane)
@@ -431,10 +439,16 @@ static void free_tables(nv_plane *plane)
         volume->gone = true;
         nv_volume_forget(plane, volume);
     }
+    for (uint32_t i = 1; i <= plane->links.capacity && plane->links.used; i++)
+        if (nv_table_get(&plane->links, i)) {
+            nv_link_free(nv_table_get(&plane->links, i));
+            nv_table_remove(&plane->links, i);
+        }
     for (uint32_t i = 1; i <= plane->objects.capacity && plane->objects.used; i++)
         if (nv_table_get(&plane->objects, i))
             object_closed(plane, nv_table_get(&plane->objects, i));
     free(plane->connections.slots);
+    free(plane->links.slots);
     free(plane->volumes.slots);
     free(plane->objects.slots);
 }

@@ -27,6 +27,7 @@ struct nv_plane {
     struct nv_table objects;
     struct nv_table volumes;
     struct nv_table connections;
+    struct nv_table links;
     pthread_mutex_t start_lock;
     pthread_cond_t start_changed;
     uint32_t started;               /* under start_lock: threads that are set up, or failed to */

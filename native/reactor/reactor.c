@@ -180,6 +180,20 @@ void nv_reactor_late(struct nv_reactor *reactor, struct nv_late *late)
     reactor->late_tail = &late->next;
 }
 
+void nv_reactor_drop_late(struct nv_reactor *reactor, struct nv_late *late)
+{
+    struct nv_late **link = &reactor->late;
+
+    if (!late->queued)
+        return;
+    late->queued = false;
+    while (*link != late)
+        link = &(*link)->next;
+    *link = late->next;
+    if (!*link)
+        reactor->late_tail = link;
+}
+
 static void run_late(struct nv_reactor *reactor)
 {
     struct nv_late *late = reactor->late;

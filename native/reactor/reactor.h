@@ -89,6 +89,7 @@ void nv_reactor_forget(struct nv_reactor *reactor, struct nv_conn *conn);
 void nv_reactor_unstarve(struct nv_reactor *reactor, struct nv_conn *conn);
 /* Reactor: run it once before this turn ends (if it asks again while it runs, in the next turn). */
 void nv_reactor_late(struct nv_reactor *reactor, struct nv_late *late);
+void nv_reactor_drop_late(struct nv_reactor *reactor, struct nv_late *late);
 /* Reactor: who ticks from now on; and no longer. */
 void nv_reactor_add_ticker(struct nv_reactor *reactor, struct nv_ticker *ticker);
 void nv_reactor_drop_ticker(struct nv_ticker *ticker);

@@ -10,17 +10,25 @@ import errno
 import itertools
 import os
 import struct
+from collections.abc import Callable
 from typing import Any
 
 from nbdvvol.dataplane.errors import PlaneError
 from nbdvvol.dataplane.ffi import check, ffi, last_error, lib
+from nbdvvol.dataplane.remote import ClientContext, PlaneLink, encode_config
+from nbdvvol.dataplane.remote import encode_params as encode_link_params
 from nbdvvol.dataplane.tls import Connection, Context
 from nbdvvol.dataplane.types import (
     ConnectionEnd,
     ConnectionParams,
+    LinkEnd,
+    LinkParams,
     PlaneConfig,
     ReactorStats,
+    RemoteConfig,
+    RemoteStats,
     SyncFailedHandler,
+    TlsClientConfig,
     TlsConfig,
     TlsConnection,
     TlsContext,
@@ -103,6 +111,7 @@ class Plane:
         self._buffers: dict[int, Any] = {}
         self._connections: set[int] = set()
         self._tls: dict[int, Connection] = {}
+        self._links: dict[int, PlaneLink] = {}
         self._events = ffi.new("nv_event[]", _EVENTS_AT_ONCE)
         self.on_sync_failed: SyncFailedHandler | None = None
         self._plane = self._create(config or PlaneConfig())
@@ -158,6 +167,12 @@ class Plane:
         if kind == lib.NV_EVENT_SYNC_FAILED:
             if self.on_sync_failed is not None:
                 self.on_sync_failed(event.args[0], -result)
+            return
+        if kind == lib.NV_EVENT_LINK_LOST:
+            self._links.pop(token).on_lost(-result)
+            return
+        if kind == lib.NV_EVENT_LINK_HEARD:
+            self._links[token].on_heard()
             return
         if kind in (lib.NV_EVENT_TLS_READY, lib.NV_EVENT_TLS_OPTION):
             if connection := self._tls.get(token):
@@ -241,6 +256,57 @@ class Plane:
     async def sync(self, obj: int) -> None:
         """Make everything written to the object durable."""
         await self._job(obj, lib.NV_JOB_SYNC, None, 0, 0)
+
+    # --- remote exports ---
+
+    def open_remote(self, config: RemoteConfig) -> int:
+        """An export of an NBD server as an object; I/O waits for its links."""
+        number = ffi.new("uint32_t *")
+        check(lib.nv_remote_open(self._live, encode_config(config), number))
+        return int(number[0])
+
+    def give_up_remote(self, obj: int, *, yes: bool) -> None:
+        """I/O that has no link fails from now on, until a link comes; or waits again."""
+        check(lib.nv_remote_give_up(self._live, obj, yes))
+
+    def remote_stats(self, obj: int) -> RemoteStats:
+        """Counters of a remote export."""
+        out = ffi.new("nv_remote_stats_t *")
+        check(lib.nv_remote_stats(self._live, obj, out))
+        return RemoteStats(**{name: int(getattr(out, name)) for name in RemoteStats.__slots__})
+
+    def open_link(self, obj: int, fd: int, params: LinkParams) -> PlaneLink:
+        """Hand over a socket in the transmission phase; C owns a duplicate of `fd`, the caller closes its own."""
+        encoded = encode_link_params(params)
+        return self._link(fd, lambda plane, copy, *rest: lib.nv_link_open(plane, obj, copy, encoded, *rest))
+
+    def load_tls_client(self, config: TlsClientConfig) -> TlsContext:
+        """Load what we trust and who we are. Raises PlaneError that names the bad file."""
+        return ClientContext(config)
+
+    def open_secure_link(
+        self, obj: int, fd: int, context: TlsContext, hostname: str | None, timeout_ms: int
+    ) -> PlaneLink:
+        """Hand over a socket right after the server's STARTTLS acknowledgement."""
+        if not isinstance(context, ClientContext):
+            raise TypeError("open_secure_link wants a context made by load_tls_client")
+        name = ffi.NULL if hostname is None else hostname.encode()
+
+        def start(plane: Any, copy: int, token: int, number: Any) -> int:
+            result = lib.nv_link_secure(plane, obj, copy, context.pointer, name, timeout_ms, token, number)
+            return int(result)
+
+        return self._link(fd, start)
+
+    def _link(self, fd: int, start: Callable[[Any, int, int, Any], int]) -> PlaneLink:
+        plane, token, number = self._live, next(self._tokens), ffi.new("uint32_t *")
+        copy = os.dup(fd)
+        result = start(plane, copy, token, number)
+        if result < 0:
+            os.close(copy)
+        check(result)
+        link = self._links[token] = PlaneLink(plane, int(number[0]), self._loop)
+        return link
 
     # --- volumes ---
 
@@ -338,6 +404,8 @@ class Plane:
         await self._loop.run_in_executor(None, lib.nv_plane_destroy, plane)
         for connection in self._tls.values():
             connection.on_closed()
+        for link in self._links.values():
+            link.on_end(LinkEnd(errno.ESHUTDOWN, "the data plane was closed"))
         for token, future in self._waiting.items():
             if future.done():
                 continue

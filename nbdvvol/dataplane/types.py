@@ -191,11 +191,94 @@ class TlsConfig:
     psk_file: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class TlsClientConfig:
+    """Whom we trust as servers, and who we say we are.
+
+    `verify` False: the server's certificate is not looked at. `psk_identity` names the key in `psk_file` that is ours;
+    with a key and no `ca_file`, only a server that knows the key will do."""
+
+    ca_file: str | None = None
+    cert_file: str | None = None
+    key_file: str | None = None
+    verify: bool = True
+    psk_file: str | None = None
+    psk_identity: str | None = None
+
+
 class TlsContext(Protocol):
     """An opaque, loaded TLS identity."""
 
     def close(self) -> None:
         """Drop this reference; live connections keep theirs."""
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteConfig:
+    """A remote export as an object; sizes in bytes, `align` is the server's minimum block."""
+
+    size: int
+    align: int = 1
+    read_only: bool = False
+    write_through: bool = False
+    """Every change is durable when it is acknowledged, so that a lost server owes nothing."""
+    timeout_ms: int = 30_000
+
+
+@dataclass(frozen=True, slots=True)
+class LinkParams:
+    """What the haggling of one connection to a remote export agreed."""
+
+    structured: bool = False
+    extended: bool = False
+    tflags: int = 0
+    payload_max: int = 32 << 20
+    allocation: int | None = None
+    """The id of base:allocation, if it was selected."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinkEnd:
+    """Why a link ended: errno 0 is our own leaving; `reason` is for people."""
+
+    errno: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteStats:
+    """Counters of a remote export (native/include/nbdvvol.cdef.h, nv_remote_stats_t)."""
+
+    links: int = 0
+    in_flight: int = 0
+    waiting: int = 0
+    asked: int = 0
+    answered: int = 0
+    errors: int = 0
+    again: int = 0
+    lost: int = 0
+    read_bytes: int = 0
+    write_bytes: int = 0
+    owed: int = 0
+
+
+class Link(Protocol):
+    """A connection to a remote export that C owns."""
+
+    ended: asyncio.Future[LinkEnd]
+
+    def leave(self) -> None:
+        """Say DISC; harmless when it has ended."""
+
+
+class SecureLink(Link, Protocol):
+    """A link that is being haggled through TLS."""
+
+    async def say(self, data: bytes, want: int) -> bytes:
+        """Send `data`, then wait for exactly `want` bytes. Raises ConnectionError with the reason when it has ended."""
+
+    def enter(self, params: LinkParams) -> None:
+        """Go on to the transmission phase."""
 
 
 SyncFailedHandler = Callable[[int, int], None]
@@ -212,8 +295,28 @@ class DataPlane(Protocol):
     def open_object(self, fd: int, *, size: int, direct: bool, block: bool, read_only: bool, align: int) -> int:
         """Give the plane a duplicate of `fd`; return the object's number."""
 
+    def open_remote(self, config: RemoteConfig) -> int:
+        """An export of an NBD server as an object; I/O waits for its links. Return the object's number."""
+
+    def open_link(self, obj: int, fd: int, params: LinkParams) -> Link:
+        """Hand over a socket in the transmission phase; C owns a duplicate of `fd`, the caller closes its own."""
+
+    def load_tls_client(self, config: TlsClientConfig) -> TlsContext:
+        """Load what we trust and who we are. Raises PlaneError that names the bad file."""
+
+    def open_secure_link(
+        self, obj: int, fd: int, context: TlsContext, hostname: str | None, timeout_ms: int
+    ) -> SecureLink:
+        """Hand over a socket right after the server's STARTTLS acknowledgement; `hostname` is what it must prove."""
+
+    def give_up_remote(self, obj: int, *, yes: bool) -> None:
+        """I/O that has no link fails from now on, until a link comes; or waits again."""
+
+    def remote_stats(self, obj: int) -> RemoteStats:
+        """Counters of a remote export."""
+
     async def close_object(self, obj: int) -> None:
-        """Close an object that no volume uses any more."""
+        """Close an object that no volume uses any more; the links of a remote export leave."""
 
     def set_object_size(self, obj: int, size: int) -> None:
         """Tell the plane that the object grew."""

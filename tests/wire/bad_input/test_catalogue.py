@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[3]
 TABLE = ROOT / "docs" / "bad-input.md"
-ROWS = {"H": 28, "T": 25, "L": 15, "M": 9, "C": 13, "A": 7}
+ROWS = {"H": 28, "T": 25, "L": 15, "S": 15, "M": 9, "C": 13, "A": 7}
 LATER = {*(f"L{number}" for number in range(1, 16)), "M5", "M6", "M7", "C11"}
 """Rows about legs, leg labels, bitmaps and a filter graph: they come with mirroring and caching."""
 
@@ -17,7 +17,7 @@ def rows() -> dict[str, str]:
     found = {}
     for line in TABLE.read_text().splitlines():
         cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
-        if len(cells) == 4 and re.fullmatch(r"[HTLMCA]\d+", cells[0]):
+        if len(cells) == 4 and re.fullmatch(r"[HTLSMCA]\d+", cells[0]):
             assert cells[0] not in found, f"{cells[0]} is there twice"
             found[cells[0]] = cells[3]
     return found
