@@ -82,7 +82,7 @@
 #define NV_PUNCH_PIECE (1ull << 30)
 #define NV_JOB_PIECE (1u << 20)
 #define NV_NOW_BYTES (256u << 10)              /* a longer transfer never runs inside a turn: others would wait */
-#define NV_PREFETCH_BYTES 512u                 /* of a read in memory, fetched into the processor's cache ahead */
+#define NV_PREFETCH_BYTES 2048u                 /* of a block in memory, fetched into the processor's cache ahead */
 
 /* times */
 #define NV_SPIN_MAX_US 10000u
