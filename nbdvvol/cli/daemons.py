@@ -54,7 +54,7 @@ def filter_(
     key: Annotated[Path | None, typer.Option(metavar="FILE", help="Its key.")] = None,
     run: Run = Path("run"),
     reactors: Annotated[int, typer.Option(min=1, max=64, help="Threads that move data.")] = 1,
-    spin_us: Annotated[int, typer.Option(min=0, max=10_000, help="Longest busy wait before a thread sleeps.")] = 50,
+    spin_us: Annotated[int, typer.Option(min=0, max=10_000, help="Longest busy wait before a thread sleeps.")] = 200,
     stdio: Annotated[
         bool, typer.Option("--stdio", help="Serve one client on stdin and stdout; needs --serve.")
     ] = False,

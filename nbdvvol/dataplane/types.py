@@ -19,7 +19,7 @@ class PlaneConfig:
 
     reactors: int = 1
     cpu_first: int | None = None
-    spin_us: int = 50
+    spin_us: int = 200
     pool_bytes: int = 64 << 20
     connections_max: int = 4096
     lock_memory: bool = True

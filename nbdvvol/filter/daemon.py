@@ -50,7 +50,7 @@ class FilterOptions:
     key_file: Path | None = None
     """Client certificate of this host, instead of a token."""
     reactors: int = 1
-    spin_us: int = 50
+    spin_us: int = 200
 
 
 class Filter:

@@ -69,7 +69,7 @@ class OneExport:
 
 
 async def run_standalone(
-    path: Path, *, export: str, read_only: bool, stdio: bool, reactors: int = 1, spin_us: int = 50
+    path: Path, *, export: str, read_only: bool, stdio: bool, reactors: int = 1, spin_us: int = 200
 ) -> None:
     """Serve `path` until the one client is gone (stdio), or all clients of the given socket are.
 

@@ -76,7 +76,7 @@ class HostConfig(Model):
     remote: bool = False
     """Its filter is started on another machine; `nbdvvol up` starts one here for every other host."""
     reactors: int = Field(default=1, ge=1, le=64)
-    spin_us: int = Field(default=50, ge=0, le=10_000)
+    spin_us: int = Field(default=200, ge=0, le=10_000)
 
 
 class TlsFiles(Model):
