@@ -2,7 +2,7 @@
 
 Orders are JSON lines on stdin, answers JSON lines on stdout: a list of one value, or of an error's code and text.
 Python starts slowly under software emulation, so that one process does everything; what must be a process of its
-own is forked. Only `attach` starts another Python, the keeper, as the command line does.
+own is forked.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from nbdvvol.model.errors import NvError
 from nbdvvol.nbd.provider import Facts
 from nbdvvol.nbd.server import Server, Visit
 
-RUN_DIR = Path("/run/nbdvvol")
 listener = socket.socket(socket.AF_UNIX)
 
 
@@ -40,28 +39,22 @@ def answer(*values: Any) -> None:
     print(json.dumps(values), flush=True)
 
 
-def attach(
-    uri: str, identity: str, connections: int, *, foreground: bool = False, tell: Callable[[Attachment], None] = answer
-) -> None:
-    run_attach(
-        uri, identity=identity, connections=connections, device=None, dead_timeout_s=120, request_timeout_s=20,
-        run_dir=RUN_DIR, foreground=foreground, on_attached=tell,
-    )  # fmt: skip
+def keep(uri: str, name: str, identity: str, connections: int, run_dir: str) -> None:
+    """Be a keeper, in the foreground of a forked process."""
+    if os.fork() == 0:
+        run_attach(
+            uri, name=name, identity=identity, connections=connections, device=None, dead_timeout_s=120,
+            request_timeout_s=20, run_dir=Path(run_dir), foreground=True, on_attached=tell_record,
+        )  # fmt: skip
+        os._exit(0)
 
 
 def tell_record(attachment: Attachment) -> None:
     answer(attachment.model_dump())
 
 
-def keep(uri: str, identity: str, connections: int) -> None:
-    """Be a keeper, in the foreground of a forked process."""
-    if os.fork() == 0:
-        attach(uri, identity, connections, foreground=True, tell=tell_record)
-        os._exit(0)
-
-
-def detach(name: str) -> None:
-    answer(run_detach(RUN_DIR, name).model_dump())
+def detach(name: str, run_dir: str) -> None:
+    answer(run_detach(Path(run_dir), name).model_dump())
 
 
 def listen(path: str) -> None:
@@ -94,7 +87,6 @@ async def serve_forever(image: Path, export: str) -> None:
 def main() -> None:
     log_to_stderr()  # stdout is for answers
     orders: dict[str, Callable[..., None]] = {
-        "attach": lambda *arguments: attach(*arguments, tell=tell_record),
         "keep": keep,
         "detach": detach,
         "listen": listen,

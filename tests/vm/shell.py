@@ -1,4 +1,4 @@
-"""Orders for the project's Python inside a guest."""
+"""The project's Python inside a guest: orders for a process that waits there, and the command line itself."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.vm.guest import Guest, GuestError
+from tests.vm.guest import Guest, GuestError, Result
 
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 400.0
@@ -39,3 +39,8 @@ class Shell:
             return json.loads(self.guest.check(script, LIMIT_S))[0]
         except GuestError as error:
             raise GuestError(f"{error}\n{self.guest.check('cat /run/shell.log')}") from error
+
+
+def command_line(guest: Guest, *words: str) -> Result:
+    """Run the `nbdvvol` command in the guest, as a person would; its time limit is that of an order."""
+    return guest.run(f"cd {ROOT}; {shlex.join([sys.executable, '-m', 'nbdvvol', *words])}", LIMIT_S)

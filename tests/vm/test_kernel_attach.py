@@ -1,4 +1,4 @@
-"""The kernel's own nbd driver, attached by netlink from the project's Python inside a guest.
+"""The kernel's own nbd driver, attached by netlink by the command line, and by the project's Python, inside a guest.
 
 Both tests share one guest and one Python in it, because those are slow to start. Each has a VVol identity, a
 mount point and a device of its own.
@@ -6,6 +6,7 @@ mount point and a device of its own.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,12 +15,13 @@ from typing import Any
 import pytest
 
 from tests.vm.farm import DISK_BYTES, GuestFarm
-from tests.vm.guest import HOST, Guest
-from tests.vm.shell import Shell
+from tests.vm.guest import Guest
+from tests.vm.shell import Shell, command_line
 from tests.vm.writer import Writer, assert_no_io_errors, make_file_system, remount
 
 pytestmark = pytest.mark.timeout(900)
-IDENTITIES = ("0b9ce6e2-6f0c-4c3e-9c58-6f5a3e0f6b11", "5f6a2f0e-8f3b-4a56-8e2b-0d7c9b1a4e22")
+IDENTITY = "5f6a2f0e-8f3b-4a56-8e2b-0d7c9b1a4e22"
+RUN = "/run/nbdvvol"
 CONNECTIONS = 3
 
 
@@ -54,15 +56,18 @@ def restart(farm: GuestFarm) -> None:
     farm.start()
 
 
-def test_netlink_attach_survives_restarts_and_follows_the_size(shell: Shell, farm: GuestFarm) -> None:
+def test_the_attach_command_survives_restarts_and_follows_the_size(shell: Shell, farm: GuestFarm) -> None:
     guest = shell.guest
-    uri = f"nbd://{HOST}:{farm.port}/vm1/net"
     assert guest.run("test -e /sys/module/nbd").status == 1, "attach is to load the driver by itself"
-    record = shell("attach", uri, IDENTITIES[0], CONNECTIONS)
-    device = attached(record)
-    assert (record["size"], record["vvol"]) == (DISK_BYTES, "vm1/net")
+    run = farm.run_dir_in_guest(guest)
+    done = command_line(guest, "attach", "net", "--connections", str(CONNECTIONS), "--run", run)
+    assert (done.status, done.output) == (0, "/dev/nbd0\n"), done
+    device = "/dev/nbd0"
+    identity = farm.vvol("vm1/net")["uuid"]
+    record = json.loads(guest.check(f"cat {run}/attach/{identity}.json"))
+    assert (record["vvol"], record["size"], record["connections"]) == ("vm1/net", DISK_BYTES, CONNECTIONS)
     assert int(sysfs(guest, device, "size")) * 512 == DISK_BYTES
-    assert sysfs(guest, device, "backend") == IDENTITIES[0]
+    assert sysfs(guest, device, "backend") == identity
     queues = guest.check(f"ls /sys/block/{Path(device).name}/mq").split()
     assert queues == ["0", "1"], "a queue for each socket, at most one a CPU"
 
@@ -74,14 +79,14 @@ def test_netlink_attach_survives_restarts_and_follows_the_size(shell: Shell, far
     # the driver's receive thread of a dead socket may take a fresh one down with it: then that is replaced too
     assert guest.check("dmesg").count("reconnected socket") >= CONNECTIONS
 
-    farm.grow("net", 2 * DISK_BYTES)
+    assert farm.cli("resize", "vvol", "net", str(2 * DISK_BYTES)).stdout == "vm1/net is 192MiB now\n"
     guest.wait(f"test $(cat /sys/block/{Path(device).name}/size) = {2 * DISK_BYTES // 512}", 30)
     guest.check(f"resize2fs {device}", 60)
     assert int(guest.check("df --output=size -B1 /mnt/net | tail -n1")) > DISK_BYTES
 
     guest.check(f"kill -KILL {record['keeper_pid']}")
-    assert shell("detach", "vm1/net").get("code") == "BUSY", "it is mounted"
-    again = shell("keep", uri, IDENTITIES[0], CONNECTIONS)
+    assert shell("detach", "vm1/net", run).get("code") == "BUSY", "it is mounted"
+    again = shell("keep", record["uri"], "vm1/net", identity, CONNECTIONS, run)
     assert attached(again) == device
     assert again["size"] == 2 * DISK_BYTES
     assert again["keeper_pid"] != record["keeper_pid"]
@@ -91,9 +96,13 @@ def test_netlink_attach_survives_restarts_and_follows_the_size(shell: Shell, far
 
     remount(guest, device, "/mnt/net")
     assert writer.verify() >= 9
+    refused = command_line(guest, "detach", "vm1/net", "--run", run)
+    assert refused.status == 1, refused
+    assert refused.output == f"error: BUSY: {device} (vm1/net) is in use -- unmount it first\n"
     guest.check("umount /mnt/net")
-    assert shell("detach", device).get("identity") == IDENTITIES[0]
-    assert shell("detach", device).get("code") == "NOT_FOUND"
+    done = command_line(guest, "detach", "vm1/net", "--run", run)
+    assert (done.status, done.output) == (0, f"{device} detached\n"), done
+    assert shell("detach", device, run).get("code") == "NOT_FOUND"
     assert sysfs(guest, device, "size") == "0"
     assert guest.run(f"test -e /proc/{again['keeper_pid']}").status == 1, "the keeper still runs"
     assert_no_io_errors(guest)
@@ -107,7 +116,7 @@ def test_filter_and_kernel_client_on_one_linux_6_1(shell: Shell) -> None:
     assert shell("listen", "/run/filter.sock") == "listening"
     server = shell("serve", "/run/disk.img", "root")
     guest.wait(f"timeout 60 nbdinfo --size '{uri}'", 90)  # it starts slowly
-    device = attached(shell("keep", uri, IDENTITIES[1], CONNECTIONS))
+    device = attached(shell("keep", uri, "root", IDENTITY, CONNECTIONS, RUN))
 
     make_file_system(guest, device, "/mnt/disk")
     writer = Writer(guest, "/mnt/disk")
@@ -119,6 +128,6 @@ def test_filter_and_kernel_client_on_one_linux_6_1(shell: Shell) -> None:
     remount(guest, device, "/mnt/disk")
     assert writer.verify() >= 6
     guest.check("fstrim /mnt/disk; umount /mnt/disk")
-    assert shell("detach", "root").get("identity") == IDENTITIES[1]
+    assert shell("detach", "root", RUN).get("identity") == IDENTITY
     guest.check("e2fsck -fn /run/disk.img", 60)  # the image is what the device was
     assert_no_io_errors(guest)
