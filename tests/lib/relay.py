@@ -18,7 +18,8 @@ def _socket(address: str) -> tuple[socket.socket, object]:
     return socket.socket(socket.AF_INET), (host, int(port))
 
 
-def _pump(source: socket.socket, sink: socket.socket) -> None:
+def pump(source: socket.socket, sink: socket.socket) -> None:
+    """Carry bytes one way until either end is gone; then both are."""
     with suppress(OSError):
         while data := source.recv(1 << 18):
             sink.sendall(data)
@@ -52,9 +53,9 @@ class Relay:
                 server.connect(address)
             except OSError:
                 return  # nobody is there: the client sees its connection end
-            there = threading.Thread(target=_pump, args=(client, server), daemon=True)
+            there = threading.Thread(target=pump, args=(client, server), daemon=True)
             there.start()
-            _pump(server, client)
+            pump(server, client)
             there.join()
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""TLS on the wire: x509 and PSK, from libnbd (GnuTLS), qemu (GnuTLS) and Python (OpenSSL); identity selects the VM."""
+"""TLS on the wire: x509 and PSK, from libnbd and qemu (GnuTLS), Python and s_client (OpenSSL); identity selects."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from tests.lib import nbdwords as w
 from tests.lib.bystander import Bystander
 from tests.lib.farm import Farm, free_port, tls_spec
 from tests.lib.libnbd import libnbd
+from tests.lib.openssl import openssl_haggle
 from tests.lib.pattern import difference, pattern
 from tests.lib.pki import PSK, client_context
 from tests.lib.procs import need, run
@@ -151,6 +152,61 @@ def test_a_client_without_a_good_certificate_is_refused(
     context = client_context(secure.pki, who)
     context.minimum_version = context.maximum_version = version
     fails_tls(secure, context)
+
+
+# ---- OpenSSL with a pre-shared key ----
+
+OPENSSL_VERSIONS = {"1.2": "-tls1_2", "1.3": "-tls1_3"}
+
+
+def psk_options(version: str, who: str, key: str | None = None) -> tuple[str, ...]:
+    return (OPENSSL_VERSIONS[version], "-psk_identity", who, "-psk", key or PSK[who])
+
+
+@pytest.mark.parametrize("version", OPENSSL_VERSIONS)
+@pytest.mark.parametrize("style", STYLES)
+def test_openssl_psk_io(secure: Secure, version: str, style: Style) -> None:
+    data = pattern(75, 0, 4 * MiB)
+    with openssl_haggle(secure.address, *psk_options(version, "vm1")) as haggle:
+        nbd = enter(haggle, "root", style)
+        assert nbd.size == ROOT_SIZE
+        nbd.write(12345, data)
+        nbd.flush()
+        nbd.zero(20 * MiB, MiB, w.CMD_FLAG_FUA)
+        assert difference(data, nbd.read(12345, len(data))) == ""
+        assert not any(nbd.read(20 * MiB, MiB))
+        places = range(0, len(data) - 8192, 8192)
+        cookies = {at: nbd.send(w.CMD_READ, 12345 + at, 8192) for at in places}
+        for at, cookie in cookies.items():
+            assert nbd.wait(cookie).check().data == data[at : at + 8192]
+        nbd.send(w.CMD_DISC)
+        assert nbd.stream.wait_closed() == b""
+    with secure.open() as nbd:
+        assert difference(data, nbd.read(12345, len(data))) == "", "another client sees what was written"
+
+
+@pytest.mark.parametrize("version", OPENSSL_VERSIONS)
+def test_openssl_psk_largest_payload(secure: Secure, version: str) -> None:
+    data = pattern(76, 0, MiB) * 32
+    with openssl_haggle(secure.address, *psk_options(version, "vm1")) as haggle:
+        nbd = enter(haggle, "root")
+        nbd.write(0, data)
+        assert difference(data, nbd.read(0, w.PAYLOAD_MAX)) == ""
+
+
+@pytest.mark.parametrize("version", OPENSSL_VERSIONS)
+def test_the_key_selects_the_vm(secure: Secure, version: str) -> None:
+    with openssl_haggle(secure.address, *psk_options(version, "vm2")) as haggle:
+        assert list(haggle.list_exports()) == ["root"]
+        assert haggle.refused(w.OPT_GO, info_payload("vm1/root")).type == w.REP_ERR_UNKNOWN
+        assert enter(haggle, "root").size == 8 * MiB
+
+
+@pytest.mark.parametrize("version", OPENSSL_VERSIONS)
+@pytest.mark.parametrize(("who", "key"), [("vm1", "ab" * 32), ("nobody", PSK["vm1"]), ("vm2", PSK["vm1"])])
+def test_openssl_without_the_right_key_is_refused(secure: Secure, version: str, who: str, key: str) -> None:
+    with openssl_haggle(secure.address, *psk_options(version, who, key)) as haggle, pytest.raises(Closed):
+        haggle.list_exports()
 
 
 # ---- who sees what ----
