@@ -3,10 +3,23 @@
  */
 #include "backend/backend.h"
 
+#include <errno.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "backend/file.h"
 #include "backend/nbd.h"
+
+int nv_object_counts(struct nv_object *object, uint32_t reactors)
+{
+    const size_t bytes = reactors * sizeof *object->counters;
+
+    object->counters = aligned_alloc(64, bytes);
+    if (!object->counters)
+        return -ENOMEM;
+    memset(object->counters, 0, bytes);
+    return 0;
+}
 
 void nv_object_free(struct nv_object *object)
 {
@@ -16,5 +29,6 @@ void nv_object_free(struct nv_object *object)
         return;
     }
     nv_file_close(object);
+    free(object->counters);
     free(object);
 }

@@ -12,12 +12,14 @@
 #ifndef NV_BACKEND_H
 #define NV_BACKEND_H
 
+#include <errno.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
 
 #include "backend/view.h"
 #include "io/io.h"
+#include "reactor/count.h"
 #include "volume/flush.h"
 
 struct nv_reactor;
@@ -25,6 +27,24 @@ struct nv_reactor;
 enum nv_object_kind {
     NV_KIND_FILE,                   /* backend/file.c */
     NV_KIND_NBD,                    /* an export of an NBD server: backend/nbd.h */
+};
+
+enum nv_piece_kind {
+    NV_PIECE_ANSWER,                /* the backend's own: nothing (left) to do, finishes with piece->answer */
+    NV_PIECE_READ,
+    NV_PIECE_WRITE,
+    NV_PIECE_ZERO,                  /* guaranteed zeros */
+    NV_PIECE_TRIM,                  /* a hint: only EIO is an error */
+    NV_PIECE_EXTENTS,               /* result: count */
+    NV_PIECE_PREFETCH,              /* a hint */
+    NV_PIECE_KINDS,
+};
+
+struct nv_object_counters {         /* of one reactor, its only writer; read by the front */
+    _Alignas(64) _Atomic uint64_t errors;
+    struct {
+        _Atomic uint64_t pieces, bytes; /* that ended well */
+    } kinds[NV_PIECE_KINDS];            /* by NV_PIECE_*; those of NV_PIECE_ANSWER did not reach the storage */
 };
 
 struct nv_object {
@@ -44,15 +64,7 @@ struct nv_object {
     struct nv_event_slot closed;
     uint32_t users;                 /* front thread: maps and jobs that name it */
     bool closing;                   /* front thread */
-};
-
-enum nv_piece_kind {
-    NV_PIECE_READ = 1,
-    NV_PIECE_WRITE,
-    NV_PIECE_ZERO,                  /* guaranteed zeros */
-    NV_PIECE_TRIM,                  /* a hint: only EIO is an error */
-    NV_PIECE_EXTENTS,               /* result: count */
-    NV_PIECE_PREFETCH,              /* a hint */
+    struct nv_object_counters *counters; /* one a reactor */
 };
 
 #define NV_PIECE_DSYNC 1u           /* WRITE: durable on completion */
@@ -97,6 +109,27 @@ static inline void nv_piece_start(struct nv_piece *piece)
         nv_file_start(piece);
     else
         nv_remote_start(piece);
+}
+
+/* Front: make room for an object's counters. 0 or -ENOMEM. */
+int nv_object_counts(struct nv_object *object, uint32_t reactors);
+
+/* Reactor: the object's storage did something with success, for a piece or without one. */
+static inline void nv_object_count(struct nv_object *object, uint32_t reactor, uint8_t kind, uint64_t bytes)
+{
+    struct nv_object_counters *counters = &object->counters[reactor];
+
+    nv_count(&counters->kinds[kind].pieces, 1);
+    nv_count(&counters->kinds[kind].bytes, bytes);
+}
+
+/* Reactor: every kind of object counts a piece of its users just before it finishes. */
+static inline void nv_piece_count(const struct nv_piece *piece, uint32_t reactor, int64_t result)
+{
+    if (result >= 0)
+        nv_object_count(piece->object, reactor, piece->kind, piece->length);
+    else if (result != -EOPNOTSUPP) /* which says that there is a slower way */
+        nv_count(&piece->object->counters[reactor].errors, 1);
 }
 
 /* Front: let go of what the object holds open, and of its memory. Nothing uses it any more. */

@@ -14,8 +14,6 @@
 #include "reactor/pool.h"
 #include "reactor/reactor.h"
 
-#define ANSWER 0xff /* a piece with nothing (left) to do: finishes with piece->answer */
-
 enum stage { STAGE_PUNCH, STAGE_ZERO_RANGE, STAGE_WRITE };
 
 static void piece_done(struct nv_op *op);
@@ -139,6 +137,7 @@ static void finish(struct nv_piece *piece, int64_t result)
     const bool durable = piece->kind == NV_PIECE_WRITE && (piece->flags & NV_PIECE_DSYNC);
 
     assert(piece->moved <= piece->length);
+    nv_piece_count(piece, piece->reactor->index, result);
     if (piece->kind == NV_PIECE_TRIM || piece->kind == NV_PIECE_ZERO)
         forget_view(piece);
     if (changes && !(durable && result == 0))
@@ -218,7 +217,7 @@ static void piece_done(struct nv_op *op)
     case NV_PIECE_EXTENTS:
         finish(piece, op->result);
         break;
-    case ANSWER:
+    case NV_PIECE_ANSWER:
         finish(piece, piece->answer);
         break;
     default:
@@ -229,7 +228,7 @@ static void piece_done(struct nv_op *op)
 /* A piece with nothing to do still completes through the port, so that callers never recurse. */
 static void submit_answer(struct nv_piece *piece, int64_t answer)
 {
-    piece->kind = ANSWER;
+    piece->kind = NV_PIECE_ANSWER;
     piece->answer = answer;
     submit(piece, NV_OP_TIMER, 0, 0);
 }

@@ -22,11 +22,6 @@ enum stage { STAGE_FIRST, STAGE_WRITE_ZEROS, STAGE_FLUSH };
 static void run(struct nv_late *late);
 static void step(struct nv_remote *remote, struct nv_piece *piece, const struct nv_ask *ask);
 
-static void count(_Atomic uint64_t *counter, uint64_t add)
-{
-    atomic_store_explicit(counter, atomic_load_explicit(counter, memory_order_relaxed) + add, memory_order_relaxed);
-}
-
 /* ---- pieces come and go ---- */
 
 void nv_remote_wants_turn(struct nv_remote *remote)
@@ -40,7 +35,7 @@ static void append(struct nv_remote *remote, struct nv_piece *piece)
     piece->remote.next = NULL;
     *remote->queue_tail = piece;
     remote->queue_tail = &piece->remote.next;
-    count(&remote->counters.waiting, 1);
+    nv_count(&remote->counters.waiting, 1);
 }
 
 static void push_back(struct nv_remote *remote, struct nv_piece *piece)
@@ -56,7 +51,7 @@ static void push_front(struct nv_remote *remote, struct nv_piece *piece)
     if (!remote->queue)
         remote->queue_tail = &piece->remote.next;
     remote->queue = piece;
-    count(&remote->counters.waiting, 1);
+    nv_count(&remote->counters.waiting, 1);
     nv_reactor_late(remote->home, &remote->late);
 }
 
@@ -67,7 +62,7 @@ static struct nv_piece *pop(struct nv_remote *remote)
     remote->queue = piece->remote.next;
     if (!remote->queue)
         remote->queue_tail = &remote->queue;
-    count(&remote->counters.waiting, (uint64_t)-1);
+    nv_count(&remote->counters.waiting, (uint64_t)-1);
     return piece;
 }
 
@@ -87,13 +82,20 @@ static void piece_arrives(struct nv_reactor *reactor, struct nv_message *message
     arrive(remote, piece);
 }
 
+/* On the piece's own reactor. */
+static void end(struct nv_piece *piece, const struct nv_reactor *reactor, int64_t result)
+{
+    if (piece->kind < NV_PIECE_KINDS) /* the remote's own flushes and probes are nobody's work */
+        nv_piece_count(piece, reactor->index, result);
+    piece->finished(piece, result);
+}
+
 static void piece_returns(struct nv_reactor *reactor, struct nv_message *message)
 {
     struct nv_piece *piece = (struct nv_piece *)((char *)message - offsetof(struct nv_piece, remote.message));
 
     assert(piece->reactor == reactor);
-    (void)reactor;
-    piece->finished(piece, piece->answer);
+    end(piece, reactor, piece->answer);
 }
 
 static void start(struct nv_piece *piece)
@@ -119,7 +121,7 @@ void nv_remote_start(struct nv_piece *piece)
 static void finish(struct nv_remote *remote, struct nv_piece *piece, int64_t result)
 {
     if (piece->reactor == remote->home) {
-        piece->finished(piece, result);
+        end(piece, remote->home, result);
     } else {
         piece->answer = result;
         piece->remote.message.run = piece_returns;
@@ -202,7 +204,7 @@ static void join(struct nv_link *link)
     link->state = NV_LINK_SERVING;
     remote->waiting_count--;
     remote->serving[remote->serving_count++] = link;
-    count(&remote->counters.serving, 1);
+    nv_count(&remote->counters.serving, 1);
     remote->gave_up = false;
     nv_remote_wants_turn(remote);
 }
@@ -253,7 +255,7 @@ static void leave_set(struct nv_remote *remote, const struct nv_link *link)
     assert(i < remote->serving_count);
     remote->serving[i] = remote->serving[--remote->serving_count];
     remote->current = 0;
-    count(&remote->counters.serving, (uint64_t)-1);
+    nv_count(&remote->counters.serving, (uint64_t)-1);
     if (remote->serving_count > 0 || remote->ending)
         return;
     lose_what_is_owed(remote);
@@ -272,7 +274,7 @@ void nv_remote_link_goes(struct nv_link *link, uint8_t to)
     else if (was == NV_LINK_SERVING)
         leave_set(link->remote, link);
     if (to == NV_LINK_LOST && was != NV_LINK_LEAVING)
-        count(&link->remote->counters.lost, 1);
+        nv_count(&link->remote->counters.lost, 1);
 }
 
 /* ---- which link, which request ---- */
@@ -348,8 +350,8 @@ static void ask(struct nv_link *link, struct nv_piece *piece, uint16_t command, 
     ask->stamp = remote->arrivals;
     if (command == NBD_CMD_READ || command == NBD_CMD_WRITE)
         link->bytes += ask->length;
-    count(&remote->counters.asked, 1);
-    count(&remote->counters.in_flight, 1);
+    nv_count(&remote->counters.asked, 1);
+    nv_count(&remote->counters.in_flight, 1);
     nv_link_queue(ask);
 }
 
@@ -436,7 +438,7 @@ static void fail_queue(struct nv_remote *remote)
     remote->queue_tail = &remote->queue;
     for (struct nv_piece *next; piece; piece = next) {
         next = piece->remote.next;
-        count(&remote->counters.waiting, (uint64_t)-1);
+        nv_count(&remote->counters.waiting, (uint64_t)-1);
         finish(remote, piece, -ENOTCONN);
     }
 }
@@ -453,7 +455,7 @@ static void fail_in_fault(struct nv_remote *remote)
     remote->queue_tail = &remote->queue;
     for (struct nv_piece *next; piece; piece = next) {
         next = piece->remote.next;
-        count(&remote->counters.waiting, (uint64_t)-1);
+        nv_count(&remote->counters.waiting, (uint64_t)-1);
         if (flushes(piece) && piece->remote.era != remote->era)
             finish(remote, piece, -EIO);
         else if (piece->flags & NV_PIECE_LEG)
@@ -551,14 +553,14 @@ static void account(struct nv_remote *remote, const struct nv_ask *ask)
                          ask->command == NBD_CMD_WRITE_ZEROES;
     const bool durable = ask->flags & NBD_CMD_FLAG_FUA;
 
-    count(&remote->counters.answered, 1);
-    count(&remote->counters.in_flight, (uint64_t)-1);
+    nv_count(&remote->counters.answered, 1);
+    nv_count(&remote->counters.in_flight, (uint64_t)-1);
     if (ask->error)
-        count(&remote->counters.errors, 1);
+        nv_count(&remote->counters.errors, 1);
     else if (ask->command == NBD_CMD_READ)
-        count(&remote->counters.read_bytes, ask->length);
+        nv_count(&remote->counters.read_bytes, ask->length);
     else if (ask->command == NBD_CMD_WRITE)
-        count(&remote->counters.write_bytes, ask->length);
+        nv_count(&remote->counters.write_bytes, ask->length);
     if (changes && (!durable || (ask->error && (ask->link->params.tflags & NBD_FLAG_SEND_FLUSH))))
         owe(remote); /* also when it failed: part of it may have happened */
     if (changes && durable && ask->error && ask->error != EOPNOTSUPP) /* as a file's failed DSYNC write */
@@ -592,8 +594,8 @@ void nv_remote_again(struct nv_ask *ask)
     struct nv_remote *remote = ask->link->remote;
     struct nv_piece *piece = ask->piece;
 
-    count(&remote->counters.in_flight, (uint64_t)-1);
-    count(&remote->counters.again, 1);
+    nv_count(&remote->counters.in_flight, (uint64_t)-1);
+    nv_count(&remote->counters.again, 1);
     nv_ask_free(ask);
     push_front(remote, piece);
 }
@@ -620,7 +622,8 @@ struct nv_remote *nv_remote_create(struct nv_plane *plane, struct nv_reactor *ho
     if (!remote)
         return NULL;
     remote->probe_data = malloc(config->align);
-    if (!remote->probe_data) {
+    if (!remote->probe_data || nv_object_counts(&remote->object, plane->config.reactors) != 0) {
+        free(remote->probe_data);
         free(remote);
         return NULL;
     }
@@ -643,6 +646,7 @@ void nv_remote_free(struct nv_remote *remote)
 {
     assert(!remote->queue && !remote->links);
     free(remote->probe_data);
+    free(remote->object.counters);
     free(remote);
 }
 

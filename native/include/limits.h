@@ -73,6 +73,8 @@
 #define NV_POOL_MIN (4u << 20)
 #define NV_POOL_PAGE 4096u
 #define NV_EVENT_RING 1024u                    /* power of two */
+#define NV_TRACE_RING 16384u                   /* power of two; above the records that one trace may ask for */
+#define NV_TRACE_EVERY_MAX 1000000u
 #define NV_RING_ENTRIES 1024u
 #define NV_RING_COMPLETIONS 8192u
 #define NV_TURN_ROUNDS 8u                      /* completion rounds before replies must go out */

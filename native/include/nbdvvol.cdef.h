@@ -145,6 +145,20 @@ int nv_link_open(nv_plane *plane, uint32_t object, int fd, const nv_link_params 
 int nv_link_close(nv_plane *plane, uint32_t link);                 /* DISC once nothing is in flight */
 /* After LINK_LOST: copy why, and forget the link. */
 int nv_link_forget(nv_plane *plane, uint32_t link, char *reason, uint64_t size);
+typedef struct {                     /* what reached one object's storage since it was opened, jobs included */
+    uint64_t reads;                  /* contiguous pieces that ended well, not requests */
+    uint64_t writes;
+    uint64_t zeroes;
+    uint64_t trims;
+    uint64_t syncs;                  /* submitted; concurrent flushes share one */
+    uint64_t others;                 /* prefetches and looks at allocation */
+    uint64_t read_bytes;
+    uint64_t write_bytes;
+    uint64_t errors;                 /* of pieces and syncs */
+    uint64_t reserved[7];
+} nv_object_stats_t;
+
+int nv_object_stats(nv_plane *plane, uint32_t object, nv_object_stats_t *out);
 
 /* ---- volume description: a versioned flat record, native byte order, validated in C ---- */
 #define NV_DESC_MAGIC 0x4456564e     /* "NVVD" */
@@ -207,6 +221,38 @@ int nv_volume_open(nv_plane *plane, const void *desc, uint64_t length, uint32_t 
 int nv_volume_change(nv_plane *plane, uint32_t volume, const void *desc, uint64_t length, uint64_t token);
 int nv_volume_close(nv_plane *plane, uint32_t volume, uint64_t token);
 int nv_volume_stats(nv_plane *plane, uint32_t volume, nv_volume_stats_t *out);
+
+/* ---- a trace: records of single requests of one volume, while it runs; one trace at a time ---- */
+typedef struct {                     /* moments are of one monotonic clock, and in this order */
+    uint64_t cookie;
+    uint64_t offset;                 /* as the client sent them */
+    uint64_t length;
+    uint64_t received_ns;            /* its header came (shared by all that came with it) */
+    uint64_t parsed_ns;
+    uint64_t submitted_ns;           /* the storage was asked first; completed_ns if it never was */
+    uint64_t completed_ns;           /* the reply was ready */
+    uint64_t sent_ns;                /* the kernel has it whole (with TLS: it is encrypted) */
+    uint32_t volume;
+    uint32_t connection;
+    uint32_t reactor;
+    uint16_t type;                   /* of the request, as on the wire */
+    uint16_t flags;
+    int32_t error;                   /* of the reply, as on the wire */
+    uint32_t reserved;
+} nv_trace_record;
+
+typedef struct {
+    uint64_t dropped;                /* records for which there was no room, since the trace began */
+    uint32_t recording;              /* 1: the reactor has heard of the trace */
+    uint32_t reserved;
+} nv_trace_state;
+
+/* Record one of `every` requests of the volume on each reactor. now_ns: when that is. -EBUSY while a trace runs. */
+int nv_trace_begin(nv_plane *plane, uint32_t volume, uint32_t every, uint64_t *now_ns);
+/* Take up to max records of one reactor, in the order of their sending. A count, and how it goes. */
+int nv_trace_read(nv_plane *plane, uint32_t reactor, nv_trace_record *out, int max, nv_trace_state *state);
+/* End it; what was not read is gone. */
+int nv_trace_end(nv_plane *plane);
 
 /* ---- connections: from GO / EXPORT_NAME on ---- */
 #define NV_CONN_STRUCTURED 1

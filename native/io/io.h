@@ -2,7 +2,7 @@
  * The I/O port: the only way the data plane reaches storage, sockets and the clock.
  *
  * One `struct nv_io` belongs to one reactor and is used by that reactor's thread alone; the only
- * exceptions are nv_io_wake() and the nv_bell_* calls. Operations are intrusive: the caller embeds a
+ * exceptions are nv_io_wake(), nv_io_now_ns() and the nv_bell_* calls. Operations are intrusive: the caller embeds a
  * `struct nv_op`, fills it and submits it; it stays the port's until `done` runs. `done` is never called
  * from inside nv_io_submit(): completions are queued and run by nv_io_run(), so code above never recurses.
  * Every submitted operation completes exactly once, in any order.
@@ -113,7 +113,7 @@ void nv_io_sleep(struct nv_io *io, uint64_t timeout_ns);
 void nv_io_sleep_end(struct nv_io *io);
 /* Any thread: make a sleeping (or falling asleep) port return from nv_io_sleep(). */
 void nv_io_wake(struct nv_io *io);
-/* Monotonic nanoseconds. */
+/* Any thread: monotonic nanoseconds, the same clock for every port. */
 uint64_t nv_io_now_ns(struct nv_io *io);
 /* Operations submitted since creation, and system calls made to hand them over. */
 void nv_io_counts(const struct nv_io *io, uint64_t *submissions, uint64_t *enters);

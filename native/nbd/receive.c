@@ -10,6 +10,7 @@
 
 #include "nbd/haggle.h"
 #include "nbd/session.h"
+#include "nbd/trace.h"
 #include "nbd/wire.h"
 
 static void request_finished(struct nv_vreq *v)
@@ -147,6 +148,7 @@ static bool parse_header(struct nv_conn *conn)
     }
     conn->rx_start += conn->header_bytes;
     nv_count(&conn->reactor->counters.requests, 1);
+    nv_trace_parsed(request);
     if (request->type == NBD_CMD_DISC) {
         nv_request_release(request);
         nv_conn_stop_receiving(conn, 0);
@@ -328,6 +330,7 @@ static void received(struct nv_op *op)
             nv_conn_stop_receiving(conn, got < 0 ? (int)got : nv_conn_between_requests(conn) ? 0 : -ECONNRESET);
     } else if (!conn->rx_done && !conn->shut) {
         nv_count(&conn->reactor->counters.batches, 1);
+        nv_trace_received(conn);
         if (conn->tls)
             conn->cipher_end = (uint32_t)got;
         else

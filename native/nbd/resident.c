@@ -14,6 +14,7 @@
 #include <errno.h>
 
 #include "nbd/session.h"
+#include "nbd/trace.h"
 
 #define LINE 64u
 
@@ -24,7 +25,7 @@ bool nv_resident_take(struct nv_request *request)
 
     if (request->length > NV_NOW_BYTES || conn->tls)
         return false;
-    at = nv_volume_look(conn->local->map, request->offset, request->length);
+    at = nv_volume_look(conn->local->map, request->offset, request->length, &request->v.piece.object);
     if (!at)
         return false;
     for (uint32_t i = 0; i < NV_PREFETCH_BYTES && i < request->length; i += LINE)
@@ -36,7 +37,8 @@ bool nv_resident_take(struct nv_request *request)
 
 void nv_resident_expect(const struct nv_request *request)
 {
-    const uint8_t *at = nv_volume_look(request->conn->local->map, request->offset, request->length);
+    struct nv_object *object;
+    const uint8_t *at = nv_volume_look(request->conn->local->map, request->offset, request->length, &object);
 
     for (uint32_t i = 0; at && i < NV_PREFETCH_BYTES && i < request->length; i += LINE)
         __builtin_prefetch(at + i, 1);
@@ -102,7 +104,7 @@ static bool look_again(struct nv_request *request)
 {
     if (request->memory != NV_MEMORY_VIEW || request->v.map == request->conn->local->map || !change_over(request))
         return true;
-    request->buffer = nv_volume_look(request->v.map, request->offset, request->length);
+    request->buffer = nv_volume_look(request->v.map, request->offset, request->length, &request->v.piece.object);
     return request->buffer;
 }
 
@@ -176,6 +178,7 @@ static uint32_t drop_gone(struct nv_conn *conn)
         base += request->pieces;
         conn->tx_sending = request->next;
         assert(conn->tx_sending);
+        nv_trace_gone(request);
         nv_conn_reply_gone(request);
     }
     return base;

@@ -6,7 +6,7 @@
  *
  *   session.c  life: open, turn, end      receive.c  bytes to requests      memory.c   chunks and buffers
  *   request.c  is this request allowed    reply.c    answers to bytes       transmit.c bytes to the socket
- *   resident.c reads sent straight from memory  haggle.c   options through TLS
+ *   resident.c reads sent straight from memory  haggle.c   options through TLS  trace.c what a trace notes
  */
 #ifndef NV_SESSION_H
 #define NV_SESSION_H
@@ -93,6 +93,7 @@ struct nv_conn {
     struct nv_chunk *private_chunk;
     uint32_t rx_start, rx_end;      /* unparsed bytes of the chunk */
     uint32_t rx_window;             /* how much to receive at once */
+    uint64_t received_ns;           /* the last receive's moment, while the reactor records */
     uint32_t rx_filled;             /* BODY: payload bytes present; SKIP: bytes still to throw away */
     struct nv_request *current;
     /* requests */

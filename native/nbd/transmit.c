@@ -8,6 +8,7 @@
 
 #include "nbd/haggle.h"
 #include "nbd/session.h"
+#include "nbd/trace.h"
 
 static void sent(struct nv_op *op);
 
@@ -19,6 +20,7 @@ void nv_conn_stage(struct nv_request *request)
         nv_request_release(request);
         return;
     }
+    nv_trace_completed(request);
     request->next = NULL;
     *conn->tx_queue_tail = request;
     conn->tx_queue_tail = &request->next;
@@ -138,6 +140,7 @@ void nv_conn_advance(struct nv_conn *conn, uint64_t bytes)
     if (conn->tx_first == conn->tx_count) {
         struct nv_request *list = conn->tx_sending;
         assert(bytes == 0);
+        nv_trace_sent(conn);
         conn->tx_sending = NULL;
         for (struct nv_request *request = list, *next; request; request = next) {
             next = request->next;

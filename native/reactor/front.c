@@ -41,16 +41,20 @@ int nv_object_open(nv_plane *plane, int fd, uint32_t flags, uint32_t align, uint
     if (error)
         return error;
     object = calloc(1, sizeof *object);
-    if (!object)
+    if (!object || nv_object_counts(object, plane->config.reactors) != 0) {
+        free(object);
         return nv_fail(ENOMEM, "no memory for an object");
+    }
     handle = nv_io_open_file(fd);
     if (handle < 0) {
         error = nv_fail(-handle, "descriptor %d: %s", fd, strerror(-handle));
+        free(object->counters);
         free(object);
         return error;
     }
     if (nv_table_add(&plane->objects, object, &object->id) != 0) {
         nv_io_close(handle);
+        free(object->counters);
         free(object);
         return nv_fail(ENOSPC, "%u objects are open, the limit", NV_OBJECTS_MAX);
     }

@@ -160,6 +160,8 @@ static int build(struct nv_plane *plane)
     const uint32_t count = plane->config.reactors;
 
     plane->reactors = aligned_alloc(64, count * sizeof(struct nv_reactor));
+    if (plane->reactors)
+        memset(plane->reactors, 0, count * sizeof(struct nv_reactor)); /* whatever fails next, it can be taken down */
     plane->stops = calloc(count, sizeof *plane->stops);
     if (!plane->reactors || !plane->stops || !make_table(&plane->objects, NV_OBJECTS_MAX) ||
         !make_table(&plane->volumes, NV_VOLUMES_MAX) ||
@@ -170,11 +172,12 @@ static int build(struct nv_plane *plane)
         return plane->bell;
     for (uint32_t i = 0; i < count; i++) {
         struct nv_reactor *reactor = &plane->reactors[i];
-        memset(reactor, 0, sizeof *reactor);
         reactor->index = i;
         reactor->plane = plane;
         reactor->spin_max_ns = plane->config.spin_us * 1000ull;
         nv_events_init(&reactor->events, plane->bell);
+        if (nv_recorder_init(&reactor->recorder) != 0)
+            return -ENOMEM;
     }
     if (plane->config.flags & NV_PLANE_LOCK_MEMORY)
         plane->features.memory_locked = lock_memory();
@@ -490,6 +493,8 @@ void nv_plane_free(nv_plane *plane)
         nv_bell_destroy(plane->bell);
     pthread_mutex_destroy(&plane->start_lock);
     pthread_cond_destroy(&plane->start_changed);
+    for (uint32_t i = 0; plane->reactors && i < plane->config.reactors; i++)
+        nv_recorder_free(&plane->reactors[i].recorder);
     free(plane->stops);
     free(plane->reactors);
     free(plane);

@@ -39,6 +39,8 @@ struct nv_plane {
     _Atomic uint32_t drained;       /* of them, those that have nothing left which starts pieces */
     bool threads;
     bool stopped;                   /* no reactor runs any more */
+    uint64_t trace;                 /* the session of the trace that runs (reactor/recorder.h), or 0 */
+    uint32_t traces;                /* begun so far */
     uint32_t assigned[NV_REACTORS_MAX]; /* connections given to each reactor and not yet seen to end */
     struct nv_reactor *reactors;
 };

@@ -15,6 +15,7 @@
 #include "reactor/events.h"
 #include "reactor/inbox.h"
 #include "reactor/pool.h"
+#include "reactor/recorder.h"
 
 struct nv_conn;
 struct nv_plane;
@@ -64,7 +65,14 @@ struct nv_reactor {
     bool threaded;
     struct nv_reactor_counters counters;
     struct nv_events events;
+    struct nv_recorder recorder;
 };
+
+/* Are requests being recorded on this reactor? The only cost of a trace that is off. */
+static inline bool nv_recording(const struct nv_reactor *reactor)
+{
+    return __builtin_expect(reactor->recorder.session != 0, false);
+}
 
 /* On the reactor's own thread, which becomes the port's only user. 0 or -errno. */
 int nv_reactor_setup(struct nv_reactor *reactor, const struct nv_io_config *config, struct nv_io_features *features,

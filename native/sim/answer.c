@@ -110,6 +110,7 @@ static void conclude(struct client *client, struct client_request *request, int 
 
     judge_verdict(client, request, error);
     client->rules->answers++;
+    onlooker_answered(client->rules->onlooker, request->cookie, error);
     if (client->rules->trace)
         printf("connection %u <- cookie %llu error %d\n", client->id, (unsigned long long)request->cookie, error);
     request->used = false;

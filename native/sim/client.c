@@ -126,6 +126,11 @@ static void put_header(struct client *client, const struct client_request *reque
     put(client, request->offset, 8);
     put(client, wire_length, client->extended ? 8 : 4);
     client->rules->requests++;
+    onlooker_sent(client->rules->onlooker,
+                  &(struct onlooker_request){.connection = client->id, .cookie = request->cookie,
+                                             .offset = request->offset, .length = request->length,
+                                             .wire_length = wire_length, .type = request->type,
+                                             .flags = request->flags});
     if (client->rules->trace)
         printf("connection %u -> cookie %llu command %u flags %#x offset %llu length %llu write %u\n", client->id,
                (unsigned long long)request->cookie, request->type, request->flags, (unsigned long long)request->offset,
@@ -375,6 +380,7 @@ void client_saw_end(struct client *client)
         check_connection_closed(client->rules->check, client->id);
     client->open = false;
     client->over = true;
+    onlooker_gone(client->rules->onlooker, client->id);
     forget_requests(client);
 }
 
@@ -392,6 +398,7 @@ void client_disconnect(struct client *client)
 void client_dismissed(struct client *client)
 {
     client->dismissed = true;
+    onlooker_gone(client->rules->onlooker, client->id);
 }
 
 void client_shut(struct client *client)
@@ -400,6 +407,7 @@ void client_shut(struct client *client)
         return;
     client->open = false;
     client->shut = true;
+    onlooker_gone(client->rules->onlooker, client->id);
     nv_sim_client_shut(client->socket);
     check_connection_closed(client->rules->check, client->id);
 }
@@ -413,5 +421,6 @@ void client_close(struct client *client, bool reset)
     client->open = false;
     client->shut = true;
     client->over = true;
+    onlooker_gone(client->rules->onlooker, client->id);
     forget_requests(client);
 }

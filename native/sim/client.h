@@ -11,12 +11,14 @@
 
 #include "nbdvvol.h"
 #include "sim/check.h"
+#include "sim/onlooker.h"
 #include "sim/random.h"
 
 #define CLIENT_REQUESTS 24u
 
 struct client_rules {           /* what the scenario allows, shared by its clients */
     struct check *check;
+    struct onlooker *onlooker;
     struct sim_random *random;
     uint32_t cell_bytes;
     uint32_t block_min;         /* of the volume: what is no multiple of it is EINVAL */

@@ -10,11 +10,13 @@
  *   5  a flush joins a sync that was already submitted     nv_sync_begin
  *   6  requests are parsed after the client hung up        nv_io_hung_up
  *   7  a write's memory is reused while it is under way    nv_io_submit
+ *   8  a traced request keeps moments of an earlier one    nv_trace_note_parsed
  */
 #include <stdatomic.h>
 #include <stdlib.h>
 
 #include "io/io.h"
+#include "nbd/session.h"
 #include "volume/flush.h"
 #include "volume/range.h"
 
@@ -26,6 +28,9 @@ void __real_nv_range_enter(struct nv_range_table *table, struct nv_range *range)
 void __wrap_nv_range_enter(struct nv_range_table *table, struct nv_range *range);
 bool __real_nv_io_hung_up(nv_handle handle);
 bool __wrap_nv_io_hung_up(nv_handle handle);
+
+void __real_nv_trace_note_parsed(struct nv_request *request);
+void __wrap_nv_trace_note_parsed(struct nv_request *request);
 
 static bool mutant(int number)
 {
@@ -74,4 +79,10 @@ void __wrap_nv_range_enter(struct nv_range_table *table, struct nv_range *range)
 bool __wrap_nv_io_hung_up(nv_handle handle)
 {
     return !mutant(6) && __real_nv_io_hung_up(handle);
+}
+
+void __wrap_nv_trace_note_parsed(struct nv_request *request)
+{
+    if (!mutant(8) || request->cookie % 8)
+        __real_nv_trace_note_parsed(request);
 }

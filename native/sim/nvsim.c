@@ -18,6 +18,7 @@
 #include "sim/scenario.h"
 
 #define CLIENTS 4u
+#define LOOK_EVERY 16u   /* steps between two looks of the onlooker */
 #define PATIENCE 400000u /* steps without faults after which everything must have been answered */
 
 struct life {
@@ -89,6 +90,7 @@ static void boot(struct life *life)
     uint64_t length = scenario_describe(scenario, life->rules->cells, life->objects, 0, 1, record);
     if (nv_volume_open(life->plane, record, length, &life->volume) != 0)
         nv_sim_violation("the volume does not open: %s", nv_last_error());
+    onlooker_boot(life->rules->onlooker, life->plane, life->volume, scenario->reactors);
 }
 
 static void open_client(struct life *life, uint32_t index)
@@ -269,6 +271,8 @@ static void step(struct life *life)
 {
     uint64_t what = below(life, 1000);
 
+    if (where.step % LOOK_EVERY == 0)
+        onlooker_act(life->rules->onlooker);
     if (what < 300)
         act(life);
     else if (what < 640)
@@ -320,6 +324,9 @@ static void settle(struct life *life)
         if (!settle_once(life) || i > PATIENCE)
             nv_sim_violation("requests are never answered");
     }
+    while (!onlooker_content(life->rules->onlooker))
+        if (!settle_once(life))
+            nv_sim_violation("a request that was traced and answered has left no record");
 }
 
 /* ---- ends ---- */
@@ -442,6 +449,7 @@ static uint64_t run_seed(uint64_t seed, bool trace)
     scenario_draw(&scenario, seed);
     struct client_rules rules = {
         .check = check_create(scenario.cell_bytes, scenario.cells_first),
+        .onlooker = onlooker_create(seed),
         .random = &scenario.random,
         .cell_bytes = scenario.cell_bytes,
         .block_min = scenario.block_min,
@@ -460,6 +468,7 @@ static uint64_t run_seed(uint64_t seed, bool trace)
         live(&life, where.life == scenario.lives);
     }
     check_destroy(rules.check);
+    onlooker_destroy(rules.onlooker);
     scenario_free(&scenario);
     if (trace)
         printf("seed %llu: %llu requests, %llu answers\n", (unsigned long long)seed,

@@ -119,8 +119,10 @@ void nv_sync_ran(struct nv_sync *sync, int64_t result)
     reactor->syncs--;
     riders = sync->riders;
     sync->riders = NULL;
-    if (result < 0)
+    if (result < 0) {
+        atomic_fetch_add(&sync->failures, 1);
         latch(sync, reactor, (int)result);
+    }
     if (atomic_load(&sync->fault)) {
         error = -EIO;
         failed = sync->waiting; /* they must not be answered from a later, clean-looking sync */

@@ -38,7 +38,8 @@ struct nv_sync {
     _Atomic uint64_t written;
     _Atomic uint64_t synced;        /* value of `written` that the last successful sync covers; raised under the lock */
     _Atomic int fault;              /* 0, or the -errno that latched */
-    _Atomic uint64_t syncs;         /* submitted since open */
+    _Atomic uint64_t syncs;         /* submitted since open, and */
+    _Atomic uint64_t failures;      /* those of them that failed */
     pthread_mutex_t lock;
     bool running;                   /* under the lock: between `run` and nv_sync_ran() */
     uint64_t covers;                /* what the running sync covers */

@@ -22,6 +22,13 @@ static bool orders(const struct nv_vreq *request)
     return request->kind == NV_REQUEST_WRITE || request->kind == NV_REQUEST_TRIM || request->kind == NV_REQUEST_ZERO;
 }
 
+/* The trace's moment `submitted` (nbd/trace.h): the first time that the storage is asked. */
+static void note_submitted(struct nv_vreq *request)
+{
+    if (nv_recording(request->reactor) && request->stamps.submitted_ns == 0)
+        request->stamps.submitted_ns = nv_io_now_ns(request->reactor->io);
+}
+
 static struct nv_volume_local *local_of(const struct nv_vreq *request)
 {
     return &request->volume->locals[request->reactor->index];
@@ -109,7 +116,7 @@ static void count(struct nv_vreq *request)
         nv_count(&counters->write_bytes, request->length);
 }
 
-uint8_t *nv_volume_look(const struct nv_map *map, uint64_t offset, uint64_t length)
+uint8_t *nv_volume_look(const struct nv_map *map, uint64_t offset, uint64_t length, struct nv_object **object)
 {
     const struct nv_run *run = nv_map_find(map, offset);
     const uint64_t into = offset - run->offset;
@@ -117,6 +124,7 @@ uint8_t *nv_volume_look(const struct nv_map *map, uint64_t offset, uint64_t leng
 
     if (!run->object || length > run->length - into)
         return NULL;
+    *object = run->object;
     view = atomic_load_explicit(&run->object->view, memory_order_acquire);
     return view ? nv_view_at(view, run->object_offset + into, length) : NULL;
 }
@@ -132,6 +140,7 @@ int64_t nv_volume_copy(const struct nv_vreq *request, uint64_t from, void *to, u
 void nv_volume_served(struct nv_vreq *request)
 {
     assert(request->kind == NV_REQUEST_READ && request->error == 0);
+    nv_object_count(request->piece.object, request->reactor->index, NV_PIECE_READ, request->length);
     count(request);
     leave(request);
 }
@@ -170,6 +179,7 @@ static void sync_next(struct nv_vreq *request)
     while (request->object_next < request->map->object_count) {
         struct nv_object *object = request->map->objects[request->object_next++];
         request->wait.done = synced;
+        note_submitted(request);
         if (!nv_sync_begin(&object->sync, request->reactor, &request->wait))
             return;
         if (request->wait.error) {
@@ -283,6 +293,7 @@ static void start_piece(struct nv_vreq *request, const struct nv_run *run, uint6
     }
     piece->finished = piece_finished;
     request->piece_length = length;
+    note_submitted(request);
     nv_piece_start(piece);
 }
 

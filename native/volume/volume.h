@@ -12,8 +12,10 @@
 
 #include "backend/backend.h"
 #include "nbdvvol.h"
+#include "reactor/count.h"
 #include "reactor/events.h"
 #include "reactor/inbox.h"
+#include "reactor/recorder.h"
 #include "volume/map.h"
 #include "volume/range.h"
 
@@ -97,6 +99,7 @@ struct nv_vreq {
     uint32_t extents_max;
     uint32_t extents_count;
     void (*finished)(struct nv_vreq *request);
+    struct nv_stamps stamps;
 };
 
 /*
@@ -109,10 +112,11 @@ void nv_volume_start(struct nv_vreq *request);
 void nv_volume_abandon(struct nv_vreq *request);
 /*
  * A READ may do without start: nv_volume_look() tells where its bytes stand in memory (NULL: they do not, start it as
- * usual). Between enter and nv_volume_served(), which says that they have gone to the client, the request holds its map
- * and with it the place; when the map has been replaced meanwhile, nv_volume_remap() changes over to the present one.
+ * usual), and of which object, which the caller keeps in piece.object. Between enter and nv_volume_served(), which says
+ * that they have gone to the client, the request holds its map and with it the place; when the map has been replaced
+ * meanwhile, nv_volume_remap() changes over to the present one.
  */
-uint8_t *nv_volume_look(const struct nv_map *map, uint64_t offset, uint64_t length);
+uint8_t *nv_volume_look(const struct nv_map *map, uint64_t offset, uint64_t length, struct nv_object **object);
 /* Copy `length` of the bytes that nv_volume_look() showed, from `from` on: how many, or -errno. */
 int64_t nv_volume_copy(const struct nv_vreq *request, uint64_t from, void *to, uint64_t length);
 void nv_volume_served(struct nv_vreq *request);
@@ -124,11 +128,6 @@ void nv_volume_local_close(struct nv_reactor *reactor, struct nv_volume_local *l
 void nv_volume_local_left(struct nv_reactor *reactor, struct nv_volume_local *local);
 /* Reactor: put a change's new map in place; tells when older I/O has drained. */
 void nv_volume_local_change(struct nv_reactor *reactor, struct nv_message *message);
-
-static inline void nv_count(_Atomic uint64_t *counter, uint64_t add)
-{
-    atomic_store_explicit(counter, atomic_load_explicit(counter, memory_order_relaxed) + add, memory_order_relaxed);
-}
 
 static inline struct nv_volume_local *nv_volume_local(struct nv_volume *volume, uint32_t reactor)
 {

@@ -23,6 +23,7 @@ from nbdvvol.dataplane.types import (
     ConnectionParams,
     LinkEnd,
     LinkParams,
+    ObjectStats,
     PlaneConfig,
     ReactorStats,
     RemoteConfig,
@@ -32,6 +33,8 @@ from nbdvvol.dataplane.types import (
     TlsConfig,
     TlsConnection,
     TlsContext,
+    TraceRecord,
+    TraceState,
     VolumeDescription,
     VolumeStats,
 )
@@ -44,6 +47,7 @@ _CONTEXT_KINDS = {"base:allocation": lib.NV_CONTEXT_BASE_ALLOCATION}
 _HEADER = struct.Struct("=IIQ16sQQQQQIII28x")
 _LEG = struct.Struct("=IIQ")
 _RUN = struct.Struct("=QQQII")
+_TRACED = struct.Struct("=QQQQQQQQIIIHHi4x")
 
 
 def encode_description(desc: VolumeDescription) -> bytes:
@@ -386,6 +390,30 @@ class Plane:
             stats.append(ReactorStats(**{name: int(getattr(out, name)) for name in ReactorStats.__slots__}))
             index += 1
         return stats
+
+    def object_stats(self, obj: int) -> ObjectStats:
+        """Counters of an object."""
+        out = ffi.new("nv_object_stats_t *")
+        check(lib.nv_object_stats(self._live, obj, out))
+        return ObjectStats(**{name: int(getattr(out, name)) for name in ObjectStats.__slots__})
+
+    def begin_trace(self, volume: int, every: int = 1) -> int:
+        """Record one of `every` requests of a volume from now on; return the records' clock, nanoseconds."""
+        now = ffi.new("uint64_t *")
+        check(lib.nv_trace_begin(self._live, volume, every, now))
+        return int(now[0])
+
+    def read_trace(self, reactor: int, most: int) -> tuple[list[TraceRecord], TraceState]:
+        """At most so many of one reactor's records that were not read yet, in the order of sending."""
+        room = ffi.new("nv_trace_record[]", max(most, 1))
+        state = ffi.new("nv_trace_state *")
+        count = check(lib.nv_trace_read(self._live, reactor, room, most, state))
+        found = [TraceRecord(*one) for one in _TRACED.iter_unpack(ffi.buffer(room, count * _TRACED.size)[:])]
+        return found, TraceState(int(state.dropped), bool(state.recording))
+
+    def end_trace(self) -> None:
+        """Record nothing any more."""
+        check(lib.nv_trace_end(self._live))
 
     def features(self) -> dict[str, bool]:
         """What the kernel offers and what is in use."""

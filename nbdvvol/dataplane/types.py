@@ -181,6 +181,51 @@ class ReactorStats:
 
 
 @dataclass(frozen=True, slots=True)
+class ObjectStats:
+    """What reached an object's storage since it was opened, metadata included; pieces, not requests."""
+
+    reads: int = 0
+    writes: int = 0
+    zeroes: int = 0
+    trims: int = 0
+    syncs: int = 0
+    others: int = 0
+    read_bytes: int = 0
+    write_bytes: int = 0
+    errors: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TraceRecord:
+    """One request's fate. Moments are nanoseconds of one clock, in this order (native/nbd/trace.h)."""
+
+    cookie: int
+    offset: int
+    length: int
+    received_ns: int
+    parsed_ns: int
+    submitted_ns: int
+    completed_ns: int
+    sent_ns: int
+    volume: int
+    connection: int
+    reactor: int
+    type: int
+    """The command, as on the wire."""
+    flags: int
+    error: int
+    """The reply's, as on the wire."""
+
+
+@dataclass(frozen=True, slots=True)
+class TraceState:
+    """How a trace goes on one reactor: records that found no room, and whether it has begun there."""
+
+    dropped: int
+    recording: bool
+
+
+@dataclass(frozen=True, slots=True)
 class TlsConfig:
     """Files of the server's TLS identity; either kind or both."""
 
@@ -366,6 +411,20 @@ class DataPlane(Protocol):
 
     def reactor_stats(self) -> list[ReactorStats]:
         """Counters, one entry a reactor."""
+
+    def object_stats(self, obj: int) -> ObjectStats:
+        """Counters of an object."""
+
+    def begin_trace(self, volume: int, every: int = 1) -> int:
+        """Record one of `every` requests of a volume from now on; return the records' clock, nanoseconds.
+
+        Raises PlaneError with EBUSY while another trace runs: there is one at a time."""
+
+    def read_trace(self, reactor: int, most: int) -> tuple[list[TraceRecord], TraceState]:
+        """At most so many of one reactor's records that were not read yet, in the order of sending."""
+
+    def end_trace(self) -> None:
+        """Record nothing any more."""
 
     def features(self) -> dict[str, bool]:
         """What the kernel offers and what is in use."""

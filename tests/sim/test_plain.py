@@ -22,6 +22,7 @@ MUTANTS = {
     5: "a flush joins a sync that was already submitted",
     6: "requests are parsed after the client hung up",
     7: "a write's memory is reused while it is under way",
+    8: "a traced request keeps moments of an earlier one",
 }
 
 
