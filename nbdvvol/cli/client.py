@@ -21,6 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 from nbdvvol.cli.options import SYSTEM_RUN
 from nbdvvol.model.errors import Code, ErrorBody, NvError
 from nbdvvol.model.farm import Farm
+from nbdvvol.model.observe import HostCounters, Trace
 from nbdvvol.model.resources import (
     ApplyRequest,
     ApplyResult,
@@ -122,6 +123,16 @@ class Client:
     def task(self, number: int) -> Task:
         """A task by its number."""
         return Task.model_validate(self._call("GET", f"/v1/tasks/{number}"))
+
+    def counters(self) -> list[HostCounters]:
+        """What every host that answers has counted by now."""
+        return TypeAdapter(list[HostCounters]).validate_python(self._call("GET", "/v1/counters"))
+
+    def trace(self, name: str, *, seconds: float, count: int, every: int) -> Trace:
+        """Trace a VVol's requests; takes up to `seconds`."""
+        params = {"seconds": seconds, "count": count, "every": every}
+        path = f"/v1/vvols/{self.resolve(name)}/trace"
+        return Trace.model_validate(self._call("GET", path, params=params, timeout=TIMEOUT_S + seconds))
 
     # ---- changing ----
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from nbdvvol.cli.client import Client
 
 FOLLOW_WAIT_S = 20.0
+_MORE = ("sleeps", "pool_waits", "copies_bytes")
 
 
 class Kind(enum.StrEnum):
@@ -24,6 +25,7 @@ class Kind(enum.StrEnum):
     HOSTS = "hosts"
     PROFILES = "profiles"
     VMS = "vms"
+    REACTORS = "reactors"
     TASKS = "tasks"
     EVENTS = "events"
 
@@ -40,7 +42,7 @@ def get(
     follow: Annotated[bool, typer.Option("--follow", help="events: go on printing new ones.")] = False,
     run: RunOption = None,
 ) -> None:
-    """List VVols, datastores, hosts, profiles, VMs, tasks or events."""
+    """List VVols, datastores, hosts, profiles, VMs, reactors, tasks or events."""
     from nbdvvol.cli.client import Client
     from nbdvvol.cli.output import emit, table
 
@@ -60,6 +62,7 @@ def get(
 
 def columns(kind: Kind) -> tuple[tuple[str, ...], Callable[[Any], tuple[object, ...]]]:
     """A kind's column heads, and how one item becomes a row."""
+    from nbdvvol.cli.output import amount
     from nbdvvol.model.units import format_size
 
     def progress(task: Any) -> str:
@@ -105,6 +108,20 @@ def columns(kind: Kind) -> tuple[tuple[str, ...], Callable[[Any], tuple[object, 
             ("vm", "host", "vvols", "socket"),
             lambda v: (v.name, v.host, ",".join(v.vvols), v.socket),
         ),
+        Kind.REACTORS: (
+            ("reactor", "connections", "pool_free_bytes", "requests", "batches", "enters", *_MORE),
+            lambda r: (
+                f"{r.host}/{r.reactor}",
+                r.connections,
+                amount(r.pool_free_bytes),
+                r.requests,
+                r.batches,
+                r.enters,
+                r.sleeps,
+                r.pool_waits,
+                amount(r.copies_bytes),
+            ),
+        ),
         Kind.TASKS: (
             ("task", "kind", "subject", "state", "detail"),
             lambda t: (t.id, t.kind, t.subject, progress(t), t.error or t.detail),
@@ -126,6 +143,7 @@ def _model(kind: Kind) -> type:
         Kind.HOSTS: resources.Host,
         Kind.PROFILES: resources.Profile,
         Kind.VMS: resources.Vm,
+        Kind.REACTORS: resources.Reactor,
         Kind.TASKS: resources.Task,
         Kind.EVENTS: resources.Event,
     }

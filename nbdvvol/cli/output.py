@@ -58,6 +58,29 @@ def _folded_table(heads: Sequence[str], rows: list[list[str]]) -> None:
     Console(highlight=False).print(grid)
 
 
+def number(value: float) -> str:
+    """A count or a rate, short: whole where it is large, with a decimal where that says more."""
+    return f"{value:.1f}" if 0 < value < 10 and value != int(value) else f"{value:,.0f}"
+
+
+def amount(size_bytes: float) -> str:
+    """About so many bytes."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if size_bytes < 1024 or unit == "TiB":
+            break
+        size_bytes /= 1024
+    return f"{number(round(size_bytes, 1))}{unit}"
+
+
+def duration(time_ns: float) -> str:
+    """About so long, such as 12.3us."""
+    for unit in ("ns", "us", "ms"):
+        if time_ns < 1000:
+            return f"{time_ns:.0f}{unit}" if unit == "ns" or time_ns >= 100 else f"{time_ns:.1f}{unit}"
+        time_ns /= 1000
+    return f"{time_ns:.2f}s"
+
+
 def pairs(items: Iterable[tuple[str, object]]) -> None:
     """Print `name  value` lines."""
     shown = [(name, str(value)) for name, value in items if value not in (None, "", [])]

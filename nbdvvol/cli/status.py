@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -21,21 +22,27 @@ def register(app: typer.Typer) -> None:
 
 def status(
     problems_only: Annotated[bool, typer.Option("-x", help="Only what is wrong; exit 1 if anything is.")] = False,
-    watch: Annotated[float | None, typer.Option(metavar="SECONDS", min=0.2, help="Print again this often.")] = None,
+    watch: Annotated[
+        float | None, typer.Option(metavar="SECONDS", min=0.2, help="Go on, this often: rates instead of totals.")
+    ] = None,
     output: OutputOption = Output.TABLE,
     run: RunOption = None,
 ) -> None:
-    """Print the farm's hosts, datastores, VVols, running tasks and problems."""
+    """Print the farm's hosts, datastores and VVols, what they have done, running tasks and problems.
+
+    With --watch: what VVols, datastores and reactors do per second."""
     from nbdvvol.cli.client import Client
     from nbdvvol.cli.output import emit
 
+    before: Status | None = None
     with Client.connect(run) as client:
         while True:
             found = client.status()
             if watch and sys.stdout.isatty():
                 print("\x1b[H\x1b[2J", end="")
             if output is Output.TABLE:
-                _print(found, problems_only)
+                _print(found, problems_only, live=watch is not None, before=before)
+                before = found
             else:
                 emit(found.problems if problems_only else found, output)
             sys.stdout.flush()
@@ -44,25 +51,36 @@ def status(
             time.sleep(watch)
 
 
-def _print(found: Status, problems_only: bool) -> None:
-    from nbdvvol.cli.get import Kind, columns
+def _print(found: Status, problems_only: bool, *, live: bool, before: Status | None) -> None:
+    from nbdvvol.cli.counters import tables
     from nbdvvol.cli.output import table
 
     if not problems_only:
         print(f"nbdvvol {found.version}, revision {found.revision}")
-        active = [task for task in found.tasks if task.state in ("queued", "running")]
-        for kind, items in (
-            (Kind.HOSTS, found.hosts),
-            (Kind.DATASTORES, found.datastores),
-            (Kind.VVOLS, found.vvols),
-            (Kind.TASKS, active),
-        ):
-            if items:
-                heads, row = columns(kind)
-                print()
-                table(heads, map(row, items))
+        _print_things(found, live)
+        for heads, rows in tables(found.counters, (before.counters if before else []) if live else None):
+            print()
+            table(heads, rows)
         print()
     if not found.problems:
         print("all is well")
     for problem in found.problems:
         print(f"{problem.code} {problem.subject}: {problem.message}\n  do: {problem.action}")
+
+
+def _print_things(found: Status, live: bool) -> None:
+    """What there is; while it is watched, only what goes on."""
+    from nbdvvol.cli.get import Kind, columns
+    from nbdvvol.cli.output import table
+
+    things: list[tuple[Kind, Sequence[object]]] = [
+        (Kind.HOSTS, found.hosts),
+        (Kind.DATASTORES, found.datastores),
+        (Kind.VVOLS, found.vvols),
+    ]
+    active = [task for task in found.tasks if task.state in ("queued", "running")]
+    for kind, items in [*([] if live else things), (Kind.TASKS, active)]:
+        if items:
+            heads, row = columns(kind)
+            print()
+            table(heads, map(row, items))

@@ -10,6 +10,7 @@ import typer
 from nbdvvol.cli.options import NoWait, Output, OutputOption, RunOption, VVolArgument
 
 if TYPE_CHECKING:
+    from nbdvvol.model.observe import ExportCounters
     from nbdvvol.model.resources import CreateVVol, ExportUri, VVol
 
 FullName = Annotated[str, typer.Argument(metavar="VM/NAME", help="The VM and the new VVol's name.")]
@@ -173,12 +174,12 @@ def describe(name: VVolArgument, output: OutputOption = Output.TABLE, run: RunOp
         if output is not Output.TABLE:
             emit(found, output)
             return
-        _describe(found)
+        _describe(found, [one for host in client.counters() for one in host.exports if one.uuid == found.uuid])
         if found.uri:
             _print_lines(client.uri(found.full_name))
 
 
-def _describe(vvol: VVol) -> None:
+def _describe(vvol: VVol, counters: list[ExportCounters]) -> None:
     from nbdvvol.cli.output import pairs
     from nbdvvol.model.units import format_size
 
@@ -197,8 +198,19 @@ def _describe(vvol: VVol) -> None:
             ("generation", vvol.generation),
             ("map_version", vvol.map_version),
             *((f"leg {leg.id}", _leg(leg)) for leg in vvol.legs),
+            *(("since opened", _done(one)) for one in counters),
             ("uri", vvol.uri),
         ]
+    )
+
+
+def _done(counters: ExportCounters) -> str:
+    from nbdvvol.cli.output import amount
+
+    return (
+        f"{counters.connections} clients; {counters.reads} reads ({amount(counters.read_bytes)}), "
+        f"{counters.writes} writes ({amount(counters.write_bytes)}), {counters.flushes} flushes, "
+        f"{counters.trims + counters.zeroes + counters.others} others, {counters.errors} errors"
     )
 
 

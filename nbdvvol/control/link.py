@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import structlog
 from pydantic import ValidationError
@@ -28,6 +28,18 @@ EPHEMERAL = 1 << 52
 EPOCH_ANY = (1 << 63) - 1
 
 Progress = Callable[[float], None]
+A = TypeVar("A", link.Counters, link.Traced)
+
+
+def question_id() -> int:
+    """A number that no other question of this or an earlier control has."""
+    return secrets.randbits(51)
+
+
+def _away(host: str) -> NvError:
+    return NvError(
+        Code.UNAVAILABLE, f"the filter of host {host} is not connected", f"start it: nbdvvol filter --host {host}"
+    )
 
 
 class Channel(Protocol):
@@ -57,6 +69,14 @@ class HostLink:
         self.sent = 0
         self.runs = 0
         """The revision up to which the filter said that it runs everything."""
+        self.questions: dict[int, tuple[type[Any], asyncio.Future[Any]]] = {}
+        """Asked and not answered yet: the kind of answer, and who waits for it."""
+
+    def answered(self, answer: link.Counters | link.Traced) -> None:
+        """Hand an answer to whoever waits for it; one of the wrong kind, or to nobody, is ignored."""
+        kind, future = self.questions.get(answer.id, (None, None))
+        if kind is type(answer) and future is not None and not future.done():
+            future.set_result(answer)
 
     async def send(self, message: link.FromControl) -> None:
         """Send one message."""
@@ -127,6 +147,9 @@ class Links:
                 helper.cancel()
             if self.connected.get(host) is me:
                 del self.connected[host]
+            for _, future in me.questions.values():
+                if not future.done():
+                    future.set_exception(_away(host))
             await channel.close()
             self.changed.fire_all()
 
@@ -239,6 +262,8 @@ class Links:
                 await self._done(message)
             case link.Query():
                 await me.send(await queries.answer(self.registry, me.host, message))
+            case link.Counters() | link.Traced():
+                me.answered(message)
 
     async def _notice(self, host: str, message: link.Notice) -> None:
         await self.registry.run(bindings.notice, host, message.event, message.subject, message.message)
@@ -273,6 +298,33 @@ class Links:
             code = Code(done.code) if done.code in Code.__members__ else Code.IO
             raise NvError(code, f"host {order.host}: {done.error}")
         return done.result
+
+    async def ask(self, host: str, question: link.Look | link.TraceOrder, answer: type[A], timeout_s: float) -> A:
+        """Ask a host's filter something about now. Raises UNAVAILABLE when it is away, TIMEOUT when it is silent."""
+        me = self.connected.get(host)
+        if me is None or not me.ready:
+            raise _away(host)
+        future: asyncio.Future[A] = asyncio.get_running_loop().create_future()
+        me.questions[question.id] = answer, future
+        try:
+            await me.send(question)
+            async with asyncio.timeout(timeout_s):
+                return await future
+        except ConnectionError:
+            raise _away(host) from None
+        except TimeoutError:
+            text = f"the filter of host {host} has not answered within {timeout_s:g} s"
+            raise NvError(Code.TIMEOUT, text, "repeat it; its log says more") from None
+        finally:
+            del me.questions[question.id]
+            if not future.done() or future.cancelled():
+                await self._forget(me, question.id)
+
+    async def _forget(self, me: HostLink, question: int) -> None:
+        try:
+            await me.send(link.Forget(id=question))
+        except ConnectionError:
+            log.debug("nobody to tell that its answer is no longer wanted", host=me.host)
 
     async def probe(self, name: str, host: str) -> dict[str, Any]:
         """Have a host look at a datastore now, and remember what it found. Raises its NvError."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import structlog
 
 from nbdvvol import __version__
+from nbdvvol.control import observe
 from nbdvvol.control.credentials import HostTokens, read_tokens
 from nbdvvol.control.lifecycle import BODIES, UNDO
 from nbdvvol.control.link import Links
@@ -19,7 +20,8 @@ from nbdvvol.control.status import host_view, problems
 from nbdvvol.control.tasks import Tasks
 from nbdvvol.model.errors import NvError
 from nbdvvol.model.farm import ControlConfig
-from nbdvvol.model.resources import Event, Host, Status, Task, TaskState
+from nbdvvol.model.observe import HostCounters, Trace
+from nbdvvol.model.resources import Event, Host, Reactor, Status, Task, TaskState
 
 log = structlog.get_logger()
 TASKS_SHOWN = 50
@@ -98,6 +100,7 @@ class Control:
     async def status(self) -> Status:
         """The farm at a glance."""
         run = self.registry.run
+        counters = await self.counters()
         hosts, stores, vvols = await self.hosts(), await run(views.datastores), await run(views.vvols)
         tasks = await run(views.tasks)
         found = problems(hosts, stores, vvols, tasks, await run(views.findings))
@@ -111,7 +114,21 @@ class Control:
             vvols=vvols,
             tasks=live[:TASKS_SHOWN],
             problems=found,
+            counters=counters,
         )
+
+    async def counters(self) -> list[HostCounters]:
+        """What every host's filter has counted by now."""
+        return await observe.counters(self.links)
+
+    async def reactors(self) -> list[Reactor]:
+        """Every data plane thread of every host."""
+        return [Reactor(host=host.host, **dict(reactor)) for host in await self.counters() for reactor in host.reactors]
+
+    async def trace(self, vm: str, name: str, seconds: float, count: int, every: int) -> Trace:
+        """Trace a VVol's requests on the host that serves it. Raises NOT_FOUND, UNAVAILABLE, BUSY or TIMEOUT."""
+        vvol = await self.registry.run(views.vvol, vm, name)
+        return await observe.trace(self.links, vvol, seconds, count, every)
 
     async def watch_task(self, task_id: int, wait_s: float) -> Task:
         """A task now, or as soon as it moves on within `wait_s`. Raises NOT_FOUND."""

@@ -20,9 +20,10 @@ import structlog
 from nbdvvol.dataplane.types import DataPlane, PlaneConfig
 from nbdvvol.filter.activation import take_sockets
 from nbdvvol.filter.exports import Export, ExportTable
-from nbdvvol.filter.link import ControlLink, LinkOptions
+from nbdvvol.filter.link import ControlLink, LinkOptions, Question
 from nbdvvol.filter.listener import Listeners
 from nbdvvol.filter.objects import ObjectTable
+from nbdvvol.filter.observe import Observer
 from nbdvvol.filter.reconcile import merge
 from nbdvvol.filter.syncfaults import FaultBook
 from nbdvvol.filter.view import View
@@ -74,6 +75,7 @@ class Filter:
         self._objects = ObjectTable(plane, self._faults)
         self._table = ExportTable(plane, self._objects, self._link)
         self._work = WorkShop(plane, self._objects, self._link.send)
+        self._observer = Observer(options.host, self._link.instance, plane, self._table, self._objects, self._link.send)
         self._listeners = Listeners(
             options.run_dir.absolute(), plane, lambda vm: View(self._table, self._link, vm), self._link
         )
@@ -94,6 +96,7 @@ class Filter:
             stopped.cancel()
             await self._listeners.stop()
             await self._work.stop()
+            await self._observer.stop()
             await self._table.stop()
             clean = await self._table.close_all()
             await self._plane.close()
@@ -138,6 +141,14 @@ class Filter:
     def work(self, message: Work) -> None:
         """A work order."""
         self._work.order(self._link.control, message)
+
+    def question(self, message: Question) -> None:
+        """Something control wants to know."""
+        self._observer.take(message)
+
+    def disconnected(self) -> None:
+        """Control is away: it will not hear what it has asked for."""
+        self._observer.forget_all()
 
     def _take(self, revision: int, state: HostState) -> None:
         self._faults.take(state.faults)

@@ -137,6 +137,10 @@ class ExportTable:
         """The export of a VVol."""
         return self._exports.get(uuid)
 
+    def serving(self) -> list[tuple[VVolSpec, int]]:
+        """What runs, with the data plane's numbers of the volumes."""
+        return [(e.running.spec, e.running.volume) for e in self._exports.values() if e.running is not None]
+
     def held(self) -> list[Held]:
         """What runs or drains, and what control wanted and may run any moment: control gives neither to others."""
         specs = [export.running.spec if export.running else export.wanted for export in self._exports.values()]

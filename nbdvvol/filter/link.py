@@ -30,8 +30,10 @@ from nbdvvol.model.link import (
     ExportReport,
     Exports,
     Fault,
+    Forget,
     Held,
     Hello,
+    Look,
     Notice,
     Query,
     Refused,
@@ -39,6 +41,7 @@ from nbdvvol.model.link import (
     Resumed,
     Snapshot,
     Stopped,
+    TraceOrder,
     Welcome,
     Work,
     from_control,
@@ -52,6 +55,8 @@ _OPEN_S = 5.0
 _PING_S = 5.0
 _FAREWELL_S = 2.0
 _NOTICES_MAX = 1000
+
+Question = Look | TraceOrder | Forget
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +98,12 @@ class Handler(Protocol):
 
     def work(self, message: Work) -> None:
         """A work order."""
+
+    def question(self, message: Question) -> None:
+        """Something to be answered by `send`, or no longer to be answered."""
+
+    def disconnected(self) -> None:
+        """Control is away: nobody waits for answers any more."""
 
 
 @dataclass(slots=True)
@@ -301,6 +312,8 @@ class ControlLink:
                 self.handler.change(message)
             case Work():
                 self.handler.work(message)
+            case Look() | TraceOrder() | Forget():
+                self.handler.question(message)
             case Answer():
                 future = self._queries.get(message.id)
                 if future is not None and not future.done():
@@ -326,6 +339,7 @@ class ControlLink:
             _log.warning("the link to control is down; serving goes on from the last state")
         self.up = False
         self._left.set()
+        self.handler.disconnected()
         while not self._outbox.empty():
             lost = self._outbox.get_nowait()
             self._outbox.task_done()

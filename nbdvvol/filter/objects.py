@@ -12,16 +12,17 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TypeVar
 
-from nbdvvol.dataplane.types import DataPlane, ObjectSpec
+from nbdvvol.dataplane.types import DataPlane, ObjectSpec, ObjectStats
 from nbdvvol.datastores import store_of
 from nbdvvol.datastores.base import OpenObject, Store
 from nbdvvol.datastores.format import HEADER_AREA, decode_header
 from nbdvvol.filter.syncfaults import FaultBook
 from nbdvvol.model.errors import Code, NvError
 from nbdvvol.model.link import DatastoreSpec, Fault
+from nbdvvol.model.observe import DatastoreCounters
 
 T = TypeVar("T")
 Key = tuple[str, str]
@@ -39,6 +40,8 @@ class HeldObject:
     users: int = 0
     latched: bool = False
     """Its data plane object fails every FLUSH."""
+    closing: bool = False
+    """Its counters have been added to its datastore's."""
 
 
 class ObjectTable:
@@ -50,6 +53,8 @@ class ObjectTable:
         self._plane = plane
         self._faults = faults
         self._held: dict[Key, HeldObject] = {}
+        self._closed: defaultdict[str, ObjectStats] = defaultdict(ObjectStats)
+        """By datastore, what its objects had counted when they were closed: a sum must never go back."""
         self._locks: defaultdict[Key, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._threads: dict[str, ThreadPoolExecutor] = {}
 
@@ -131,6 +136,19 @@ class ObjectTable:
                 self._plane.clear_fault(held.number)
             held.latched = stands
 
+    def counters(self) -> list[DatastoreCounters]:
+        """What was done on each datastore since this filter started, by name."""
+        sums = dict(self._closed)
+        live = [held for held in self._held.values() if not held.closing]
+        for held in live:
+            sums[held.datastore] = _sum(sums.get(held.datastore, ObjectStats()), self._plane.object_stats(held.number))
+        found = []
+        for name in sorted(sums):
+            here = [held for held in live if held.datastore == name]
+            faults = sum(held.latched for held in here)
+            found.append(DatastoreCounters(datastore=name, objects=len(here), faults=faults, **asdict(sums[name])))
+        return found
+
     def shutdown(self) -> None:
         """End the threads; calls that hang are left behind."""
         for thread in self._threads.values():
@@ -177,8 +195,15 @@ class ObjectTable:
 
     async def _close_unused(self, held: HeldObject) -> None:
         if held.users == 0 and self._held.get(held.key) is held:
+            last = self._plane.object_stats(held.number)  # without users it counts nothing any more
+            self._closed[held.datastore] = _sum(self._closed[held.datastore], last)
+            held.closing = True
             await self._plane.close_object(held.number)  # known until then: what fails at the end must find its name
             del self._held[held.key]
+
+
+def _sum(one: ObjectStats, other: ObjectStats) -> ObjectStats:
+    return ObjectStats(**{name: getattr(one, name) + getattr(other, name) for name in ObjectStats.__slots__})
 
 
 def _forget(path: str, ranges: Sequence[tuple[int, int]]) -> None:

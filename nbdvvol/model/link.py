@@ -13,6 +13,7 @@ Ordering rules:
   change lists it: then it is control's to remember, and the filter clears the fault once it is listed no more.
 - `stopped` is a filter's last word; control writes it down, then closes the link.
 - `work` is at-least-once and idempotent by its id; the filter answers each with `work_done`.
+- `look` and `trace` are questions: asked once, answered once, forgotten with the connection.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pydantic import Field, TypeAdapter
 
 from nbdvvol.model.base import Model
 from nbdvvol.model.farm import DatastoreKind, HostListen, SocketConfig, TlsFiles, VVolType
+from nbdvvol.model.observe import HostCounters, TraceCount, TraceEvery, TraceReport, TraceSeconds
 
 PROTOCOL = 2
 MESSAGE_BYTES_MAX = 64 << 20
@@ -220,8 +222,38 @@ class Query(Model):
     queries: list[str] = Field(default_factory=list)
 
 
+class Counters(Model):
+    """Answer to `look`."""
+
+    kind: Literal["counters"] = "counters"
+    id: int
+    counters: HostCounters
+
+
+class Traced(Model):
+    """Answer to `trace`: the report, or why there is none."""
+
+    kind: Literal["traced"] = "traced"
+    id: int
+    error: str = ""
+    code: str = ""
+    hint: str = ""
+    report: TraceReport | None = None
+
+
 FromFilter = Annotated[
-    Hello | Applied | Exports | Released | Stopped | Fault | Notice | WorkDone | WorkProgress | Query,
+    Hello
+    | Applied
+    | Exports
+    | Released
+    | Stopped
+    | Fault
+    | Notice
+    | WorkDone
+    | WorkProgress
+    | Query
+    | Counters
+    | Traced,
     Field(discriminator="kind"),
 ]
 from_filter: TypeAdapter[FromFilter] = TypeAdapter(FromFilter)
@@ -331,6 +363,31 @@ class Answer(Model):
     contexts: list[str] = Field(default_factory=list)
 
 
+class Look(Model):
+    """What has been counted so far?"""
+
+    kind: Literal["look"] = "look"
+    id: int
+
+
+class TraceOrder(Model):
+    """Record requests of a VVol, until there are `count` or `seconds` have passed, and send them."""
+
+    kind: Literal["trace"] = "trace"
+    id: int
+    uuid: str
+    seconds: TraceSeconds
+    count: TraceCount
+    every: TraceEvery = 1
+
+
+class Forget(Model):
+    """Nobody waits for the answer to this question any more."""
+
+    kind: Literal["forget"] = "forget"
+    id: int
+
+
 class Refused(Model):
     """Control does not take this filter; the socket closes after it."""
 
@@ -338,5 +395,8 @@ class Refused(Model):
     reason: str
 
 
-FromControl = Annotated[Welcome | Snapshot | Resumed | Delta | Work | Answer | Refused, Field(discriminator="kind")]
+FromControl = Annotated[
+    Welcome | Snapshot | Resumed | Delta | Work | Answer | Look | TraceOrder | Forget | Refused,
+    Field(discriminator="kind"),
+]
 from_control: TypeAdapter[FromControl] = TypeAdapter(FromControl)

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from nbdvvol.model.base import Model
 from nbdvvol.model.farm import AdoptConfig, DatastoreKind, Farm, ProfileConfig, SocketConfig, VVolType
+from nbdvvol.model.observe import HostCounters, ReactorCounters
 from nbdvvol.model.units import Name, PositiveSize
 
 
@@ -121,6 +122,12 @@ class Host(Model):
     """Of those, what its filter was told to serve, and may go on serving while it is not connected."""
 
 
+class Reactor(ReactorCounters):
+    """A thread of a host's data plane, and what it has counted."""
+
+    host: str
+
+
 class Profile(Model):
     """A declared policy."""
 
@@ -193,6 +200,8 @@ class Status(Model):
     vvols: list[VVol] = Field(default_factory=list)
     tasks: list[Task] = Field(default_factory=list)
     problems: list[Problem] = Field(default_factory=list)
+    counters: list[HostCounters] = Field(default_factory=list)
+    """Of every host that answers now."""
 
 
 class Change(Model):

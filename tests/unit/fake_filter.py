@@ -15,6 +15,7 @@ from typing import Any
 from nbdvvol.control.link import Links
 from nbdvvol.model import link
 from nbdvvol.model.errors import Code
+from nbdvvol.model.observe import HostCounters, TraceReport
 
 MIB = 1 << 20
 
@@ -98,6 +99,11 @@ class FakeFilter:
         """Kinds of orders that are begun but not answered."""
         self.fail_work: dict[str, str] = {}
         self.done: dict[int, link.WorkDone] = {}
+        self.counters = HostCounters(host=host, instance=self.instance, uptime_s=1.0)
+        self.silent = False
+        """Questions are heard and not answered."""
+        self.report: TraceReport | link.Traced | None = None
+        """What a trace finds, or the refusal; None: it goes on."""
         self.refused = ""
         self.on_serve: Callable[[FakeFilter, link.VVolSpec], None] = lambda _fake, _spec: None
         """Called before a VVol is served, or served anew."""
@@ -184,6 +190,12 @@ class FakeFilter:
             self.state.vms |= {k: v for k, v in message.vms.items() if v is not None}
             self.state.faults |= message.faults
             await self._follow(message.vvols, message.revision, whole=False)
+        elif isinstance(message, link.Look) and not self.silent:
+            await self.say(link.Counters(id=message.id, counters=self.counters))
+        elif isinstance(message, link.TraceOrder) and isinstance(self.report, TraceReport):
+            await self.say(link.Traced(id=message.id, report=self.report))
+        elif isinstance(message, link.TraceOrder) and self.report is not None:
+            await self.say(self.report.model_copy(update={"id": message.id}))
         elif isinstance(message, link.Work):
             self._working.append(asyncio.ensure_future(self._work(message)))
 

@@ -6,18 +6,22 @@ import asyncio
 import errno
 import os
 import socket
+import time
 from dataclasses import dataclass, field
 
 from nbdvvol.dataplane.types import (
     ConnectionEnd,
     ConnectionParams,
     DataPlane,
+    ObjectStats,
     ReactorStats,
     SyncFailedHandler,
     TlsAction,
     TlsConfig,
     TlsContext,
     TlsOption,
+    TraceRecord,
+    TraceState,
     VolumeDescription,
     VolumeStats,
 )
@@ -31,6 +35,7 @@ class FakeObject:
     block: bool
     read_only: bool
     align: int
+    stats: ObjectStats = field(default_factory=ObjectStats)
 
 
 @dataclass
@@ -99,6 +104,10 @@ class FakePlane(DataPlane):
     """close_volume waits for it when set."""
     configs: list[TlsConfig] = field(default_factory=list)
     closed: bool = False
+    traced: int = 0
+    records: list[TraceRecord] = field(default_factory=list)
+    """What a trace finds."""
+    dropped: int = 0
     _next: int = 1
 
     def _number(self) -> int:
@@ -175,6 +184,8 @@ class FakePlane(DataPlane):
         connection.end.set_result(ConnectionEnd(why))
 
     def volume_stats(self, volume: int) -> VolumeStats:
+        if volume not in self.volumes:
+            raise OSError(errno.ENOENT, "not open")
         return VolumeStats(connections=sum(c.volume == volume and not c.end.done() for c in self.connections))
 
     def open_connection(
@@ -196,7 +207,27 @@ class FakePlane(DataPlane):
         return tls
 
     def reactor_stats(self) -> list[ReactorStats]:
-        return []
+        return [ReactorStats(requests=1), ReactorStats(requests=2)]
+
+    def object_stats(self, obj: int) -> ObjectStats:
+        return self.objects[obj].stats
+
+    def begin_trace(self, volume: int, every: int = 1) -> int:
+        assert not self.traced and volume in self.volumes
+        self.traced = volume
+        self.log.append(f"trace {volume} every {every}")
+        return time.monotonic_ns()
+
+    def read_trace(self, reactor: int, most: int) -> tuple[list[TraceRecord], TraceState]:
+        assert self.traced
+        waiting = [record for record in self.records if record.reactor == reactor][:most]
+        self.records = [record for record in self.records if record not in waiting]
+        return waiting, TraceState(self.dropped, recording=True)
+
+    def end_trace(self) -> None:
+        assert self.traced
+        self.traced = 0
+        self.log.append("trace ends")
 
     def features(self) -> dict[str, bool]:
         return {}

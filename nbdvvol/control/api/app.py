@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from nbdvvol import __version__
 from nbdvvol.control.api.guard import Guard
 from nbdvvol.control.api.link import add_link
+from nbdvvol.control.api.observe import observe_routes
 from nbdvvol.control.api.read import read_routes
 from nbdvvol.control.api.write import write_routes
 from nbdvvol.control.service import Control
@@ -77,6 +78,7 @@ def make_app(control: Control) -> FastAPI:
     app.add_exception_handler(RecursionError, _too_deep)
     app.add_exception_handler(Exception, _unexpected)
     app.include_router(read_routes(control))
+    app.include_router(observe_routes(control))
     app.include_router(write_routes(control))
     add_link(app, control)
     app.add_middleware(Guard, control=control)

@@ -285,6 +285,13 @@ def tasks(tx: Tx, limit: int = 1000) -> list[Task]:
 
 
 @transaction
+def task_counts(tx: Tx) -> dict[TaskState, int]:
+    """How many tasks are in each state; old ones that are over are forgotten."""
+    found: dict[str, int] = dict(tx.db.execute(select(s.tasks.c.state, func.count()).group_by(s.tasks.c.state)).all())
+    return {state: found.get(state.value, 0) for state in TaskState}
+
+
+@transaction
 def task(tx: Tx, task_id: int) -> Task:
     """One task. Raises NOT_FOUND."""
     row = tx.db.execute(select(s.tasks).where(s.tasks.c.id == task_id)).one_or_none()

@@ -1,0 +1,185 @@
+"""What is seen of a host while it works: counters of exports, reactors and datastores, and traces of single requests.
+
+The link carries these words from a filter to control, and the API gives them on as they are. Counters only grow for as
+long as a filter's process (`instance`) lives, but those of an export begin anew when it is opened again.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from itertools import pairwise
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from nbdvvol.model.base import Model
+
+TRACE_SECONDS_MAX = 60.0
+TRACE_REQUESTS_MAX = 10_000
+"""Below the records that a reactor can keep unread (native/include/limits.h): a trace within it loses none."""
+TRACE_EVERY_MAX = 1_000_000
+
+STAGES = ("parse", "submit", "complete", "send", "total")
+"""Of a request: each ends with the moment of its name; `total` is all of them."""
+
+TraceSeconds = Annotated[float, Field(gt=0, le=TRACE_SECONDS_MAX, description="how long it lasts at most")]
+TraceCount = Annotated[int, Field(ge=1, le=TRACE_REQUESTS_MAX, description="it ends after so many requests")]
+TraceEvery = Annotated[int, Field(ge=1, le=TRACE_EVERY_MAX, description="record one of so many requests")]
+
+
+class ExportCounters(Model):
+    """A VVol as a host serves it: requests that were answered, by command; those in flight; who is connected."""
+
+    vvol: str
+    """`VM/NAME`."""
+    uuid: str
+    epoch: int
+    reads: int = 0
+    writes: int = 0
+    flushes: int = 0
+    trims: int = 0
+    zeroes: int = 0
+    others: int = 0
+    read_bytes: int = 0
+    write_bytes: int = 0
+    errors: int = 0
+    """Answered with an error; those refused before they reached the volume count here alone."""
+    in_flight: int = 0
+    connections: int = 0
+
+
+class ReactorCounters(Model):
+    """A thread of the data plane."""
+
+    reactor: int
+    enters: int = 0
+    """System calls that hand operations to the kernel and wait for them."""
+    sleeps: int = 0
+    requests: int = 0
+    batches: int = 0
+    """Receives that brought something: requests come several at once."""
+    submissions: int = 0
+    """Operations given to the ring."""
+    copies_bytes: int = 0
+    """Payload bytes that were copied between buffers."""
+    connections: int = 0
+    pool_free_bytes: int = 0
+    pool_waits: int = 0
+    """Requests that had to wait for a buffer."""
+
+
+class DatastoreCounters(Model):
+    """What a host's filter did on a datastore's files and devices: operations on contiguous pieces, not requests."""
+
+    datastore: str
+    objects: int = 0
+    """Open now."""
+    faults: int = 0
+    """Of them those on which FLUSH fails, because a sync has failed."""
+    reads: int = 0
+    writes: int = 0
+    zeroes: int = 0
+    trims: int = 0
+    syncs: int = 0
+    others: int = 0
+    read_bytes: int = 0
+    write_bytes: int = 0
+    errors: int = 0
+
+
+class HostCounters(Model):
+    """All that a host's filter counts, at one moment."""
+
+    host: str
+    instance: str
+    """The filter's process: another one counts from zero."""
+    uptime_s: float
+    """Since that process began to count; the clock of rates between two looks."""
+    tracing: str = ""
+    """UUID of the VVol whose requests are being traced."""
+    exports: list[ExportCounters] = Field(default_factory=list)
+    reactors: list[ReactorCounters] = Field(default_factory=list)
+    datastores: list[DatastoreCounters] = Field(default_factory=list)
+
+
+class TracedRequest(Model):
+    """One request. Moments are nanoseconds since the trace began, in this order."""
+
+    command: str
+    flags: list[str]
+    """Such as `fua`."""
+    offset: int
+    length: int
+    error: int
+    """0, or the error that the reply carried (an errno)."""
+    connection: int
+    reactor: int
+    cookie: int
+    received_ns: int
+    """Its header arrived; requests that arrived together share the moment."""
+    parsed_ns: int
+    submitted_ns: int
+    """The storage was first asked. Before: waiting for its payload, for memory, for requests that it overlaps."""
+    completed_ns: int
+    """Its reply was ready. A read that is sent straight from memory is ready at once: the send does the work."""
+    sent_ns: int
+    """The kernel had taken the whole reply (with TLS: it was encrypted)."""
+
+    def stages(self) -> dict[str, int]:
+        """How long each stage took and all of them together, nanoseconds, by the names of STAGES."""
+        moments = self.received_ns, self.parsed_ns, self.submitted_ns, self.completed_ns, self.sent_ns
+        took = [after - before for before, after in pairwise(moments)]
+        return dict(zip(STAGES, [*took, self.sent_ns - self.received_ns], strict=True))
+
+
+class TraceReport(Model):
+    """A trace as the filter recorded it."""
+
+    began: datetime
+    seconds: float
+    """How long it lasted."""
+    every: int
+    """One of so many requests was recorded."""
+    ended: Literal["count", "seconds", "closed"]
+    """Why: enough requests; enough time; or the volume was closed, moved or opened anew."""
+    dropped: int
+    """Requests that could not be recorded because they came too fast to be read."""
+    requests: list[TracedRequest]
+    """In the order of their arrival."""
+
+
+class StageTimes(Model):
+    """How long a stage took, nanoseconds."""
+
+    p50_ns: int
+    p90_ns: int
+    p99_ns: int
+    max_ns: int
+
+
+class CommandTimes(Model):
+    """All traced requests of one command together."""
+
+    command: str
+    requests: int
+    errors: int
+    bytes: int
+    """Asked for, by requests that succeeded."""
+    parse: StageTimes
+    """From received to parsed."""
+    submit: StageTimes
+    """From parsed to submitted."""
+    complete: StageTimes
+    """From submitted to completed."""
+    send: StageTimes
+    """From completed to sent."""
+    total: StageTimes
+    """From received to sent."""
+
+
+class Trace(TraceReport):
+    """A trace of one VVol's requests."""
+
+    vvol: str
+    host: str
+    commands: list[CommandTimes]
