@@ -1,0 +1,76 @@
+"""Instructions per request of the code above the I/O port, counted by callgrind in the simulator's steady program.
+
+valgrind cannot run the real data plane (its io_uring_enter never lets other threads go on), so the same C runs on the
+simulated port (native/sim/steady.c). What is counted is what lies in the product's own files above the port: neither
+the simulation nor the C library. The same source and compiler give the same figure on every machine.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+from perf.generators import PointError
+from perf.peers import ROOT
+
+ROOMS = ("nbd", "reactor", "volume", "backend")
+LOADS = {"read": 32, "structured": 32, "write": 15}
+"""What steady.c does, and how many requests it has in a batch."""
+FEW, MANY = 5, 25
+_COST = re.compile(r"(?:\+|-)?\d+|\*")
+
+
+def parse(text: str) -> Counter[str]:
+    """Own instructions by source file, of callgrind's output with neither names nor positions compressed."""
+    costs: Counter[str] = Counter()
+    current, inclusive = "", False
+    for line in text.splitlines():
+        key, equals, value = line.partition("=")
+        if equals and key in ("fl", "fi", "fe"):
+            current = value
+        elif equals and key == "calls":
+            inclusive = True
+        elif line and _COST.fullmatch(line.split(" ", 1)[0]):
+            costs[current] += 0 if inclusive else int(line.split()[1])
+            inclusive = False
+    return costs
+
+
+def rooms(costs: Counter[str]) -> Counter[str]:
+    """Instructions in the product's files above the port, by room."""
+    found: Counter[str] = Counter()
+    for file, cost in costs.items():
+        parts = Path(file).parts
+        if "native" in parts and (room := parts[parts.index("native") + 1]) in ROOMS:
+            found[room] += cost
+    return found
+
+
+def _run(program: Path, load: str, batches: int) -> Counter[str]:
+    with tempfile.TemporaryDirectory(prefix="nvgrind") as folder:
+        out = Path(folder) / "out"
+        options = ["--tool=callgrind", "--compress-strings=no", "--compress-pos=no", f"--callgrind-out-file={out}"]
+        command = ["valgrind", *options, str(program), load, str(batches)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise PointError(f"callgrind: {done.stderr.strip()[-400:]}")
+        return rooms(parse(out.read_text()))
+
+
+def build() -> Path:
+    """The steady program. Raises PointError with the compiler's output."""
+    command = [str(ROOT / "scripts" / "sim"), "--build", "nvsim_steady"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise PointError(f"building nvsim_steady failed: {done.stderr.strip()[-400:]}")
+    return ROOT / done.stdout.strip() / "nvsim_steady"
+
+
+def per_request(program: Path, load: str) -> dict[str, float]:
+    """Instructions per request by room: what 20 batches more cost. Raises PointError."""
+    many = _run(program, load, MANY)
+    many.subtract(_run(program, load, FEW))
+    return {room: cost / ((MANY - FEW) * LOADS[load]) for room, cost in many.items()}

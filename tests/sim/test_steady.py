@@ -1,0 +1,33 @@
+"""Instructions per request above the I/O port, counted by callgrind: exact, so they are held to a limit.
+
+Whoever makes the code cheaper lowers the limit; whoever makes it dearer has to say why here. The limits leave room for
+another compiler, not for another loop.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from perf import callgrind
+
+LIMITS = {"read": 1300, "structured": 1330, "write": 1230}
+"""Instructions a request of 4 KiB in a full batch, -O2, assertions on."""
+
+
+@pytest.fixture(scope="module")
+def steady() -> Path:
+    return callgrind.build()
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("load", callgrind.LOADS)
+def test_instructions_per_request(steady: Path, load: str) -> None:
+    rooms = callgrind.per_request(steady, load)
+    assert set(rooms) == set(callgrind.ROOMS) and min(rooms.values()) > 0
+    assert sum(rooms.values()) <= LIMITS[load], rooms
+
+
+def test_the_count_is_the_same_every_time(steady: Path) -> None:
+    assert callgrind.per_request(steady, "read") == callgrind.per_request(steady, "read")
