@@ -38,7 +38,7 @@ fuzz:               ## coverage-guided fuzzing of handshake and transmission: ma
 
 perf:               ## measure beside other NBD servers: make perf ARGS="--suite core --rounds 7"
 	@scripts/setup run perf
-	$(BIN)/python -m perf run --counts $(ARGS)
+	$(BIN)/python -m perf run $(ARGS)
 
 clean:              ## remove what was built; farms' data stays
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis nbdvvol/dataplane/_native*.so

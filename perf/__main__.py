@@ -1,4 +1,4 @@
-"""`python -m perf`: run, report, compare, counts, list."""
+"""`python -m perf`: run, report, readme, compare, counts, profile, list."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ import typer
 
 from perf import compare as comparing
 from perf import counts as counting
+from perf import readme as pages
 from perf import report as reporting
+from perf import results, sampling, suites
 from perf import run as running
-from perf import suites
 from perf.generators import PointError, build
 from perf.peers import BY_NAME, OURS, STORAGE
+from perf.results import ResultError
+from perf.servers import ServerError
 from perf.suites import SuiteError, bytes_of
 
-RESULTS = Path(__file__).with_name("results")
+COUNTED = (OURS, "ceiling", "nbdkit-file", "qemu-nbd-uring")
 app = typer.Typer(help="Measure nbdvvol beside other NBD servers.", no_args_is_help=True, add_completion=False)
 
 
@@ -44,11 +47,13 @@ def run(
     suite: Annotated[list[str] | None, typer.Option(help="Only this suite (repeatable); all without it.")] = None,
     peer: Annotated[list[str] | None, typer.Option(help="Only this peer (repeatable).")] = None,
     point: Annotated[list[str] | None, typer.Option(help="Only this point (repeatable).")] = None,
-    quick: Annotated[bool, typer.Option(help="Two short rounds of suite core: shows that it runs.")] = False,
+    quick: Annotated[bool, typer.Option(help="Two short rounds, of suite core without --suite: does it run?")] = False,
     rounds: Annotated[int, typer.Option(min=1, help="How often each point is measured.")] = 5,
-    seconds: Annotated[float, typer.Option(min=0.05, help="Length of one measurement.")] = 1.0,
+    seconds: Annotated[float, typer.Option(min=0.05, help="Length of one measurement.")] = 0.7,
     size: Annotated[str, typer.Option(help="Bytes of each server's file.")] = "1g",
-    counts: Annotated[bool, typer.Option(help="Also count system calls, instructions and idle cost.")] = False,
+    counts: Annotated[
+        bool | None, typer.Option(help="Also count system calls, instructions and idle cost; a complete run does.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Result file; perf/results/TIME.json without it.")] = None,
 ) -> None:
     """Run suites and write a result file, its Markdown and charts."""
@@ -59,14 +64,15 @@ def run(
         result = running.run(options, say)
     except (SuiteError, PointError) as error:
         raise _fail(str(error), 2) from error
-    if counts:
-        chosen = tuple(p for p in (peer or (OURS, "ceiling", "nbdkit-file", "qemu-nbd-uring")) if p in BY_NAME)
+    if options.complete if counts is None else counts:
+        say("counting")
+        chosen = tuple(p for p in (peer or COUNTED) if p in BY_NAME)
         result = result.model_copy(update={"counts": counting.count_all(options, chosen, say)})
-    path = out or RESULTS / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}.json"
+    path = out or results.FOLDER / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(result.model_dump_json(indent=1) + "\n")
+    path.write_text(results.dump(result))
     print(path)
-    for written in reporting.write(result, path):
+    for written in reporting.write(results.load(path), path):
         print(written)
 
 
@@ -74,20 +80,31 @@ def run(
 def report(file: Path) -> None:
     """Write the Markdown table and charts of a result file beside it."""
     try:
-        result = comparing.load(file)
-    except comparing.CompareError as error:
+        result = results.load(file)
+    except ResultError as error:
         raise _fail(str(error), 2) from error
     for written in reporting.write(result, file):
         print(written)
 
 
 @app.command()
+def readme(file: Path) -> None:
+    """Write a complete run's tables into README.md and docs/performance.md."""
+    try:
+        written = pages.write(file)
+    except (ResultError, pages.ReadmeError) as error:
+        raise _fail(str(error), 2) from error
+    for path in written:
+        print(path)
+
+
+@app.command()
 def compare(old: Path, new: Path) -> None:
     """Compare two result files; status 1 when something got worse beyond noise."""
     try:
-        before, after = comparing.load(old), comparing.load(new)
+        before, after = results.load(old), results.load(new)
         changes = comparing.compare(before, after)
-    except comparing.CompareError as error:
+    except (ResultError, comparing.CompareError) as error:
         raise _fail(str(error), 2) from error
     for warning in comparing.warnings(before, after):
         say(f"warning: {warning}")
@@ -114,6 +131,23 @@ def counts(
         print(f"{count.peer}\t{count.work}\t{count.name}\t{count.value:.4g}")
     if not found:
         raise _fail("nothing could be counted")
+
+
+@app.command()
+def profile(
+    point: Annotated[str, typer.Argument(help="SUITE/POINT of a suite of the load generator; see `list`.")],
+    peer: Annotated[str, typer.Option(help="Whose time to take apart.")] = OURS,
+    seconds: Annotated[float, typer.Option(min=0.2, help="How long to watch.")] = 3.0,
+    flame: Annotated[Path | None, typer.Option(help="Also write a flame graph here (SVG).")] = None,
+) -> None:
+    """Where a server's time goes under load, kernel and user, by perf's samples."""
+    _check_peers([peer])
+    try:
+        options = running.Options()
+        build(options.build)
+        print(sampling.report_point(options, point, peer, seconds, flame))
+    except (SuiteError, PointError, ServerError) as error:
+        raise _fail(str(error), 2) from error
 
 
 @app.command("list")

@@ -1,88 +1,230 @@
-"""The bars: what the data plane must reach, each as a ratio within one run."""
+"""The bars: what the data plane must reach, each as a ratio within one run, and what a run says about them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from perf import stats
-from perf.model import PointResult
-from perf.peers import CEILING, OURS, QEMU_NBD, RIVALS, STORAGE
+from perf.model import Count, PointResult, Result, Sample
+from perf.peers import CEILING, OURS, OURS_MILLION_RUNS, OURS_ONE_RUN, OURS_TWO, QEMU_NBD, RIVALS, STORAGE
 from perf.stats import Metric, Summary
+
+Relation = Literal[">=", "<="]
+Against = Literal["best", "sum"]
 
 
 @dataclass(frozen=True)
 class Bar:
-    """`metric` of ours against the best of `against` must be at least, or at most, `factor`."""
+    """`metric` of a server of ours, over that of others in the same round, must keep to a factor."""
 
+    work: str
+    """The row of the table that asks for it."""
+    label: str
     suite: str
     point: str
-    label: str
     metric: Metric
     against: tuple[str, ...]
-    relation: Literal[">=", "<="]
+    relation: Relation
+    factor: float | None
+    """None: it is published and has no bar."""
+    combine: Against = "best"
+    """Of several others: the best one, or all of them added."""
+    ours: str = OURS
+    against_point: str = ""
+    """Where the others are measured, if that is another point of the suite."""
+
+
+@dataclass(frozen=True)
+class CountBar:
+    """A counted figure must keep to a limit, or to a factor of another server's figure."""
+
+    work: str
+    label: str
+    peer: str
+    load: str
+    name: str
+    relation: Relation
     factor: float
+    against: str = ""
+    """Whose figure of the same load and name it is divided by; without it, the figure is judged as it is."""
+    unit: float = 1.0
+    """What one of the bar's units is, in units of the count."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A bar and what was measured; `ratio` is None where a needed peer is missing."""
+    """A bar and what was measured."""
 
-    bar: Bar
-    ratio: Summary | None
+    work: str
+    label: str
+    asked: str
+    measured: Summary | None
+    """None: not measured."""
+    reached: bool | None
+    """None: not measured, or nothing was asked."""
 
-    @property
-    def reached(self) -> bool | None:
-        """None: not measured."""
-        if self.ratio is None:
-            return None
-        at_least = self.bar.relation == ">="
-        return self.ratio.median >= self.bar.factor if at_least else self.ratio.median <= self.bar.factor
+
+def _ratios(
+    work: str, suite: str, point: str, *wishes: tuple[str, Metric, tuple[str, ...], Relation, float]
+) -> list[Bar]:
+    return [
+        Bar(work, label, suite, point, metric, against, relation, f) for label, metric, against, relation, f in wishes
+    ]
 
 
 _C, _NBDKIT, _STORAGE = (CEILING,), ("nbdkit-file",), (STORAGE,)
 _IOPS, _CPU, _PER_CPU, _MEAN, _P99 = stats.iops, stats.cpu_us, stats.iops_per_cpu, stats.mean_us, stats.p99_us
+_CEILING = "IOPS / socket ceiling"
+_KIT = "IOPS / nbdkit file"
+_KIT_CPU = "IOPS per CPU-second / nbdkit file"
+_QEMU = "IOPS / qemu-nbd's better mode"
+_BEST_CPU = "IOPS per CPU-second / best peer"
+_READ, _READ_DEEP, _WRITE = (
+    "4 KiB random read, depth 32",
+    "4 KiB random read, depth 256",
+    "4 KiB random write, depth 32",
+)
+_SEQ_READ, _SEQ_WRITE = "256 KiB sequential read, depth 8", "256 KiB sequential write, depth 8"
+_ONE, _COST = "4 KiB random read, depth 1", "server CPU per 4 KiB request, depth 32"
+_DISK, _TLS = "O_DIRECT on the real disk", "TLS on TCP, per core"
+
+
+def _against_peers(suite: str, where: str) -> list[Bar]:
+    """The bars that compare with other servers: the same ones on every transport without TLS."""
+    costs = [
+        bar
+        for kind in ("read", "write")
+        for bar in _ratios(
+            _COST + where, suite, f"rand{kind}-4k-qd32",
+            (f"{kind}: CPU / nbdkit file", _CPU, _NBDKIT, "<=", 1 / 3),
+            (f"{kind}: CPU / qemu-nbd's better mode", _CPU, QEMU_NBD, "<=", 0.1),
+        )
+    ]  # fmt: skip
+    return [
+        *_ratios(
+            _READ + where, suite, "randread-4k-qd32",
+            (_KIT, _IOPS, _NBDKIT, ">=", 3), (_QEMU, _IOPS, QEMU_NBD, ">=", 8),
+        ),
+        *_ratios(_READ_DEEP + where, suite, "randread-4k-qd256", (_KIT, _IOPS, _NBDKIT, ">=", 4)),
+        *_ratios(
+            _WRITE + where, suite, "randwrite-4k-qd32",
+            (_KIT, _IOPS, _NBDKIT, ">=", 1), (_KIT_CPU, _PER_CPU, _NBDKIT, ">=", 1.5),
+            (_QEMU, _IOPS, QEMU_NBD, ">=", 5),
+        ),
+        *_ratios(_SEQ_READ + where, suite, "seqread-256k-qd8", (_BEST_CPU, _PER_CPU, RIVALS, ">=", 1.5)),
+        *_ratios(_SEQ_WRITE + where, suite, "seqwrite-256k-qd8", (_BEST_CPU, _PER_CPU, RIVALS, ">=", 1.5)),
+        *_ratios(
+            _ONE + where, suite, "randread-4k-qd1",
+            ("mean latency / best peer", _MEAN, RIVALS, "<=", 0.75), ("p99 latency / best peer", _P99, RIVALS, "<=", 1),
+        ),
+        *costs,
+    ]  # fmt: skip
+
 
 BARS: tuple[Bar, ...] = (
-    Bar("core", "randread-4k-qd32", "IOPS / socket ceiling", _IOPS, _C, ">=", 0.85),
-    Bar("core", "randread-4k-qd32", "IOPS / nbdkit file", _IOPS, _NBDKIT, ">=", 3.0),
-    Bar("core", "randread-4k-qd32", "IOPS / qemu-nbd's better mode", _IOPS, QEMU_NBD, ">=", 8.0),
-    Bar("core", "randread-4k-qd32", "CPU per request / nbdkit file", _CPU, _NBDKIT, "<=", 1 / 3),
-    Bar("core", "randread-4k-qd32", "CPU per request / qemu-nbd's better mode", _CPU, QEMU_NBD, "<=", 0.1),
-    Bar("core", "randread-4k-qd256", "IOPS / socket ceiling", _IOPS, _C, ">=", 0.70),
-    Bar("core", "randread-4k-qd256", "IOPS / nbdkit file", _IOPS, _NBDKIT, ">=", 4.0),
-    Bar("core", "randwrite-4k-qd32", "IOPS / socket ceiling", _IOPS, _C, ">=", 0.55),
-    Bar("core", "randwrite-4k-qd32", "IOPS / nbdkit file", _IOPS, _NBDKIT, ">=", 1.0),
-    Bar("core", "randwrite-4k-qd32", "IOPS per CPU-second / nbdkit file", _PER_CPU, _NBDKIT, ">=", 1.5),
-    Bar("core", "randwrite-4k-qd32", "IOPS / qemu-nbd's better mode", _IOPS, QEMU_NBD, ">=", 5.0),
-    Bar("core", "seqread-256k-qd8", "IOPS / socket ceiling", _IOPS, _C, ">=", 0.75),
-    Bar("core", "seqread-256k-qd8", "IOPS per CPU-second / best peer", _PER_CPU, RIVALS, ">=", 1.5),
-    Bar("core", "seqwrite-256k-qd8", "IOPS / socket ceiling", _IOPS, _C, ">=", 0.60),
-    Bar("core", "seqwrite-256k-qd8", "IOPS per CPU-second / best peer", _PER_CPU, RIVALS, ">=", 1.5),
-    Bar("core", "randread-4k-qd1", "mean latency / best peer", _MEAN, RIVALS, "<=", 0.75),
-    Bar("core", "randread-4k-qd1", "p99 latency / best peer", _P99, RIVALS, "<=", 1.0),
-    Bar("disk", "randread-4k-qd32", "IOPS / fio io_uring on the file", _IOPS, _STORAGE, ">=", 0.95),
-    Bar("disk", "randread-4k-qd128", "IOPS / fio io_uring on the file", _IOPS, _STORAGE, ">=", 0.95),
-    Bar("disk", "randwrite-4k-qd32", "IOPS / fio io_uring on the file", _IOPS, _STORAGE, ">=", 0.95),
-    Bar("tcp", "randread-4k-qd32", "IOPS / nbdkit file", _IOPS, _NBDKIT, ">=", 3.0),
-    Bar("tcp", "randread-4k-qd32", "IOPS / qemu-nbd's better mode", _IOPS, QEMU_NBD, ">=", 8.0),
-    Bar("tcp", "randread-4k-qd256", "IOPS / nbdkit file", _IOPS, _NBDKIT, ">=", 4.0),
-    Bar("tcp", "randwrite-4k-qd32", "IOPS / nbdkit file", _IOPS, _NBDKIT, ">=", 1.0),
-    Bar("tcp", "randwrite-4k-qd32", "IOPS / qemu-nbd's better mode", _IOPS, QEMU_NBD, ">=", 5.0),
-    Bar("tls", "randread-4k-qd32", "IOPS per CPU-second / best peer", _PER_CPU, RIVALS, ">=", 1.0),
-    Bar("tls", "randwrite-4k-qd32", "IOPS per CPU-second / best peer", _PER_CPU, RIVALS, ">=", 1.0),
-)
-"""Issue 3's table, as far as rounds of one point can answer it; scaling, idle cost and counts stand apart."""
+    *_ratios(_READ, "core", "randread-4k-qd32", (_CEILING, _IOPS, _C, ">=", 0.85)),
+    *_ratios(_READ_DEEP, "core", "randread-4k-qd256", (_CEILING, _IOPS, _C, ">=", 0.70)),
+    *_ratios(_WRITE, "core", "randwrite-4k-qd32", (_CEILING, _IOPS, _C, ">=", 0.55)),
+    *_ratios(_SEQ_READ, "core", "seqread-256k-qd8", (_CEILING, _IOPS, _C, ">=", 0.75)),
+    *_ratios(_SEQ_WRITE, "core", "seqwrite-256k-qd8", (_CEILING, _IOPS, _C, ">=", 0.60)),
+    *_against_peers("core", ""),
+    *(
+        Bar(_DISK, f"{label}: IOPS / fio io_uring", "disk", point, _IOPS, _STORAGE, ">=", 0.95)
+        for label, point in (
+            ("read, depth 32", "randread-4k-qd32"),
+            ("read, depth 128", "randread-4k-qd128"),
+            ("write, depth 32", "randwrite-4k-qd32"),
+        )
+    ),
+    Bar(
+        _DISK, "read, depth 1: latency / (fio's + the socket ceiling's)", "disk", "randread-4k-qd1", _MEAN,
+        (STORAGE, CEILING), "<=", 1.1, "sum",
+    ),
+    *(
+        Bar(
+            "4 connections on 2 reactors against 1 on 1", f"{kind}: IOPS per CPU-second", "scaling",
+            f"rand{kind}-4k-4x32", _PER_CPU, (OURS,), ">=", 1.0, ours=OURS_TWO, against_point=f"rand{kind}-4k-1x32",
+        )
+        for kind in ("read", "write")
+    ),
+    Bar(
+        "a map of 1,000,000 runs, random order", "wall clock: IOPS / one region, depth 32", "map", "randread-4k-qd32",
+        _IOPS, (OURS_ONE_RUN,), ">=", None, ours=OURS_MILLION_RUNS,
+    ),
+    *_against_peers("tcp", ", TCP"),
+    *(
+        Bar(_TLS, f"{point}: IOPS per CPU-second / best peer", "tls", point, _PER_CPU, RIVALS, ">=", 1.0)
+        for point in ("randread-4k-qd32", "randwrite-4k-qd32", "seqread-256k-qd8", "seqwrite-256k-qd8")
+    ),
+)  # fmt: skip
+
+IDLE_EXPORTS = 1000
+IDLE_LOAD = f"{IDLE_EXPORTS:,} bound exports, one idle connection each"
+MAP_LOAD = "read-4k-qd32"
+PROCESSORS, RESIDENT, INSTRUCTIONS = "processors", "resident bytes a connection", "instructions"
+
+COUNT_BARS: tuple[CountBar, ...] = (
+    CountBar(
+        "a map of 1,000,000 runs, random order", "instructions per request / one region", OURS_MILLION_RUNS, MAP_LOAD,
+        INSTRUCTIONS, "<=", 1.03, OURS_ONE_RUN,
+    ),
+    CountBar(IDLE_LOAD, "CPU of all processes, % of one", OURS, IDLE_LOAD, PROCESSORS, "<=", 0.5, unit=0.01),
+    CountBar(IDLE_LOAD, "resident KiB per connection", OURS, IDLE_LOAD, RESIDENT, "<=", 64, unit=1024),
+)  # fmt: skip
+"""The rows of the table that are counted, or watched, rather than measured in rounds."""
 
 
-def judge(points: Sequence[PointResult]) -> list[Verdict]:
-    """Every bar whose point was measured."""
+def _asked(relation: Relation, factor: float | None) -> str:
+    if factor is None:
+        return "published"
+    return f"{'≥' if relation == '>=' else '≤'} {factor:.3g}"
+
+
+def _reached(relation: Relation, factor: float | None, measured: Summary | None) -> bool | None:
+    if factor is None or measured is None:
+        return None
+    return measured.median >= factor if relation == ">=" else measured.median <= factor
+
+
+def _ratio(bar: Bar, measured: dict[tuple[str, str], PointResult]) -> Summary | None:
+    def samples(point: str) -> Sequence[Sample]:
+        found = measured.get((bar.suite, point))
+        return found.samples if found else ()
+
+    best = "min" if bar.relation == "<=" else "max"
+    others = stats.by_round(samples(bar.against_point or bar.point), bar.against, bar.metric, best)
+    if bar.combine == "sum":
+        others = stats.summed(samples(bar.point), bar.against, bar.metric)
+    return stats.paired(stats.by_round(samples(bar.point), [bar.ours], bar.metric), others)
+
+
+def _counted(bar: CountBar, counts: dict[tuple[str, str, str], float]) -> Summary | None:
+    value = counts.get((bar.peer, bar.load, bar.name))
+    other = counts.get((bar.against, bar.load, bar.name)) if bar.against else bar.unit
+    return stats.summarise([value / other]) if value is not None and other else None
+
+
+def _verdicts(points: Sequence[PointResult], counts: Sequence[Count]) -> Iterator[Verdict]:
     measured = {(p.suite, p.point): p for p in points}
-    verdicts = []
+    counted = {(c.peer, c.work, c.name): c.value for c in counts}
     for bar in BARS:
-        result = measured.get((bar.suite, bar.point))
-        if result is not None:
-            best = "min" if bar.relation == "<=" else "max"
-            verdicts.append(Verdict(bar, stats.ratio(result.samples, OURS, bar.against, bar.metric, best)))
-    return verdicts
+        ratio = _ratio(bar, measured)
+        yield Verdict(
+            bar.work, bar.label, _asked(bar.relation, bar.factor), ratio, _reached(bar.relation, bar.factor, ratio)
+        )
+    for count in COUNT_BARS:
+        value = _counted(count, counted)
+        yield Verdict(
+            count.work, count.label, _asked(count.relation, count.factor), value,
+            _reached(count.relation, count.factor, value),
+        )  # fmt: skip
+
+
+def judge(result: Result) -> list[Verdict]:
+    """Every bar, measured or not, those of one row of the table together."""
+    rows: dict[str, list[Verdict]] = {}
+    for verdict in _verdicts(result.points, result.counts):
+        rows.setdefault(verdict.work, []).append(verdict)
+    return [verdict for row in rows.values() for verdict in row]

@@ -2,20 +2,18 @@
 
 Absolute figures of two runs on a drifting machine say little, so what is compared is each metric as a
 ratio to an anchor measured in the same round: the socket ceiling or, where that takes no part, the
-first rival that does. Counts are exact and are compared as they are.
+first rival that does, or else another form of ours. Counts are exact and are compared as they are. A point
+that ours answered in the old run and failed in the new one is a regression, too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
-
-from pydantic import ValidationError
 
 from perf import stats
-from perf.model import FORMAT, PointResult, Result
-from perf.peers import CEILING, OURS, RIVALS
+from perf.model import PointResult, Result
+from perf.peers import CEILING, OUR_FORMS, OURS, RIVALS
 from perf.stats import Metric, Summary
 
 FLOOR = 0.05
@@ -30,7 +28,7 @@ METRICS: tuple[tuple[str, Metric, bool], ...] = (
 
 
 class CompareError(Exception):
-    """Files that cannot be compared."""
+    """Runs that cannot be compared."""
 
 
 @dataclass(frozen=True)
@@ -55,19 +53,9 @@ class Change:
         return -self.worse_by > self.noise
 
 
-def load(path: Path) -> Result:
-    """Read a result file. Raises CompareError with the reason."""
-    try:
-        return Result.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise CompareError(f"{path}: {error.strerror}") from error
-    except ValidationError as error:
-        raise CompareError(f"{path}: not a result file of format {FORMAT}: {error.error_count()} problems") from error
-
-
-def _anchor(old: PointResult, new: PointResult) -> str | None:
+def _anchor(old: PointResult, new: PointResult, ours: str) -> str | None:
     have = {s.peer for s in old.samples} & {s.peer for s in new.samples}
-    return next((peer for peer in (CEILING, *RIVALS) if peer in have), None)
+    return next((peer for peer in (CEILING, *RIVALS, *OUR_FORMS) if peer in have and peer != ours), None)
 
 
 def worse_by(old: float, new: float, more_is_better: bool) -> float:
@@ -81,32 +69,47 @@ def noise_of(old: Summary, new: Summary) -> float:
     return max(FLOOR, SPREADS * max(old.spread, new.spread))
 
 
-def _point(old: PointResult, new: PointResult) -> Iterable[Change]:
-    anchor = _anchor(old, new)
-    if anchor is None:
+def _form(old: PointResult, new: PointResult, ours: str) -> Iterable[Change]:
+    where = f"{new.suite}/{new.point}" + ("" if ours == OURS else f" {ours}")
+    if not any(sample.peer == ours for sample in new.samples):
+        yield Change(where, "answered at all", 1.0, 0.0, worse_by(1.0, 0.0, True), FLOOR)
         return
-    for name, metric, more in METRICS:
-        before = stats.ratio(old.samples, OURS, [anchor], metric)
-        after = stats.ratio(new.samples, OURS, [anchor], metric)
+    anchor = _anchor(old, new, ours)
+    for name, metric, more in METRICS if anchor else ():
+        assert anchor is not None
+        before = stats.ratio(old.samples, ours, [anchor], metric)
+        after = stats.ratio(new.samples, ours, [anchor], metric)
         if before is None or after is None or before.median == 0:
             continue
         change = worse_by(before.median, after.median, more)
-        where = f"{new.suite}/{new.point}"
         yield Change(where, f"{name} / {anchor}", before.median, after.median, change, noise_of(before, after))
+
+
+def _point(old: PointResult, new: PointResult, skipped: Iterable[str]) -> Iterable[Change]:
+    """Of every form of ours that the old run measured, unless the new one was not asked to."""
+    asked = {sample.peer for sample in new.samples} | {failure.partition(":")[0] for failure in new.failures}
+    asked |= {name.partition("/")[2] for name in skipped if name.startswith(f"{new.suite}/")}
+    for ours in OUR_FORMS:
+        if ours in asked and any(sample.peer == ours for sample in old.samples):
+            yield from _form(old, new, ours)
 
 
 def compare(old: Result, new: Result) -> list[Change]:
     """Every figure that both runs have. Raises CompareError when there is none."""
     before = {(p.suite, p.point): p for p in old.points}
     changes = [
-        change for p in new.points if (p.suite, p.point) in before for change in _point(before[p.suite, p.point], p)
+        change
+        for point in new.points
+        if (point.suite, point.point) in before
+        for change in _point(before[point.suite, point.point], point, new.skipped)
     ]
     counted = {(c.peer, c.work, c.name): c.value for c in old.counts}
     for count in new.counts:
         was = counted.get((count.peer, count.work, count.name))
-        if count.peer == OURS and was is not None:
+        if count.peer in OUR_FORMS and was is not None:
             change = worse_by(was, count.value, False) if was else (1.0 if count.value else 0.0)
-            changes.append(Change(f"counts/{count.work}", count.name, was, count.value, change, count.tolerance))
+            where = f"counts/{count.work}" + ("" if count.peer == OURS else f" {count.peer}")
+            changes.append(Change(where, count.name, was, count.value, change, count.tolerance))
     if not changes:
         raise CompareError(
             f"nothing to compare: the runs share no point that {OURS} and a common peer were measured at"

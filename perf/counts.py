@@ -2,32 +2,35 @@
 
 Each figure is a difference: the same work with N and with 5 N requests, so that connecting, the first
 touch of memory and closing cancel out. The load generator runs in lockstep (`depth` requests in one
-write, then all replies), so that how requests meet in batches depends little on timing.
+write, then all replies), so that how requests meet in batches depends little on timing, and nobody spins.
 """
 
 from __future__ import annotations
 
+import shutil
+import signal
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from perf import bars, callgrind, idle
 from perf import profile as profiles
-from perf.generators import PointError, loadgen_json
-from perf.model import Count, Transport
-from perf.peers import BY_NAME, CEILING, OURS
+from perf.generators import PointError, loadgen_json, serving
+from perf.model import Count
+from perf.peers import BY_NAME, CEILING, MILLION, OURS, OURS_MILLION_RUNS, OURS_ONE_RUN
 from perf.run import Options, fill
-from perf.servers import Place, Running, ServerError, free_port, running
+from perf.servers import Place, Running, ServerError, free_port
 
 Say = Callable[[str], None]
 FILE_BYTES = 64 << 20
-IDLE_CONNECTIONS = 1000
-IDLE_S = 5.0
 ALLOCATORS = ("malloc", "calloc", "realloc", "posix_memalign", "aligned_alloc", "memalign")
 COPIERS = ("memcpy", "memmove")
+SETTLE_S = 60
 
 
 @dataclass(frozen=True)
@@ -45,9 +48,10 @@ class Work:
         return [*self.arguments, *shape]
 
 
+READ = Work(bars.MAP_LOAD, ("--mix", "read=100"), 32)
 WORKS = (
     Work("read-4k-qd1", ("--mix", "read=100"), 1),
-    Work("read-4k-qd32", ("--mix", "read=100"), 32),
+    READ,
     Work("read-4k-qd32-structured", ("--mix", "read=100", "--structured"), 32),
     Work("write-4k-qd32", ("--mix", "write=100"), 32),
     Work("read-256k-qd8", ("--mix", "read=100"), 8, "256k"),
@@ -56,16 +60,18 @@ WORKS = (
 
 
 @contextmanager
-def _serving(options: Options, peer: str, transport: Transport = "unix") -> Iterator[Running]:
+def _serving(options: Options, peer: str, size: int = FILE_BYTES) -> Iterator[Running]:
     """One server on a tmpfs file, not spinning."""
     with (
         tempfile.TemporaryDirectory(prefix="nv", dir="/tmp") as name,
         tempfile.TemporaryDirectory(prefix="nbdvvol-perf-", dir=options.tmpfs) as store,
     ):
         file = Path(store) / "disk.img"
-        fill(file, FILE_BYTES)
-        place = Place(Path(name), "tmpfs", transport, file, FILE_BYTES, free_port(), options.build, 0)
-        with running(BY_NAME[peer].plan(place), place) as server:
+        if shutil.disk_usage(store).free < size:
+            raise PointError(f"{options.tmpfs} has no room for a file of {size >> 20} MiB")
+        fill(file, size)
+        place = Place(Path(name), "tmpfs", "unix", file, size, free_port(), options.build, spin_us=0)
+        with serving(BY_NAME[peer], place) as server:
             yield server
 
 
@@ -73,145 +79,166 @@ def _load(options: Options, server: Running, work: Work, requests: int) -> None:
     loadgen_json(options.build / "loadgen", server, work.load(requests), limit_s=600)
 
 
-# ---- system calls and what else the kernel's tracepoints tell ----
-
-EVENTS = {
-    "raw_syscalls:sys_enter": ("system calls", 0.2),
-    "io_uring:io_uring_queue_async_work": ("hand-overs to io-wq", 0.2),
-    "context-switches": ("context switches", 0.5),
-}
-"""perf's events: unlike strace they do not slow the server down. With each: our name, and its tolerance."""
+# ---- system calls ----
 
 
-def parse_perf_stat(text: str) -> dict[str, int]:
-    """Counts of `perf stat -x,` by our names; an event the kernel lacks is left out."""
-    found: dict[str, int] = {}
-    for line in text.splitlines():
-        fields = line.split(",")
-        name = EVENTS.get(fields[2].removesuffix(":u"), ("", 0.0))[0] if len(fields) > 2 else ""
-        if name and fields[0].isdecimal():
-            found[name] = int(fields[0])
-    return found
+def parse_strace(text: str) -> Counter[str]:
+    """Calls by name, from `strace -c -U calls,name`."""
+    rows = [line.split() for line in text.splitlines()]
+    return Counter({row[1]: int(row[0]) for row in rows if len(row) == 2 and row[0].isdecimal() and row[1] != "total"})
 
 
-def _events_once(options: Options, server: Running, work: Work, requests: int) -> dict[str, int]:
-    arguments = [*server.loadgen_arguments(), *work.load(requests)]
-    command = ["perf", "stat", "-x,", "-e", ",".join(EVENTS), "-p", str(server.pid), "--"]
-    done = subprocess.run(
-        [*command, str(options.build / "loadgen"), *arguments],
-        capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
-    found = parse_perf_stat(done.stderr)
-    if not found and not Path("/sys/kernel/tracing/events").is_dir():
-        raise PointError("no tracepoints: mount -t tracefs none /sys/kernel/tracing")
-    if done.returncode != 0 or not found:
-        raise PointError(f"perf stat counted nothing: {done.stderr.strip()[-300:]}")
-    return found
+@contextmanager
+def straced(pid: int, out: Path, *, threads: bool = True) -> Iterator[None]:
+    """Count the system calls of a process (or, without `threads`, of one thread) for the length of the block.
+
+    Raises PointError when it cannot be traced."""
+    if not shutil.which("strace"):
+        raise PointError("strace is not installed")
+    command = ["strace", *(["-f"] if threads else []), "-c", "-U", "calls,name", "-o", str(out), "-p", str(pid)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as tracer:
+        assert tracer.stderr is not None
+        said = tracer.stderr.readline()
+        if "attached" not in said:
+            raise PointError(f"cannot count system calls: {said.strip()}")
+        try:
+            yield
+        finally:
+            tracer.send_signal(signal.SIGINT)
+            tracer.communicate(timeout=SETTLE_S)
 
 
-def kernel_events(options: Options, peer: str, requests: int, say: Say) -> list[Count]:
-    """Per request, for each work."""
+def _calls(options: Options, server: Running, work: Work, requests: int) -> Counter[str]:
+    with tempfile.TemporaryDirectory(prefix="nvcalls") as folder:
+        out = Path(folder) / "calls"
+        with straced(server.pid, out):
+            _load(options, server, work, requests)
+        return parse_strace(out.read_text())
+
+
+def system_calls(options: Options, peer: str, requests: int, say: Say) -> list[Count]:
+    """Per request, of all threads, for each work."""
     counts = []
-    tolerances = dict(EVENTS.values())
     with _serving(options, peer) as server:
         for work in WORKS:
             _load(options, server, work, requests)
-            few = _events_once(options, server, work, requests)
-            many = _events_once(options, server, work, 5 * requests)
-            values = {name: (many[name] - few[name]) / (4 * requests) for name in few.keys() & many.keys()}
-            counts += [
-                Count(peer=peer, work=work.name, name=name, value=values[name], tolerance=tolerances[name])
-                for name in sorted(values)
-            ]
-            said = ", ".join(f"{value:.3f} {name}" for name, value in sorted(values.items()))
-            say(f"  {peer} {work.name}: {said}")
+            few = _calls(options, server, work, requests)
+            many = _calls(options, server, work, 5 * requests)
+            many.subtract(few)
+            value = sum(many.values()) / (4 * requests)
+            counts.append(Count(peer=peer, work=work.name, name="system calls", value=value, tolerance=0.2))
+            named = ", ".join(f"{n / (4 * requests):.3f} {name}" for name, n in many.most_common(4) if n > 0)
+            say(f"  {peer} {work.name}: {value:.3f} system calls per request: {named}")
     return counts
 
 
 # ---- instructions, allocations, copies ----
 
 
-def _busiest_thread(pid: int, load: Callable[[], None]) -> int:
-    """The one that serves: it uses the most processor time under load. The kernel's io_uring workers are not it."""
+def threads_of(pid: int) -> set[int]:
+    """Its threads, without the kernel's own that do io_uring's blocking work."""
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return {int(task.name) for task in tasks if not (task / "comm").read_text().startswith("iou-")}
+
+
+def busiest_thread(pid: int, among: set[int], load: Callable[[], None]) -> int:
+    """Which of these threads serves: it uses the most processor time under load."""
 
     def times() -> dict[int, int]:
-        tasks = [t for t in Path(f"/proc/{pid}/task").iterdir() if not (t / "comm").read_text().startswith("iou-")]
-        return {int(task.name): int((task / "schedstat").read_text().split()[0]) for task in tasks}
+        return {i: int(Path(f"/proc/{pid}/task/{i}/schedstat").read_text().split()[0]) for i in among}
 
     before = times()
     load()
     after = times()
-    return max(after, key=lambda thread: after[thread] - before.get(thread, 0))
+    return max(among, key=lambda thread: after[thread] - before[thread])
 
 
-def _steps(options: Options, server: Running, thread: int, work: Work, requests: int) -> profiles.Profile:
-    """One load, every instruction of `thread` counted."""
+def stepped(tool: Path, pid: int, thread: int, load: Callable[[], None]) -> profiles.Profile:
+    """Every instruction that `thread` executes during `load`. Raises PointError when it cannot be traced."""
     with tempfile.TemporaryDirectory(prefix="nvsteps") as folder:
         out = Path(folder) / "steps"
-        command = [str(options.build / "steps"), str(thread), str(out)]
+        command = [str(tool), str(thread), str(out)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as counter:
             assert counter.stdout is not None and counter.stderr is not None
             if counter.stdout.readline() != "counting\n":
                 raise PointError(f"cannot count instructions: {counter.stderr.read().strip()}")
             try:
-                _load(options, server, work, requests)
-                where = profiles.mappings(Path(f"/proc/{server.pid}/maps").read_text())
+                load()
+                where = profiles.mappings(Path(f"/proc/{pid}/maps").read_text())
             finally:
                 counter.terminate()
-                counter.wait(timeout=60)
+                counter.wait(timeout=SETTLE_S)
             if counter.returncode != 0:
                 raise PointError(f"counting instructions failed: {counter.stderr.read().strip()}")
         return profiles.parse(out.read_text(), where)
 
 
-def profile_work(options: Options, peer: str, work: Work, requests: int) -> profiles.Profile:
-    """What 4 x `requests` requests execute in the serving thread, connecting and closing cancelled out."""
-    with _serving(options, peer) as server:
-        thread = _busiest_thread(server.pid, lambda: _load(options, server, work, 64 * requests))
-        few = _steps(options, server, thread, work, requests)
-        return _steps(options, server, thread, work, 5 * requests).minus(few)
+def profile_work(options: Options, server: Running, work: Work, requests: int) -> profiles.Profile:
+    """What 4 x `requests` requests execute in the serving thread, connecting and closing cancelled out.
+
+    In the servers this is for (ours and the ceiling), that is not the main thread, which accepts."""
+    others = threads_of(server.pid) - {server.pid}
+    thread = busiest_thread(server.pid, others, lambda: _load(options, server, work, 64 * requests))
+    tool = options.build / "steps"
+    few = stepped(tool, server.pid, thread, lambda: _load(options, server, work, requests))
+    many = stepped(tool, server.pid, thread, lambda: _load(options, server, work, 5 * requests))
+    return many.minus(few)
 
 
-def _sum(calls: dict[str, int], names: tuple[str, ...]) -> int:
-    return sum(count for function, count in calls.items() if function in names)
+def allocations(profile: profiles.Profile) -> int:
+    """Calls of the C library's allocator."""
+    return sum(count for function, count in profile.calls.items() if function in ALLOCATORS)
+
+
+def library_copies(profile: profiles.Profile) -> int:
+    """Calls of memcpy and memmove; what the compiler copies by itself is a few bytes."""
+    return sum(count for function, count in profile.calls.items() if function in COPIERS)
 
 
 def instructions(options: Options, peer: str, requests: int, say: Say) -> list[Count]:
     """User-space instructions, allocator calls and library copies per request, for each work."""
     counts = []
-    for work in WORKS:
-        profile = profile_work(options, peer, work, requests)
-        total = 4 * requests
-        figures = (
-            ("instructions", profile.instructions, 0.01),
-            ("allocations", _sum(profile.calls, ALLOCATORS), 0.01),
-            ("library copies", _sum(profile.calls, COPIERS), 0.01),
-        )
-        counts += [
-            Count(peer=peer, work=work.name, name=name, value=value / total, tolerance=tolerance)
-            for name, value, tolerance in figures
-        ]
-        say(f"  {peer} {work.name}: {profile.instructions / total:,.0f} instructions per request; most of it:")
-        for function, own in profile.own.most_common(12):
-            say(f"    {own / total:8.1f}  {function}")
+    total = 4 * requests
+    with _serving(options, peer) as server:
+        for work in WORKS:
+            profile = profile_work(options, server, work, requests)
+            figures = (
+                (bars.INSTRUCTIONS, profile.instructions),
+                ("allocations", allocations(profile)),
+                ("library copies", library_copies(profile)),
+            )
+            counts += [
+                Count(peer=peer, work=work.name, name=name, value=value / total, tolerance=0.01)
+                for name, value in figures
+            ]
+            say(f"  {peer} {work.name}: {profile.instructions / total:,.0f} instructions per request; most of it:")
+            for function, own in profile.own.most_common(12):
+                say(f"    {own / total:8.1f}  {function}")
     return counts
 
 
-# ---- idle connections ----
+def map_cost(options: Options, requests: int, say: Say) -> list[Count]:
+    """Instructions per request on one file as a single region, and as a million runs in random order."""
+    counts = []
+    for peer in (OURS_ONE_RUN, OURS_MILLION_RUNS):
+        with _serving(options, peer, MILLION * 4096) as server:
+            value = profile_work(options, server, READ, requests).instructions / (4 * requests)
+        say(f"  {peer} {READ.name}: {value:,.1f} instructions per request")
+        counts.append(Count(peer=peer, work=READ.name, name=bars.INSTRUCTIONS, value=value, tolerance=0.01))
+    return counts
 
 
-def idle(options: Options, peer: str, say: Say) -> list[Count]:
-    """What many idle connections cost: processor share, and private memory each. By TCP: a VM's socket takes fewer."""
-    with _serving(options, peer, "tcp") as server:
-        arguments = ["--connections", str(IDLE_CONNECTIONS), "--idle", str(IDLE_S), "--warmup", "1"]
-        out = loadgen_json(options.build / "loadgen", server, arguments, limit_s=120)["server"]
-    each = (out["rss_anon_bytes"] - out["rss_anon_before_bytes"]) / IDLE_CONNECTIONS
-    work = f"{IDLE_CONNECTIONS} idle connections"
-    say(f"  {peer} {work}: {out['cpu_fraction']:.4%} of a processor, {each / 1024:.1f} KiB each")
-    return [
-        Count(peer=peer, work=work, name="processors", value=out["cpu_fraction"], tolerance=1.0),
-        Count(peer=peer, work=work, name="private bytes each", value=each, tolerance=0.1),
-    ]
+def simulated(say: Say) -> list[Count]:
+    """Instructions above the I/O port, by callgrind: the same on every run, so the smallest change shows."""
+    counts = []
+    program = callgrind.build()
+    for load, batch in callgrind.LOADS.items():
+        rooms = callgrind.per_request(program, load)
+        value = sum(rooms.values())
+        say(f"  {OURS} {load}, simulated port: {value:,.1f} instructions per request above it: {rooms}")
+        work = f"{load}-4k-qd{batch}, simulated port"
+        counts.append(Count(peer=OURS, work=work, name=bars.INSTRUCTIONS, value=value, tolerance=0.005))
+    return counts
 
 
 def _attempt(peer: str, say: Say, step: Callable[[], list[Count]]) -> list[Count]:
@@ -223,15 +250,17 @@ def _attempt(peer: str, say: Say, step: Callable[[], list[Count]]) -> list[Count
 
 
 def count_all(options: Options, peers: tuple[str, ...], say: Say) -> tuple[Count, ...]:
-    """System calls and idle cost of every peer given; instructions where one thread does the serving."""
+    """System calls of every peer given; instructions where one thread does the serving; ours: idle and map, too."""
     counts: list[Count] = []
-    requests = 3200 if options.quick else 16000
+    requests, few = (640, 32) if options.quick else (3200, 32)
     for peer in peers:
         if BY_NAME[peer].missing():
             continue
-        counts += _attempt(peer, say, partial(kernel_events, options, peer, requests, say))
-        counts += _attempt(peer, say, partial(idle, options, peer, say))
+        counts += _attempt(peer, say, partial(system_calls, options, peer, requests, say))
         if peer in (OURS, CEILING):
-            few = 64 if options.quick else 320
             counts += _attempt(peer, say, partial(instructions, options, peer, few, say))
+        if peer == OURS:
+            counts += _attempt(peer, say, partial(simulated, say))
+            counts += _attempt(peer, say, partial(map_cost, options, few, say))
+            counts += _attempt(peer, say, partial(idle.measure, options, say))
     return tuple(counts)

@@ -1,4 +1,4 @@
-"""Running one point once: our load generator, fio through its nbd engine, or fio straight on the file."""
+"""Running a server, and one point once: our load generator, fio through its nbd engine, or fio on the file itself."""
 
 from __future__ import annotations
 
@@ -6,19 +6,22 @@ import json
 import os
 import subprocess
 import tempfile
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from perf import fio, usage
+from perf import fio, servers, usage
 from perf.model import Latency, Sample
-from perf.peers import STORAGE
-from perf.servers import PSK_HEX, PSK_IDENTITY, Running
+from perf.peers import STORAGE, Peer
+from perf.servers import PSK_HEX, PSK_IDENTITY, Place, Running
 from perf.suites import Load, Suite
 
 NATIVE = Path(__file__).with_name("native")
 EXTRA_LIMIT_S = 60.0
 VERIFY_BYTES = 64 << 20
+VERIFY_LOOPS = 2
+WARM_UP_S = 0.05
 
 
 class PointError(Exception):
@@ -53,9 +56,22 @@ def loadgen_json(tool: Path, running: Running, arguments: list[str], limit_s: fl
     return parsed
 
 
+@contextmanager
+def serving(peer: Peer, place: Place) -> Iterator[Running]:
+    """A server for the length of the block, filled where it starts empty. Raises ServerError, PointError."""
+    plan = peer.plan(place)
+    with servers.running(plan, place) as server:
+        if plan.prefill:
+            block = 1 << 20
+            fill = ["--mix", "write=100", "--block", "1m", "--depth", "4", "--sequential", "--count"]
+            loadgen_json(place.build / "loadgen", server, [*fill, str(place.size // block)])
+        yield server
+
+
 def loadgen(tool: Path, running: Running, load: Load, peer: str, turn: int, seconds: float) -> Sample:
     """One sample by our load generator."""
-    out = loadgen_json(tool, running, [*load.arguments(), "--seconds", str(seconds)], seconds + EXTRA_LIMIT_S)
+    length = ["--seconds", str(seconds), "--warmup", str(WARM_UP_S)]
+    out = loadgen_json(tool, running, [*load.arguments(), *length], seconds + EXTRA_LIMIT_S)
     latency, server, requests = out["latency"]["all"], out["server"], int(out["requests"])
     if requests == 0:
         raise PointError("no request was answered")
@@ -65,10 +81,8 @@ def loadgen(tool: Path, running: Running, load: Load, peer: str, turn: int, seco
         round=turn,
         requests=requests,
         iops=out["iops"],
-        bytes_per_s=out["bytes_per_s"],
         latency=Latency(**{f"{name}_us": latency[f"{name}_ns"] / 1000 for name in names}),
         server_cpu_us=server["cpu_ns_per_request"] / 1000,
-        server_cpus=server["cpu_fraction"],
         client_cpu_us=out["client"]["cpu_ns_per_request"] / 1000,
         rss_bytes=server["rss_bytes"],
         rss_anon_bytes=server["rss_anon_bytes"],
@@ -100,7 +114,7 @@ def fio_latency(report: fio.Report) -> Latency:
     )
 
 
-def fio_sample(report: fio.Report, peer: str, turn: int, cost: usage.Usage | None, wall_s: float) -> Sample:
+def fio_sample(report: fio.Report, peer: str, turn: int, cost: usage.Usage | None) -> Sample:
     """fio's report as a sample; `cost` is what the server used meanwhile."""
     requests = sum(job.requests for job in report.jobs)
     if requests == 0:
@@ -111,10 +125,8 @@ def fio_sample(report: fio.Report, peer: str, turn: int, cost: usage.Usage | Non
         round=turn,
         requests=requests,
         iops=requests / runtime_s,
-        bytes_per_s=sum(d.io_bytes for job in report.jobs for d in job.directions) / runtime_s,
         latency=fio_latency(report),
         server_cpu_us=cost.cpu_ns / 1000 / requests if cost else None,
-        server_cpus=cost.cpu_ns / 1e9 / wall_s if cost else None,
         rss_bytes=cost.rss_bytes if cost else None,
         rss_anon_bytes=cost.rss_anon_bytes if cost else None,
         threads=cost.threads if cost else None,
@@ -141,15 +153,16 @@ def fio_nbd(running: Running, suite: Suite, section: str, peer: str, turn: int, 
         assert PSK_HEX in keys.read_text()
     environment = {
         "NBD_URI": uri,
-        "RUNTIME": f"{max(1, round(seconds))}",
+        "RUNTIME": f"{round(seconds * 1000)}ms",
         "SIZE": str(running.place.size),
         "VERIFY_SIZE": str(min(running.place.size, VERIFY_BYTES)),
+        "LOOPS": str(VERIFY_LOOPS),
     }
-    before, started = usage.read(running.pid), time.monotonic()
+    before = usage.read(running.pid)
     report = _fio([f"--section={section}", str(suite.job_file)], environment, seconds + EXTRA_LIMIT_S)
-    after, wall_s = usage.read(running.pid), time.monotonic() - started
+    after = usage.read(running.pid)
     cost = usage.Usage(after.cpu_ns - before.cpu_ns, after.rss_bytes, after.rss_anon_bytes, after.threads)
-    return fio_sample(report, peer, turn, cost, wall_s)
+    return fio_sample(report, peer, turn, cost)
 
 
 def storage_arguments(load: Load, file: Path, size: int, direct: bool, seconds: float) -> list[str] | None:
@@ -163,7 +176,7 @@ def storage_arguments(load: Load, file: Path, size: int, direct: bool, seconds: 
     arguments = [
         "--name=storage", "--ioengine=io_uring", f"--filename={file}", f"--size={size}", f"--rw={kind}",
         f"--bs={load.block_bytes}", f"--iodepth={load.depth}", f"--numjobs={load.connections}", "--group_reporting",
-        f"--direct={int(direct)}", "--time_based", f"--runtime={max(1, round(seconds))}", "--norandommap",
+        f"--direct={int(direct)}", "--time_based", f"--runtime={round(seconds * 1000)}ms", "--norandommap",
         "--percentile_list=50:90:99:99.9",
     ]  # fmt: skip
     return [*arguments, f"--rwmixread={mix['read']}"] if len(mix) == 2 else arguments
@@ -174,4 +187,4 @@ def storage(load: Load, file: Path, size: int, direct: bool, turn: int, seconds:
     arguments = storage_arguments(load, file, size, direct, seconds)
     if arguments is None:
         return None
-    return fio_sample(_fio(arguments, {}, seconds + EXTRA_LIMIT_S), STORAGE, turn, None, seconds)
+    return fio_sample(_fio(arguments, {}, seconds + EXTRA_LIMIT_S), STORAGE, turn, None)

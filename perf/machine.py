@@ -56,6 +56,18 @@ def _disk(path: Path) -> str:
     return " ".join(device.split())
 
 
+def processor_ticks() -> tuple[int, int]:
+    """Clock ticks that the hypervisor kept from this machine, and all ticks, since it started."""
+    fields = [int(field) for field in _text("/proc/stat").splitlines()[0].split()[1:]]
+    return (fields[7] if len(fields) > 7 else 0), sum(fields[:8])
+
+
+def stolen_since(before: tuple[int, int]) -> float:
+    """The share of the processors that the hypervisor gave to others since `before`."""
+    stolen, total = (now - then for now, then in zip(processor_ticks(), before, strict=True))
+    return stolen / total if total > 0 else 0.0
+
+
 def describe(disk: Path) -> Machine:
     """This machine; `disk`: where the files of the disk suites lie."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -66,7 +78,8 @@ def describe(disk: Path) -> Machine:
         kernel=platform.release(),
         mitigations=_mitigations(),
         governor=_text("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor") or "unknown",
-        virtual=_first_line(["systemd-detect-virt"]) or ("kvm" if "hypervisor" in _text("/proc/cpuinfo") else "none"),
+        virtual=_first_line(["systemd-detect-virt", "--vm"])
+        or ("kvm" if "hypervisor" in _text("/proc/cpuinfo") else "none"),
         disk=_disk(disk),
         versions={name: version for name, command in _VERSIONS.items() if (version := _first_line(command))},
     )

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-FORMAT: Literal[1] = 1
+FORMAT: Literal[2] = 2
 
 Backend = Literal["tmpfs", "disk", "null"]
 Transport = Literal["unix", "tcp", "tls"]
@@ -37,12 +37,9 @@ class Sample(Strict):
     round: int
     requests: int
     iops: float
-    bytes_per_s: float
     latency: Latency
     server_cpu_us: float | None = None
     """Server CPU time (user + system, every thread and child) per request; None: there is no server."""
-    server_cpus: float | None = None
-    """Processors the server kept busy: 1.0 is one core."""
     client_cpu_us: float | None = None
     rss_bytes: int | None = None
     rss_anon_bytes: int | None = None
@@ -91,14 +88,18 @@ class Count(Strict):
 class Result(Strict):
     """One run of the suite."""
 
-    format: Literal[1] = FORMAT
+    format: Literal[2] = FORMAT
     started: str
     commit: str
+    complete: bool
+    """Every suite, server and point there is, at full length: what the README may show."""
     quick: bool
     rounds: int
     seconds: float
     load_before: float
     """One-minute load average before the run: above ~0.2 somebody else was measured too."""
+    stolen: float
+    """Share of the processors that the hypervisor gave to others during the run."""
     machine: Machine
     points: tuple[PointResult, ...]
     counts: tuple[Count, ...] = ()

@@ -2,7 +2,7 @@
 
 "Matched" means: on tmpfs everybody uses the page cache; on disk everybody who can opens with O_DIRECT.
 nbdkit and nbd-server cannot, so on disk nbdkit drops its cache behind itself (cache=none) and nbd-server
-is left out.
+is left out. Without storage, everybody makes zeros and drops writes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from perf.model import Backend, Transport
@@ -20,6 +20,10 @@ from perf.usage import children
 
 ROOT = Path(__file__).parent.parent
 OURS = "nbdvvol"
+OURS_TWO = "nbdvvol-2-reactors"
+OURS_ONE_RUN = "nbdvvol-one-run"
+OURS_MILLION_RUNS = "nbdvvol-million-runs"
+MILLION = 1_000_000
 CEILING = "ceiling"
 STORAGE = "storage"
 """Not a server: fio's io_uring engine on the same kind of file."""
@@ -36,6 +40,8 @@ class Peer:
     plan: Callable[[Place], Plan]
     program: str
     """What must be installed; a path in the tree, or a name on PATH."""
+    variant: bool = False
+    """Another form of a server, which takes part only where a suite names it."""
 
     def serves(self, backend: Backend, transport: Transport) -> bool:
         """Whether it takes part."""
@@ -46,10 +52,10 @@ class Peer:
         return None if shutil.which(self.program) else f"{self.program} is not installed"
 
 
-def _ceiling(place: Place, threads: int = 1) -> Plan:
+def _ceiling(place: Place) -> Plan:
     where = ["--unix", str(place.socket)] if place.transport == "unix" else ["--tcp", str(place.port)]
     command = [str(place.build / "ceiling"), *where, "--size", str(place.size)]
-    return Plan([*command, "--threads", str(threads), "--spin-us", str(place.spin_us)])
+    return Plan([*command, "--spin-us", str(place.spin_us)])
 
 
 def _nbdkit(place: Place, plugin: list[str]) -> Plan:
@@ -68,7 +74,7 @@ def _nbdkit_file(place: Place) -> Plan:
 
 
 def _nbdkit_memory(place: Place) -> Plan:
-    return _nbdkit(place, ["memory", str(place.size)])
+    return replace(_nbdkit(place, ["memory", str(place.size)]), prefill=True)
 
 
 def _nbdkit_null(place: Place) -> Plan:
@@ -107,9 +113,9 @@ def _storage_daemon(place: Place) -> Plan:
 
 
 def _nbd_server(place: Place) -> Plan:
-    where = f"unixsock = {place.socket}\nport = {place.port}\n"
-    if place.transport == "tcp":
-        where = f"listenaddr = 127.0.0.1\nport = {place.port}\n"
+    where = f"listenaddr = 127.0.0.1\nport = {place.port}\n"
+    if place.transport == "unix":
+        where += f"unixsock = {place.socket}\n"
     config = place.folder / "nbd-server.conf"
     export = f"[disk]\nexportname = {place.file}\nflush = true\nfua = true\ntrim = true\n"
     config.write_text(f"[generic]\nallowlist = true\n{where}{export}")
@@ -117,8 +123,21 @@ def _nbd_server(place: Place) -> Plan:
     return Plan(["nbd-server", "-C", str(config), "-p", str(pid_file)], export="disk", pid_file=pid_file)
 
 
+def _plane(place: Place, *arguments: str) -> Plan:
+    """Our data plane on a map that no farm file can ask for."""
+    command = [sys.executable, "-m", "perf.plane", "--unix", str(place.socket), "--size", str(place.size)]
+    spin = ["--spin-us", str(place.spin_us)]
+    return Plan([*command, *spin, *arguments], environment={"PYTHONPATH": str(ROOT)})
+
+
+def _runs(place: Place, count: int) -> Plan:
+    return _plane(place, "--file", str(place.file), "--runs", str(count))
+
+
 def _ours(place: Place) -> Plan:
     """A farm of one VVol, as anybody runs it: `nbdvvol up`. Only its filter is measured: data passes nowhere else."""
+    if place.backend == "null":
+        return _plane(place)
     host: dict[str, object] = {"spin_us": place.spin_us, "reactors": place.reactors}
     mode = "direct" if place.direct else "buffered"
     farm: dict[str, object] = {
@@ -152,21 +171,28 @@ def _filter_of(pid: int) -> int:
 
 _EVERYWHERE: frozenset[Transport] = frozenset({"unix", "tcp", "tls"})
 _PLAIN: frozenset[Transport] = frozenset({"unix", "tcp"})
+_UNIX: frozenset[Transport] = frozenset({"unix"})
 _FILES: frozenset[Backend] = frozenset({"tmpfs", "disk"})
 _ALL: frozenset[Backend] = frozenset({"tmpfs", "disk", "null"})
 _PAGE_CACHE: frozenset[Backend] = frozenset({"tmpfs"})
+_NULL: frozenset[Backend] = frozenset({"null"})
+_US = sys.executable
 
 PEERS: tuple[Peer, ...] = (
-    Peer(OURS, _FILES, _EVERYWHERE, _ours, sys.executable),
+    Peer(OURS, _ALL, _EVERYWHERE, _ours, _US),
+    Peer(OURS_TWO, _FILES, _UNIX, lambda p: _ours(replace(p, reactors=2)), _US, variant=True),
+    Peer(OURS_ONE_RUN, _PAGE_CACHE, _UNIX, lambda p: _runs(p, 1), _US, variant=True),
+    Peer(OURS_MILLION_RUNS, _PAGE_CACHE, _UNIX, lambda p: _runs(p, MILLION), _US, variant=True),
     Peer(CEILING, _ALL, _PLAIN, _ceiling, "cc"),
     Peer("nbdkit-file", _FILES, _EVERYWHERE, _nbdkit_file, "nbdkit"),
     Peer("nbdkit-memory", _PAGE_CACHE, _EVERYWHERE, _nbdkit_memory, "nbdkit"),
-    Peer("nbdkit-null", frozenset({"null"}), _EVERYWHERE, _nbdkit_null, "nbdkit"),
+    Peer("nbdkit-null", _NULL, _EVERYWHERE, _nbdkit_null, "nbdkit"),
     Peer("qemu-nbd-uring", _ALL, _EVERYWHERE, lambda p: _qemu_nbd(p, "io_uring"), "qemu-nbd"),
     Peer("qemu-nbd-threads", _FILES, _EVERYWHERE, lambda p: _qemu_nbd(p, "threads"), "qemu-nbd"),
     Peer("qemu-storage-daemon", _ALL, _EVERYWHERE, _storage_daemon, "qemu-storage-daemon"),
     Peer("nbd-server", _PAGE_CACHE, _PLAIN, _nbd_server, "nbd-server"),
 )
 BY_NAME = {peer.name: peer for peer in PEERS}
-RIVALS = tuple(peer.name for peer in PEERS if peer.name not in (OURS, CEILING))
+OUR_FORMS = (OURS, OURS_TWO, OURS_ONE_RUN, OURS_MILLION_RUNS)
+RIVALS = tuple(peer.name for peer in PEERS if peer.name not in (*OUR_FORMS, CEILING))
 QEMU_NBD = ("qemu-nbd-uring", "qemu-nbd-threads")

@@ -30,7 +30,7 @@ class Mapping:
 
 @dataclass
 class Profile:
-    """Own instructions and calls from other objects, by function."""
+    """Own instructions by `object:function`, and calls by function: how often its first instruction ran."""
 
     own: Counter[str] = field(default_factory=Counter)
     calls: Counter[str] = field(default_factory=Counter)
@@ -116,12 +116,12 @@ def name_of(address: int, where: list[Mapping]) -> tuple[str, bool]:
 
 
 def parse(text: str, where: list[Mapping]) -> Profile:
-    """Lines of ADDRESS COUNT ENTRIES, as steps writes them."""
+    """Lines of ADDRESS COUNT, as steps writes them."""
     profile = Profile()
     for line in text.splitlines():
-        address, count, entries = line.split()
+        address, count = line.split()
         name, first = name_of(int(address, 16), where)
         profile.own[name] += int(count)
-        if first and int(entries):
-            profile.calls[name.partition(":")[2]] += int(entries)
+        if first:
+            profile.calls[name.partition(":")[2]] += int(count)
     return profile

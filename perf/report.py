@@ -1,75 +1,94 @@
-"""A result file as Markdown and charts."""
+"""A result file as Markdown."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from perf import bars, stats
-from perf.model import Machine, PointResult, Result
-from perf.peers import OURS
-from perf.stats import Summary, summarise
+from perf import bars, charts, stats
+from perf.model import Count, Machine, PointResult, Result
+from perf.stats import Summary, middle, peers_of
+
+WORDS = {True: "reached", False: "**missed**", None: "not measured"}
 
 
-def _number(value: float | None, digits: int = 3) -> str:
+def number(value: float | None, digits: int = 3) -> str:
+    """Three significant digits, more where the value is in the thousands."""
     if value is None:
         return ""
-    if value >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.{digits}g}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}"
 
 
-def _ratio(ratio: Summary | None) -> str:
-    return f"{ratio.median:.2f} ({ratio.low:.2f}–{ratio.high:.2f})" if ratio else ""
+def quartiles(summary: Summary | None) -> str:
+    """`median (first–third quartile)`, or the value alone where there is one only."""
+    if summary is None:
+        return ""
+    if summary.count == 1:
+        return f"{summary.median:.3g}"
+    return f"{summary.median:.2f} ({summary.low:.2f}–{summary.high:.2f})"
 
 
-def peers_of(point: PointResult) -> list[str]:
-    """In the order they first ran, ours first."""
-    seen = dict.fromkeys(sample.peer for sample in point.samples)
-    return sorted(seen, key=lambda peer: peer != OURS)
-
-
-def _middle(values: Iterable[float | None]) -> Summary | None:
-    return summarise(value for value in values if value is not None)
+def _mib(summary: Summary | None) -> str:
+    return number(summary.median / (1 << 20)) if summary else ""
 
 
 def _rows(point: PointResult) -> Iterable[str]:
-    for peer in peers_of(point):
-        mine = [s for s in point.samples if s.peer == peer]
-        rate, cpu = _middle(s.iops for s in mine), _middle(s.server_cpu_us for s in mine)
-        mean, p99 = _middle(s.latency.mean_us for s in mine), _middle(s.latency.p99_us for s in mine)
-        memory = _middle(s.rss_anon_bytes for s in mine)
-        against = stats.ratio(point.samples, OURS, [peer], stats.iops) if peer != OURS else None
+    peers = peers_of(point)
+    for peer in peers:
+        rate = middle(point, peer, stats.iops)
         assert rate is not None
-        cells = [
-            peer, _number(rate.median), f"{rate.spread:.0%}", _ratio(against),
-            _number(cpu.median if cpu else None), _number(mean.median if mean else None),
-            _number(p99.median if p99 else None), _number(memory.median / (1 << 20) if memory else None),
-        ]  # fmt: skip
+        against = stats.ratio(point.samples, peers[0], [peer], stats.iops) if peer != peers[0] else None
+        metrics = (stats.cpu_us, stats.mean_us, stats.p50_us, stats.p99_us, stats.p999_us)
+        medians = [number(found.median) if (found := middle(point, peer, metric)) else "" for metric in metrics]
+        memory = [_mib(middle(point, peer, metric)) for metric in (stats.rss_bytes, stats.rss_anon_bytes)]
+        cells = [peer, number(rate.median), f"{rate.spread:.0%}", quartiles(against), *medians, *memory]
         yield "| " + " | ".join(cells) + " |"
 
 
 def point_table(point: PointResult) -> str:
-    """One point: a row per peer."""
+    """One point: a row per server."""
     spec = ", ".join(f"{key} {value}" for key, value in point.spec.items())
-    lines = [
-        f"#### {point.point}", "", f"{spec}", "",
-        "| server | IOPS | spread | ours / it (quartiles) | server CPU µs/request | mean µs | p99 µs | private MiB |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-        *_rows(point),
-    ]  # fmt: skip
+    columns = ["server", "IOPS", "spread", "ours / it (quartiles)", "server CPU µs/request", "mean µs", "p50", "p99"]
+    columns += ["p99.9", "resident MiB", "private MiB"]
+    lines = [f"#### {point.point}", "", spec, "", *table_head(columns), *_rows(point)]
     return "\n".join([*lines, *(f"\nFailed: {failure}" for failure in point.failures)])
 
 
+def table_head(columns: Sequence[str]) -> list[str]:
+    """The first column to the left, figures to the right."""
+    return ["| " + " | ".join(columns) + " |", "| --- |" + " ---: |" * (len(columns) - 1)]
+
+
 def bar_table(verdicts: Sequence[bars.Verdict]) -> str:
-    """The bars and what was measured."""
-    lines = ["| work | what | bar | measured (quartiles) | reached |", "| --- | --- | ---: | ---: | --- |"]
-    words = {True: "yes", False: "**no**", None: "not measured"}
+    """The bars, what was measured, and whether it is enough."""
+    lines = ["| work | what | asked | measured (quartiles) | |", "| --- | --- | ---: | ---: | --- |"]
+    work = ""
     for v in verdicts:
-        bar = f"{'≥' if v.bar.relation == '>=' else '≤'} {v.bar.factor:.2f}"
+        word = WORDS[v.reached] if v.asked != "published" or v.measured is None else ""
         lines.append(
-            f"| {v.bar.suite}/{v.bar.point} | {v.bar.label} | {bar} | {_ratio(v.ratio)} | {words[v.reached]} |"
+            f"| {v.work if v.work != work else ''} | {v.label} | {v.asked} | {quartiles(v.measured)} | {word} |"
         )
+        work = v.work
+    return "\n".join(lines)
+
+
+def tally(verdicts: Sequence[bars.Verdict]) -> str:
+    """How many bars are reached, in a sentence."""
+    judged = [v for v in verdicts if v.asked != "published"]
+    reached, missed = (sum(v.reached is word for v in judged) for word in (True, False))
+    unmeasured = len(judged) - reached - missed
+    return f"{len(judged)} bars: {reached} reached, {missed} missed, {unmeasured} not measured."
+
+
+def count_table(counts: Sequence[Count]) -> str:
+    """What was counted, a row a server and load."""
+    names = list(dict.fromkeys(count.name for count in counts))
+    rows: dict[tuple[str, str], dict[str, float]] = {}
+    for count in counts:
+        rows.setdefault((count.peer, count.work), {})[count.name] = count.value
+    lines = table_head(["server", "load", *names])
+    for (peer, work), values in rows.items():
+        lines.append("| " + " | ".join([peer, work, *(number(values.get(name), 4) for name in names)]) + " |")
     return "\n".join(lines)
 
 
@@ -84,22 +103,31 @@ def machine_lines(machine: Machine) -> list[str]:
     ]
 
 
+def warnings(result: Result) -> list[str]:
+    """Why the figures may mean less than they seem to."""
+    said = []
+    if result.quick:
+        said.append("A --quick run: it shows that everything runs, and nothing about speed.")
+    if result.load_before > 0.5:
+        said.append(f"The machine was not idle: load {result.load_before:.1f} before the run.")
+    if result.stolen > 0.02:
+        said.append(f"The hypervisor gave {result.stolen:.0%} of the processors to others during the run.")
+    return said
+
+
 def markdown(result: Result) -> str:
     """The whole report."""
     lines = [
         "# Measured",
         "",
         f"{result.started}, commit {result.commit}, {result.rounds} rounds of {result.seconds} s,",
+        "interleaved; medians over the rounds, spread = interquartile range / median, ratios within a round.",
     ]
-    lines.append("interleaved; medians over the rounds, spread = interquartile range / median, ratios within a round.")
-    if result.quick:
-        lines += ["", "**A --quick run: it shows that everything runs, and nothing about speed.**"]
-    if result.load_before > 0.5:
-        lines += ["", f"**The machine was not idle: load {result.load_before:.1f} before the run.**"]
+    for warning in warnings(result):
+        lines += ["", f"**{warning}**"]
     lines += ["", *machine_lines(result.machine), ""]
-    verdicts = bars.judge(result.points)
-    if any(v.ratio for v in verdicts):
-        lines += ["## Bars", "", bar_table(verdicts), ""]
+    verdicts = bars.judge(result)
+    lines += ["## Bars", "", tally(verdicts), "", bar_table(verdicts), ""]
     suite = ""
     for point in result.points:
         if point.suite != suite:
@@ -107,49 +135,10 @@ def markdown(result: Result) -> str:
             lines += [f"## {suite}: {point.generator}, {point.backend}, {point.transport}", ""]
         lines += [point_table(point), ""]
     if result.counts:
-        lines += ["## Counts", "", "| server | work | what | value |", "| --- | --- | --- | ---: |"]
-        lines += [f"| {c.peer} | {c.work} | {c.name} | {_number(c.value, 4)} |" for c in result.counts] + [""]
+        lines += ["## Counted, per request unless the name says otherwise", "", count_table(result.counts), ""]
     if result.skipped:
         lines += ["## Left out", "", *(f"- {who}: {why}" for who, why in result.skipped.items()), ""]
     return "\n".join(lines)
-
-
-def charts(result: Result, folder: Path) -> list[Path]:
-    """One SVG per suite: IOPS with quartiles, and server CPU per request. Needs matplotlib (the `perf` extra)."""
-    import matplotlib as mpl
-
-    mpl.use("svg")
-    from matplotlib import pyplot
-
-    written = []
-    for suite in dict.fromkeys(point.suite for point in result.points):
-        points = [p for p in result.points if p.suite == suite and p.samples]
-        if not points:
-            continue
-        figure, axes = pyplot.subplots(
-            len(points), 2, figsize=(11, 1.2 + 1.9 * len(points)), squeeze=False, layout="constrained"
-        )
-        for row, point in zip(axes, points, strict=True):
-            for axis, metric, label in ((row[0], stats.iops, "IOPS"), (row[1], stats.cpu_us, "server CPU µs/request")):
-                _draw(axis, point, metric, label)
-        path = folder / f"{suite}.svg"
-        figure.savefig(path)
-        pyplot.close(figure)
-        written.append(path)
-    return written
-
-
-def _draw(axis, point: PointResult, metric: stats.Metric, label: str) -> None:  # type: ignore[no-untyped-def]
-    peers = peers_of(point)[::-1]
-    middles = [_middle(metric(s) for s in point.samples if s.peer == peer) for peer in peers]
-    shown = [(peer, middle) for peer, middle in zip(peers, middles, strict=True) if middle]
-    values = [m.median for _, m in shown]
-    errors = [[m.median - m.low for _, m in shown], [m.high - m.median for _, m in shown]]
-    colours = ["#c0392b" if peer == OURS else "#7f8c8d" for peer, _ in shown]
-    axis.barh([peer for peer, _ in shown], values, xerr=errors, color=colours, ecolor="#2c3e50")
-    axis.set_title(f"{point.point}: {label}", fontsize=9, loc="left")
-    axis.tick_params(labelsize=7)
-    axis.spines[["top", "right"]].set_visible(False)
 
 
 def write(result: Result, source: Path) -> list[Path]:
@@ -158,4 +147,4 @@ def write(result: Result, source: Path) -> list[Path]:
     text.write_text(markdown(result))
     folder = source.with_suffix("")
     folder.mkdir(exist_ok=True)
-    return [text, *charts(result, folder)]
+    return [text, *charts.write(result, folder)]

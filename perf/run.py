@@ -1,22 +1,29 @@
-"""A run: all peers of a suite up at once, each point A B C A B C ..., everything kept."""
+"""A run: all servers of a suite up at once, its points measured in rounds A B C, A B C, ..., everything kept.
+
+A round goes through every point of the suite, and at each point through every server: what a ratio compares lies
+seconds apart, and what a median is taken over is spread over the whole suite's time.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
 import tempfile
+import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from perf import generators, machine, suites
 from perf.generators import PointError
-from perf.model import Backend, PointResult, Result, Sample
-from perf.peers import PEERS, ROOT, STORAGE, Peer
-from perf.servers import Place, Running, ServerError, free_port, running
-from perf.suites import Suite
+from perf.model import PointResult, Result, Sample
+from perf.peers import OURS, PEERS, ROOT, STORAGE, Peer
+from perf.progress import Progress
+from perf.servers import Place, Running, ServerError, free_port
+from perf.suites import Suite, bytes_of
 
 Say = Callable[[str], None]
 QUICK_SUITES = ("core",)
@@ -31,18 +38,23 @@ class Options:
     peers: Sequence[str] = ()
     points: Sequence[str] = ()
     rounds: int = 5
-    seconds: float = 1.0
+    seconds: float = 0.7
     size: int = 1 << 30
     quick: bool = False
     build: Path = field(default_factory=lambda: ROOT / "build" / "perf")
     tmpfs: Path = Path("/dev/shm")
     disk: Path = field(default_factory=lambda: ROOT / "build" / "perf" / "disk")
 
+    @property
+    def complete(self) -> bool:
+        """Whether this asks for everything there is, at full length."""
+        return not (self.suites or self.peers or self.points or self.quick)
+
     def quickened(self) -> Options:
         """The same, small: proves that everything works, measures nothing worth printing."""
-        return Options(
-            self.suites or QUICK_SUITES, self.peers, self.points, 2, min(self.seconds, 0.2),
-            min(self.size, 128 << 20), True, self.build, self.tmpfs, self.disk,
+        return replace(
+            self, suites=self.suites or QUICK_SUITES, rounds=min(self.rounds, 2), seconds=min(self.seconds, 0.2),
+            size=min(self.size, 128 << 20), quick=True,
         )  # fmt: skip
 
 
@@ -56,17 +68,24 @@ def fill(path: Path, size: int) -> None:
         os.fsync(out.fileno())
 
 
+class NoRoomError(Exception):
+    """The suite's files do not fit where they belong."""
+
+
 @contextmanager
-def _files(options: Options, backend: Backend) -> Iterator[Callable[[str], Path]]:
-    """Makes a filled file per peer: servers lock theirs, and two caches of one file would help each other."""
-    parent = options.disk if backend == "disk" else options.tmpfs
+def _files(options: Options, suite: Suite, size: int, count: int) -> Iterator[Callable[[str], Path]]:
+    """Makes a filled file per server: servers lock theirs, and two caches of one file would help each other."""
+    parent = options.disk if suite.backend == "disk" else options.tmpfs
     parent.mkdir(parents=True, exist_ok=True)
+    needed, free = size * (1 if suite.shared_file else count), shutil.disk_usage(parent).free
+    if suite.backend != "null" and needed > free:
+        raise NoRoomError(f"{parent} has {free >> 20} MiB free and {needed >> 20} MiB are needed; use a smaller --size")
     folder = Path(tempfile.mkdtemp(prefix="nbdvvol-perf-", dir=parent))
 
     def make(name: str) -> Path:
-        path = folder / f"{name}.img"
-        if backend != "null":
-            fill(path, options.size)
+        path = folder / ("all.img" if suite.shared_file else f"{name}.img")
+        if suite.backend != "null" and not path.exists():
+            fill(path, size)
         return path
 
     try:
@@ -79,38 +98,52 @@ def _files(options: Options, backend: Backend) -> Iterator[Callable[[str], Path]
 class _Field:
     """The servers of one suite, running."""
 
-    running: dict[str, Running]
-    storage: Path | None
-    skipped: dict[str, str]
+    running: dict[str, Running] = field(default_factory=dict)
+    storage: Path | None = None
+    """What fio's io_uring engine works on: our own server's file."""
+    failed: dict[str, dict[str, str]] = field(default_factory=lambda: defaultdict(dict))
+    """By point, then by server: why it is left out of the rounds that remain."""
 
 
-def _wanted(options: Options, suite: Suite) -> list[Peer]:
-    chosen = [p for p in PEERS if p.serves(suite.backend, suite.transport) and p.name not in suite.without]
+def wanted(options: Options, suite: Suite) -> list[Peer]:
+    """The servers that take part in a suite."""
+    chosen = [p for p in PEERS if p.serves(suite.backend, suite.transport)]
+    chosen = [p for p in chosen if (p.name in suite.peers if suite.peers else not p.variant)]
     return [p for p in chosen if not options.peers or p.name in options.peers]
 
 
+def with_storage(options: Options, suite: Suite) -> bool:
+    """Whether fio's io_uring engine takes part, on the file itself."""
+    return suite.storage and STORAGE in (options.peers or [STORAGE])
+
+
+def place_of(options: Options, suite: Suite, folder: Path, file: Path, size: int) -> Place:
+    """What a server of this suite is asked to serve."""
+    return Place(folder, suite.backend, suite.transport, file, size, free_port(), options.build, suite.spin_us)
+
+
 @contextmanager
-def field_of(options: Options, suite: Suite, say: Say) -> Iterator[_Field]:
-    """Start every peer that takes part; one that cannot is skipped, and says why."""
+def field_of(options: Options, suite: Suite, say: Say, skipped: dict[str, str]) -> Iterator[_Field]:
+    """Start every server that takes part; one that cannot is skipped, and says why."""
+    size = bytes_of(suite.size) if suite.size else options.size
+    peers = wanted(options, suite)
     with ExitStack() as stack:
-        make = stack.enter_context(_files(options, suite.backend))
-        found = _Field({}, None, {})
-        for peer in _wanted(options, suite):
+        make = stack.enter_context(_files(options, suite, size, len(peers)))
+        found = _Field()
+        for peer in peers:
             reason = peer.missing()
             if reason is None:
                 folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nv", dir="/tmp")))
-                place = Place(
-                    folder, suite.backend, suite.transport, make(peer.name), options.size, free_port(), options.build
-                )
+                place = place_of(options, suite, folder, make(peer.name), size)
                 try:
-                    found.running[peer.name] = stack.enter_context(running(peer.plan(place), place))
+                    found.running[peer.name] = stack.enter_context(generators.serving(peer, place))
                     continue
-                except (ServerError, LookupError, OSError) as error:
+                except (ServerError, PointError, LookupError, OSError) as error:
                     reason = str(error)
-            found.skipped[peer.name] = reason
+            skipped[f"{suite.name}/{peer.name}"] = reason
             say(f"  {peer.name} left out: {reason}")
-        if suite.backend != "null" and suite.generator == "loadgen" and (not options.peers or STORAGE in options.peers):
-            found.storage = make(STORAGE)
+        if with_storage(options, suite):
+            found.storage = found.running[OURS].place.file if OURS in found.running else make(STORAGE)
         yield found
 
 
@@ -121,50 +154,84 @@ def _one(options: Options, suite: Suite, point: str, peer: str, server: Running,
     return generators.loadgen(tool, server, suite.points[point], peer, turn, options.seconds)
 
 
-def run_point(options: Options, suite: Suite, point: str, servers: _Field, say: Say) -> PointResult:
-    """All rounds of one point. A peer that fails is recorded, and left out of the rounds that remain."""
+def _storage(options: Options, suite: Suite, point: str, file: Path, size: int, turn: int) -> Sample | None:
+    load, direct = suite.points[point], suite.backend == "disk"
+    return generators.storage(load, file, size, direct, turn, options.seconds)
+
+
+def measure(options: Options, suite: Suite, point: str, turn: int, servers: _Field, say: Say) -> list[Sample]:
+    """One round of one point. A server that fails is left out of the rounds that remain."""
     samples: list[Sample] = []
-    failures: dict[str, str] = {}
-    for turn in range(options.rounds):
-        for peer, server in servers.running.items():
-            if peer in failures:
-                continue
-            try:
-                samples.append(_one(options, suite, point, peer, server, turn))
-            except PointError as error:
-                failures[peer] = str(error)
-                say(f"  {point}: {peer} failed: {error}")
-        if servers.storage is not None:
-            load, direct = suite.points[point], suite.backend == "disk"
-            try:
-                bare = generators.storage(load, servers.storage, options.size, direct, turn, options.seconds)
-                samples += [bare] if bare else []
-            except PointError as error:
-                failures[STORAGE] = str(error)
+    failed = servers.failed[point]
+    for peer, server in servers.running.items():
+        if peer in failed:
+            continue
+        try:
+            samples.append(_one(options, suite, point, peer, server, turn))
+        except PointError as error:
+            failed[peer] = str(error)
+            say(f"  {point}: {peer} failed: {error}")
+    if servers.storage is not None and STORAGE not in failed:
+        try:
+            size = servers.storage.stat().st_size
+            bare = _storage(options, suite, point, servers.storage, size, turn)
+            samples += [bare] if bare else []
+        except PointError as error:
+            failed[STORAGE] = str(error)
+            say(f"  {point}: {STORAGE} failed: {error}")
+    return samples
+
+
+def points_of(options: Options, suite: Suite) -> list[str]:
+    """Those that were asked for."""
+    return [p for p in suite.point_names() if not options.points or p in options.points]
+
+
+def rounds_of(options: Options, suite: Suite) -> int:
+    """How often each point of a suite is measured."""
+    return min(options.rounds, suite.rounds_max)
+
+
+def run_suite(options: Options, suite: Suite, progress: Progress, skipped: dict[str, str]) -> list[PointResult]:
+    """One suite."""
+    points = points_of(options, suite)
+    if not points:
+        return []
+    progress.say(f"suite {suite.name}: {len(points)} points, {suite.backend}, {suite.transport}")
+    samples: dict[str, list[Sample]] = {point: [] for point in points}
+    try:
+        with field_of(options, suite, progress.say, skipped) as servers:
+            for turn in range(rounds_of(options, suite)):
+                for point in points:
+                    started = time.monotonic()
+                    samples[point] += measure(options, suite, point, turn, servers, progress.say)
+                    took = time.monotonic() - started
+                    progress.step(suite.generator, took, f"{suite.name} {turn + 1} {point}: {_line(samples[point])}")
+    except NoRoomError as error:
+        skipped[suite.name] = str(error)
+        progress.say(f"  left out: {error}")
+        return []
+    return [_result(suite, point, samples[point], servers.failed[point]) for point in points]
+
+
+def _result(suite: Suite, point: str, samples: list[Sample], failed: dict[str, str]) -> PointResult:
     return PointResult(
         suite=suite.name, point=point, generator=suite.generator, backend=suite.backend, transport=suite.transport,
-        spec=suite.spec(point), samples=tuple(samples), failures=tuple(f"{p}: {why}" for p, why in failures.items()),
+        spec=suite.spec(point), samples=tuple(samples), failures=tuple(f"{p}: {why}" for p, why in failed.items()),
     )  # fmt: skip
 
 
-def run_suite(options: Options, suite: Suite, say: Say, skipped: dict[str, str]) -> list[PointResult]:
-    """One suite."""
-    points = [p for p in suite.point_names() if not options.points or p in options.points]
-    if not points:
-        return []
-    say(f"suite {suite.name}: {len(points)} points, {suite.backend}, {suite.transport}")
-    with field_of(options, suite, say) as servers:
-        skipped.update({f"{suite.name}/{peer}": why for peer, why in servers.skipped.items()})
-        results = []
-        for point in points:
-            results.append(run_point(options, suite, point, servers, say))
-            say(f"  {point}: {_line(results[-1])}")
-        return results
-
-
-def _line(result: PointResult) -> str:
-    latest = {sample.peer: sample for sample in result.samples}
+def _line(samples: list[Sample]) -> str:
+    latest = {sample.peer: sample for sample in samples}
     return ", ".join(f"{peer} {sample.iops:,.0f}" for peer, sample in latest.items())
+
+
+def _weights(options: Options, chosen: list[Suite]) -> dict[str, int]:
+    """Steps (a round of a point) by generator, for the time that is left; a step is as long as it has servers."""
+    steps: dict[str, int] = defaultdict(int)
+    for suite in chosen:
+        steps[suite.generator] += len(points_of(options, suite)) * rounds_of(options, suite)
+    return dict(steps)
 
 
 def run(options: Options, say: Say) -> Result:
@@ -172,13 +239,15 @@ def run(options: Options, say: Say) -> Result:
     chosen = [suites.load(name) for name in (options.suites or suites.names())]
     generators.build(options.build)
     options.disk.mkdir(parents=True, exist_ok=True)
-    load_before, started = os.getloadavg()[0], datetime.now(UTC)
+    load_before, started, stolen = os.getloadavg()[0], datetime.now(UTC), machine.processor_ticks()
+    progress = Progress(_weights(options, chosen), say)
     points: list[PointResult] = []
     skipped: dict[str, str] = {}
     for suite in chosen:
-        points += run_suite(options, suite, say, skipped)
+        points += run_suite(options, suite, progress, skipped)
     return Result(
-        started=started.isoformat(timespec="seconds"), commit=machine.commit(ROOT), quick=options.quick,
-        rounds=options.rounds, seconds=options.seconds, load_before=load_before,
-        machine=machine.describe(options.disk), points=tuple(points), skipped=skipped,
+        started=started.isoformat(timespec="seconds"), commit=machine.commit(ROOT), complete=options.complete,
+        quick=options.quick, rounds=options.rounds, seconds=options.seconds, load_before=load_before,
+        stolen=machine.stolen_since(stolen), machine=machine.describe(options.disk), points=tuple(points),
+        skipped=skipped,
     )  # fmt: skip

@@ -73,6 +73,10 @@ class Plan:
     """It answers once its output holds this."""
     find_pid: Callable[[int], int] | None = None
     """Given the started process, the one that serves; stopping is the started one's business."""
+    limit_s: float = START_LIMIT_S
+    """How long it may take to answer."""
+    prefill: bool = False
+    """It starts empty, and memory that was never written reads faster than memory that was: write all of it first."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +166,7 @@ def _ready(plan: Plan, place: Place, process: subprocess.Popen[bytes], log: Path
 
 
 def _wait(plan: Plan, place: Place, process: subprocess.Popen[bytes], log: Path) -> int:
-    deadline = time.monotonic() + START_LIMIT_S
+    deadline = time.monotonic() + plan.limit_s
     while time.monotonic() < deadline:
         if process.poll() is not None and (plan.pid_file is None or process.returncode != 0):
             break
@@ -171,9 +175,9 @@ def _wait(plan: Plan, place: Place, process: subprocess.Popen[bytes], log: Path)
             return pid
         time.sleep(0.02)
     code = process.poll()
-    what = f"did not answer within {START_LIMIT_S:.0f} s" if code is None else f"ended with status {code}"
+    what = f"did not answer within {plan.limit_s:.0f} s" if code is None else f"ended with status {code}"
     _stop(process, process.pid)
-    raise ServerError(f"{plan.command[0]} {what}: {log.read_text(errors='replace')[-400:].strip()}")
+    raise ServerError(f"{Path(plan.command[0]).name} {what}: {log.read_text(errors='replace')[-400:].strip()}")
 
 
 @contextmanager

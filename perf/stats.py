@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from perf.model import Sample
+from perf.model import PointResult, Sample
+from perf.peers import OUR_FORMS
 
 Metric = Callable[[Sample], float | None]
 
@@ -35,9 +36,34 @@ def mean_us(sample: Sample) -> float | None:
     return sample.latency.mean_us
 
 
+def p50_us(sample: Sample) -> float | None:
+    """Median latency, microseconds."""
+    return sample.latency.p50_us
+
+
+def p90_us(sample: Sample) -> float | None:
+    """90th percentile of latency, microseconds."""
+    return sample.latency.p90_us
+
+
 def p99_us(sample: Sample) -> float | None:
     """99th percentile of latency, microseconds."""
     return sample.latency.p99_us
+
+
+def p999_us(sample: Sample) -> float | None:
+    """99.9th percentile of latency, microseconds."""
+    return sample.latency.p999_us
+
+
+def rss_bytes(sample: Sample) -> float | None:
+    """Resident memory of the server's processes, shared pages included, bytes."""
+    return sample.rss_bytes
+
+
+def rss_anon_bytes(sample: Sample) -> float | None:
+    """Resident memory that is the server's own, bytes."""
+    return sample.rss_anon_bytes
 
 
 @dataclass(frozen=True)
@@ -87,6 +113,16 @@ def by_round(samples: Iterable[Sample], peers: Iterable[str], metric: Metric, be
     return rounds
 
 
+def summed(samples: Iterable[Sample], peers: Sequence[str], metric: Metric) -> dict[int, float]:
+    """Per round the metric of several peers added up; only rounds that all of them have."""
+    rounds: dict[int, dict[str, float]] = {}
+    for sample in samples:
+        value = metric(sample)
+        if sample.peer in peers and value is not None:
+            rounds.setdefault(sample.round, {})[sample.peer] = value
+    return {turn: sum(values.values()) for turn, values in rounds.items() if len(values) == len(set(peers))}
+
+
 def paired(above: Mapping[int, float], below: Mapping[int, float]) -> Summary | None:
     """Ratios above / below of the rounds that both have."""
     return summarise(above[r] / below[r] for r in above.keys() & below.keys() if below[r] > 0)
@@ -97,3 +133,15 @@ def ratio(
 ) -> Summary | None:
     """`peer` against the best of `others`, round by round."""
     return paired(by_round(samples, [peer], metric, best), by_round(samples, others, metric, best))
+
+
+def peers_of(point: PointResult) -> list[str]:
+    """In the order they first ran, ours first."""
+    seen = dict.fromkeys(sample.peer for sample in point.samples)
+    return sorted(seen, key=lambda peer: peer not in OUR_FORMS)
+
+
+def middle(point: PointResult, peer: str, metric: Metric) -> Summary | None:
+    """Of a server's samples at a point."""
+    values = [metric(sample) for sample in point.samples if sample.peer == peer]
+    return summarise(value for value in values if value is not None)

@@ -12,7 +12,7 @@ from perf.model import Backend, Generator, Transport
 
 FOLDER = Path(__file__).with_name("suites")
 SPIN_US = 50
-"""The load generator spins that long before it sleeps, in points that measure rate and not latency."""
+"""Server and load generator spin that long before they sleep, in points that measure rate and not latency."""
 
 
 class SuiteError(Exception):
@@ -28,6 +28,7 @@ class Load(BaseModel):
     block: str
     depth: int = Field(ge=1, le=1024)
     connections: int = Field(default=1, ge=1, le=4096)
+    threads: int = Field(default=1, ge=1, le=64)
     sequential: bool = False
     structured: bool = False
     fua: bool = False
@@ -63,8 +64,18 @@ class Suite(BaseModel):
     transport: Transport
     points: dict[str, Load] = {}
     jobs: str | None = None
-    without: tuple[str, ...] = ()
-    """Peers that cannot do this at all: the ceiling keeps no data."""
+    peers: tuple[str, ...] = ()
+    """Only these take part; all that serve the backend and the transport without it."""
+    rounds_max: int = Field(default=99, ge=1)
+    """Points that carry no bar need fewer rounds."""
+    spin_us: int = SPIN_US
+    """How long the servers that can spin do so before they sleep."""
+    storage: bool = False
+    """fio's io_uring engine takes part, on the file itself: what the storage can do without a server."""
+    size: str | None = None
+    """Bytes of each server's file, where the suite needs a certain size."""
+    shared_file: bool = False
+    """All servers on one file: for loads that only read it, by servers that do not lock it."""
     name: str = ""
 
     @property

@@ -36,7 +36,7 @@ static struct {
     int pids[PIDS_MAX];
     unsigned pid_count;
 } options = {
-    .target = { .export_name = "" },
+    .target = { .export_name = "", .buffer_bytes = 4 << 20 },
     .work = { .block = 4096, .depth = 1, .batch = 1, .seed = 1 },
     .connections = 1, .threads = 1, .seconds = 1, .warmup_seconds = 0.1,
 };
@@ -264,9 +264,9 @@ static void print_server(const struct reading *before, const struct reading *aft
 {
     double wall = (double)(after->wall_ns - before->wall_ns), cpu = (double)(after->server.cpu_ns - before->server.cpu_ns);
     printf("\"server\": {\"cpu_ns\": %.0f, \"cpu_fraction\": %.6f, \"cpu_ns_per_request\": %.1f, \"rss_bytes\": %llu, "
-           "\"rss_anon_bytes\": %llu, \"rss_anon_before_bytes\": %llu, \"threads\": %u, \"switches\": %llu}", cpu, cpu / wall,
+           "\"rss_before_bytes\": %llu, \"rss_anon_bytes\": %llu, \"threads\": %u, \"switches\": %llu}", cpu, cpu / wall,
            requests > 0 ? cpu / requests : 0, (unsigned long long)after->server.rss_bytes,
-           (unsigned long long)after->server.rss_anon_bytes, (unsigned long long)before->server.rss_anon_bytes,
+           (unsigned long long)before->server.rss_bytes, (unsigned long long)after->server.rss_anon_bytes,
            after->server.threads, (unsigned long long)(after->server.switches - before->server.switches));
 }
 
@@ -285,9 +285,9 @@ static void report(const struct worker *workers, const struct reading *before, c
     double moved = (double)(sum.latency[OP_READ].count + sum.latency[OP_WRITE].count) * options.work.block;
     double client = (double)(after->client_ns - before->client_ns);
     const struct client *c = &workers[0].lanes[0].client;
-    printf("{\"seconds\": %.6f, \"connections\": %u, \"depth\": %u, \"block\": %u, \"structured\": %s, \"tls\": %s, "
+    printf("{\"seconds\": %.6f, \"connections\": %u, \"depth\": %u, \"block\": %u, \"structured\": %s, \"cipher\": \"%s\", "
            "\"requests\": %.0f, \"iops\": %.1f, \"bytes_per_s\": %.0f, ", seconds, options.connections, options.work.depth,
-           options.work.block, c->structured ? "true" : "false", c->tls ? "true" : "false", requests, requests / seconds,
+           options.work.block, c->structured ? "true" : "false", c->tls ? client_cipher(c) : "", requests, requests / seconds,
            moved / seconds);
     print_server(before, after, requests);
     printf(", \"client\": {\"cpu_ns_per_request\": %.1f, \"sends\": %llu, \"receives\": %llu}, \"verified\": %llu, "
@@ -319,7 +319,7 @@ static void run_idle(void)
     read_now(&before);
     sleep_seconds(options.idle_seconds);
     read_now(&after);
-    before.server.rss_anon_bytes = empty.server.rss_anon_bytes;
+    before.server.rss_bytes = empty.server.rss_bytes;
     report_idle(&before, &after);
     for (unsigned i = 0; i < options.connections; i++) client_close(&clients[i]);
     free(clients);

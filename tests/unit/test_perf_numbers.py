@@ -5,44 +5,20 @@ from __future__ import annotations
 import ctypes
 import json
 import subprocess
+from collections import Counter
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perf import bars, compare, counts, fio, generators, profile, report, stats, suites
-from perf.model import Count, Latency, Machine, PointResult, Result, Sample
+from perf import bars, callgrind, counts, fio, generators, profile, progress, run, sampling, stats, suites
+from perf.model import Count, PointResult
+from perf.peers import STORAGE
+from tests.unit.perf_results import point, result, sample
 
 CAPTURED = Path(__file__).with_name("perf_fio_mixed.json")
-
-
-def sample(peer: str, turn: int, iops: float, cpu_us: float | None = 2.0, mean_us: float = 50.0) -> Sample:
-    latency = Latency(
-        mean_us=mean_us, p50_us=mean_us, p90_us=mean_us, p99_us=2 * mean_us, p999_us=3 * mean_us, max_us=9 * mean_us
-    )
-    return Sample(
-        peer=peer, round=turn, requests=int(iops), iops=iops, bytes_per_s=iops * 4096, latency=latency,
-        server_cpu_us=cpu_us, rss_anon_bytes=1 << 20,
-    )  # fmt: skip
-
-
-def point(samples: list[Sample], name: str = "randread-4k-qd32", suite: str = "core") -> PointResult:
-    return PointResult(
-        suite=suite, point=name, generator="loadgen", backend="tmpfs", transport="unix", spec={"depth": "32"},
-        samples=tuple(samples),
-    )  # fmt: skip
-
-
-def result(points: list[PointResult], counts: tuple[Count, ...] = (), load: float = 0.0) -> Result:
-    machine = Machine(
-        cpu="one", cpus=2, memory_bytes=1 << 30, kernel="6", mitigations="", governor="", virtual="kvm", disk="",
-        versions={"fio": "fio-3.33"},
-    )  # fmt: skip
-    return Result(
-        started="2026-01-01T00:00:00+00:00", commit="abc", quick=False, rounds=5, seconds=1.0, load_before=load,
-        machine=machine, points=tuple(points), counts=counts,
-    )  # fmt: skip
 
 
 class TestFio:
@@ -63,7 +39,7 @@ class TestFio:
     def test_it_becomes_a_sample_with_the_worst_percentile_and_the_weighted_mean(self) -> None:
         parsed = fio.parse_file(CAPTURED)
         (job,) = parsed.jobs
-        made = generators.fio_sample(parsed, "x", 3, None, 1.0)
+        made = generators.fio_sample(parsed, "x", 3, None)
         assert made.requests == job.requests and made.round == 3 and made.server_cpu_us is None
         assert made.latency.p99_us == max(job.read.clat_ns.at(99), job.write.clat_ns.at(99)) / 1000
         low, high = sorted((job.read.lat_ns.mean / 1000, job.write.lat_ns.mean / 1000))
@@ -132,82 +108,85 @@ class TestStatistics:
 
 
 class TestBars:
+    @staticmethod
+    def verdicts(*points: PointResult, counts: tuple[Count, ...] = ()) -> dict[tuple[str, str], bars.Verdict]:
+        return {(v.work, v.label): v for v in bars.judge(result(list(points), counts))}
+
     def test_they_are_judged_on_the_median_in_their_direction(self) -> None:
-        samples = [sample("nbdvvol", 0, 90, 1.0), sample("ceiling", 0, 100, 0.5), sample("nbdkit-file", 0, 10, 6.0)]
-        verdicts = {v.bar.label: v for v in bars.judge([point(samples)])}
-        assert verdicts["IOPS / socket ceiling"].reached is True
-        assert verdicts["IOPS / nbdkit file"].reached is True
-        assert verdicts["CPU per request / nbdkit file"].reached is True
-        assert verdicts["IOPS / qemu-nbd's better mode"].reached is None
-        slow = [sample("nbdvvol", 0, 80, 5.0), *samples[1:]]
-        verdicts = {v.bar.label: v for v in bars.judge([point(slow)])}
-        assert verdicts["IOPS / socket ceiling"].reached is False
-        assert verdicts["CPU per request / nbdkit file"].reached is False
+        work, cost = "4 KiB random read, depth 32", "server CPU per 4 KiB request, depth 32"
+        others = [sample("ceiling", 0, 100, 0.5), sample("nbdkit-file", 0, 10, 6.0)]
+        found = self.verdicts(point([sample("nbdvvol", 0, 90, 1.0), *others]))
+        assert found[work, "IOPS / socket ceiling"].reached is True
+        assert found[work, "IOPS / nbdkit file"].reached is True
+        assert found[cost, "read: CPU / nbdkit file"].reached is True
+        assert found[work, "IOPS / qemu-nbd's better mode"].reached is None
+        found = self.verdicts(point([sample("nbdvvol", 0, 80, 5.0), *others]))
+        assert found[work, "IOPS / socket ceiling"].reached is False
+        assert found[cost, "read: CPU / nbdkit file"].reached is False
 
-    def test_every_bar_names_a_point_that_its_suite_has(self) -> None:
+    def test_at_depth_1_the_disk_and_the_socket_are_added(self) -> None:
+        rows = (("nbdvvol", 132.0), ("storage", 100.0), ("ceiling", 20.0))
+        label = "read, depth 1: latency / (fio's + the socket ceiling's)"
+        samples = [sample(peer, 0, 1.0, mean_us=mean_us) for peer, mean_us in rows]
+        found = self.verdicts(point(samples, "randread-4k-qd1", "disk"))["O_DIRECT on the real disk", label]
+        assert found.measured is not None and found.measured.median == pytest.approx(1.1)
+        short = self.verdicts(point(samples[:2], "randread-4k-qd1", "disk"))["O_DIRECT on the real disk", label]
+        assert short.measured is None and short.reached is None
+
+    def test_two_reactors_are_held_against_one_at_another_point_of_the_same_round(self) -> None:
+        one_reactor = [sample("nbdvvol", r, 1.0, 2.0 * drift) for r, drift in enumerate((1, 5))]
+        one = point(one_reactor, "randread-4k-1x32", "scaling")
+        two = [sample("nbdvvol-2-reactors", r, 1.0, 1.6 * drift) for r, drift in enumerate((1, 5))]
+        four = point([*two, sample("nbdvvol", 0, 1.0, 99.0)], "randread-4k-4x32", "scaling")
+        label = "read: IOPS per CPU-second"
+        found = self.verdicts(one, four)["4 connections on 2 reactors against 1 on 1", label]
+        assert found.measured is not None and found.measured.median == pytest.approx(1.25) and found.reached is True
+
+    def test_counts_have_bars_of_their_own_and_a_published_figure_has_none(self) -> None:
+        def count(peer: str, name: str, value: float, work: str) -> Count:
+            return Count(peer=peer, work=work, name=name, value=value, tolerance=0.0)
+
+        counts = (
+            count("nbdvvol-one-run", bars.INSTRUCTIONS, 1000.0, bars.MAP_LOAD),
+            count("nbdvvol-million-runs", bars.INSTRUCTIONS, 1020.0, bars.MAP_LOAD),
+            count("nbdvvol", bars.PROCESSORS, 0.006, bars.IDLE_LOAD),
+            count("nbdvvol", bars.RESIDENT, 65_536.0, bars.IDLE_LOAD),
+        )
+        runs = [sample("nbdvvol-one-run", 0, 100.0), sample("nbdvvol-million-runs", 0, 90.0)]
+        found = self.verdicts(point(runs, suite="map"), counts=counts)
+        rows = {label: verdict for (_, label), verdict in found.items()}
+        assert rows["instructions per request / one region"].reached is True
+        assert rows["CPU of all processes, % of one"].reached is False
+        assert rows["resident KiB per connection"].reached is True
+        clock = rows["wall clock: IOPS / one region, depth 32"]
+        assert clock.asked == "published" and clock.reached is None
+        assert clock.measured is not None and clock.measured.median == pytest.approx(0.9)
+
+    def test_every_bar_names_a_point_that_its_suite_has_and_servers_that_take_part(self) -> None:
         for bar in bars.BARS:
-            assert bar.point in suites.load(bar.suite).point_names(), f"{bar.suite}/{bar.point}"
+            suite = suites.load(bar.suite)
+            assert {bar.point, bar.against_point or bar.point} <= set(suite.point_names()), f"{bar.suite}/{bar.point}"
+            taking_part = {peer.name for peer in run.wanted(run.Options(), suite)}
+            taking_part |= {STORAGE} if suite.storage else set()
+            assert bar.ours in taking_part and set(bar.against) & taking_part, f"{bar.suite}/{bar.point} {bar.label}"
 
-
-class TestCompare:
-    @staticmethod
-    def run(ours: float, jitter: float = 0.01, drift: float = 1.0) -> Result:
-        wobble = [1 - jitter, 1 - jitter / 2, 1.0, 1 + jitter / 2, 1 + jitter]
-        samples = [sample("nbdvvol", r, ours * w * drift, 2.0) for r, w in enumerate(wobble)]
-        samples += [sample("ceiling", r, 500_000 * drift, 1.0) for r in range(5)]
-        return result([point(samples)])
-
-    def test_a_machine_five_times_slower_is_no_regression(self) -> None:
-        changes = compare.compare(self.run(400_000), self.run(400_000, drift=0.2))
-        assert changes and not any(c.regression or c.improvement for c in changes)
-
-    def test_a_loss_beyond_noise_is_one(self) -> None:
-        changes = compare.compare(self.run(400_000), self.run(340_000))
-        assert [c.what for c in changes if c.regression] == ["IOPS / ceiling"]
-        assert "REGRESSION" in compare.table(changes)
-
-    def test_the_same_loss_in_noisy_rounds_is_not(self) -> None:
-        assert not any(c.regression for c in compare.compare(self.run(400_000, 0.3), self.run(340_000, 0.3)))
-
-    def test_a_gain_is_an_improvement(self) -> None:
-        changes = compare.compare(self.run(340_000), self.run(400_000))
-        assert [c.what for c in changes if c.improvement] == ["IOPS / ceiling"]
-
-    @staticmethod
-    def counted(value: float) -> Result:
-        count = Count(peer="nbdvvol", work="read-4k-qd32", name="instructions", value=value, tolerance=0.01)
-        return result([], (count,))
-
-    def test_counts_are_compared_with_their_own_tolerance(self) -> None:
-        old = self.counted(300.0)
-        assert not compare.compare(old, self.counted(302.0))[0].regression
-        assert compare.compare(old, self.counted(304.0))[0].regression
-        assert compare.compare(old, self.counted(290.0))[0].improvement
-
-    def test_something_out_of_nothing_is_a_regression(self) -> None:
-        assert compare.compare(self.counted(0.0), self.counted(0.5))[0].regression
-        assert not compare.compare(self.counted(0.0), self.counted(0.0))[0].regression
-
-    def test_runs_that_share_nothing_cannot_be_compared(self) -> None:
-        with pytest.raises(compare.CompareError, match="nothing to compare"):
-            compare.compare(self.run(1.0), self.counted(1.0))
-
-    def test_a_busy_machine_is_said(self) -> None:
-        assert "load 3.0" in " ".join(compare.warnings(result([]), result([], load=3.0)))
-
-    def test_a_file_that_is_no_result_is_refused(self, tmp_path: Path) -> None:
-        path = tmp_path / "x.json"
-        path.write_text('{"format": 99}')
-        with pytest.raises(compare.CompareError, match="not a result file"):
-            compare.load(path)
-        with pytest.raises(compare.CompareError, match="No such file"):
-            compare.load(tmp_path / "y.json")
-
-    def test_a_result_survives_its_file(self, tmp_path: Path) -> None:
-        path = tmp_path / "r.json"
-        before = self.run(400_000)
-        path.write_text(before.model_dump_json())
-        assert compare.load(path) == before
+    def test_every_row_of_the_table_has_a_bar(self) -> None:
+        """Rows, and how many figures each asks for: on the unix socket, and for the ratios to peers on TCP."""
+        rows = Counter(verdict.work for verdict in bars.judge(result([])))
+        assert rows == {
+            "4 KiB random read, depth 32": 3, "4 KiB random read, depth 32, TCP": 2,
+            "4 KiB random read, depth 256": 2, "4 KiB random read, depth 256, TCP": 1,
+            "4 KiB random write, depth 32": 4, "4 KiB random write, depth 32, TCP": 3,
+            "256 KiB sequential read, depth 8": 2, "256 KiB sequential read, depth 8, TCP": 1,
+            "256 KiB sequential write, depth 8": 2, "256 KiB sequential write, depth 8, TCP": 1,
+            "4 KiB random read, depth 1": 2, "4 KiB random read, depth 1, TCP": 2,
+            "O_DIRECT on the real disk": 4,
+            "server CPU per 4 KiB request, depth 32": 4, "server CPU per 4 KiB request, depth 32, TCP": 4,
+            "4 connections on 2 reactors against 1 on 1": 2,
+            "1,000 bound exports, one idle connection each": 2,
+            "a map of 1,000,000 runs, random order": 2,
+            "TLS on TCP, per core": 4,
+        }  # fmt: skip
 
 
 class TestProfile:
@@ -223,9 +202,9 @@ class TestProfile:
         one = ctypes.cast(loaded.one, ctypes.c_void_p).value
         two = ctypes.cast(loaded.two, ctypes.c_void_p).value
         assert one is not None and two is not None and two - one == starts["two"] - starts["one"]
-        found = profile.parse(f"{one:x} 5 5\n{one + 4:x} 5 0\n{two:x} 2 1\n10 9 9\n", where)
+        found = profile.parse(f"{one:x} 5\n{one + 4:x} 5\n{two:x} 2\n10 9\n", where)
         assert found.own == {"libtwo:one": 10, "libtwo:two": 2, "unknown": 9}
-        assert found.calls == {"one": 5, "two": 1}
+        assert found.calls == {"one": 5, "two": 2}
         assert found.minus(found).instructions == 0 and found.instructions == 21
 
     def test_the_library_s_memcpy_is_found_where_the_processor_chose_it(self) -> None:
@@ -233,15 +212,6 @@ class TestProfile:
         address = ctypes.cast(ctypes.CDLL(None).memcpy, ctypes.c_void_p).value
         assert address is not None
         assert profile.name_of(address, where) in {("libc:memcpy", True), ("libc:memmove", True)}
-
-
-def test_perf_stat_is_read_by_event_and_lacks_none_silently() -> None:
-    text = (
-        "24,,raw_syscalls:sys_enter,1000,100.00,,\n"
-        "<not supported>,,io_uring:io_uring_queue_async_work,0,100.00,,\n"
-        "7,,context-switches,1000,100.00,,\nloadgen said something, too\n"
-    )
-    assert counts.parse_perf_stat(text) == {"system calls": 24, "context switches": 7}
 
 
 class TestSuites:
@@ -276,14 +246,61 @@ class TestSuites:
             suites.load("nonsense")
 
 
-class TestReport:
-    def test_it_says_what_was_measured_and_what_was_lost(self) -> None:
-        samples = [sample("nbdvvol", r, 80_000) for r in range(3)] + [sample("ceiling", r, 100_000) for r in range(3)]
-        text = report.markdown(result([point(samples)], TestCompare.counted(312.5).counts, load=2.0))
-        assert "| nbdvvol | 80,000 |" in text and "0.80 (0.80–0.80)" in text
-        assert "| ≥ 0.85 | 0.80 (0.80–0.80) | **no** |" in text
-        assert "load 2.0" in text and "| instructions | 312.5 |" in text
+class TestProgress:
+    def test_it_tells_what_is_left_by_the_steps_so_far(self) -> None:
+        said: list[str] = []
+        made = progress.Progress({"loadgen": 10, "fio": 2}, said.append)
+        made.step("loadgen", 6.0, "core 1 a")
+        assert made.left_s() == 9 * 6.0 + 2 * 6.0
+        made.step("fio", 60.0, "fio 1 b")
+        assert made.left_s() == 9 * 6.0 + 60.0
+        assert said == ["  [1/12, 1 min left] core 1 a", "  [2/12, 2 min left] fio 1 b"]
 
-    def test_a_quick_run_says_so(self) -> None:
-        quick = result([point([sample("nbdvvol", 0, 1.0)])]).model_copy(update={"quick": True})
-        assert "nothing about speed" in report.markdown(quick)
+
+def test_strace_s_summary_is_read_by_name() -> None:
+    text = (
+        "    calls syscall\n--------- ----------------\n      517 io_uring_enter\n        2 read\n"
+        "--------- ----------------\n      519 total\n"
+    )
+    assert counts.parse_strace(text) == {"io_uring_enter": 517, "read": 2}
+
+
+def test_callgrind_s_costs_are_summed_by_file_without_what_was_called() -> None:
+    text = (
+        "version: 1\npositions: line\nevents: Ir\nsummary: 99\n\nob=/x/nvsim\nfl=/r/native/nbd/receive.c\n"
+        "fn=parse\n10 5\n"
+        "fi=/r/native/nbd/wire.h\n11 7\nfe=/r/native/nbd/receive.c\n12 1\ncfi=/r/native/sim/disk.c\ncfn=read\n"
+        "calls=3 40\n13 1000\n14 2\n\nfl=/r/native/sim/disk.c\nfn=read\n40 900\n"
+    )
+    costs = callgrind.parse(text)
+    assert costs == {"/r/native/nbd/receive.c": 8, "/r/native/nbd/wire.h": 7, "/r/native/sim/disk.c": 900}
+    assert callgrind.rooms(costs) == {"nbd": 15}
+
+
+class TestSampling:
+    SCRIPT = (
+        "filter \n\tffffffff81 copy_to_iter+0x20 ([kernel.kallsyms])\n\tffffffff82 sys_recv ([kernel.kallsyms])\n"
+        "\t    7f0001 recv+0x1 (/usr/lib/libc.so.6)\n\t    7f0002 [unknown] ([unknown])\n\n"
+        "filter \n\t    7f0003 nv_conn_parse (/x/_native.abi3.so)\n\t    7f0004 junk (/x/y)\n\n"
+        "filter \n\t    7f0003 nv_conn_parse (/x/_native.abi3.so)\n\n"
+    )
+
+    def test_stacks_keep_the_kernel_whole_and_of_the_user_the_innermost(self) -> None:
+        assert sampling.parse_script(self.SCRIPT) == {
+            ("kernel", "libc:recv", "sys_recv", "copy_to_iter"): 1,
+            ("user", "_native:nv_conn_parse"): 2,
+        }
+
+    def test_shares_and_the_table(self) -> None:
+        found = sampling.shares(sampling.parse_script(self.SCRIPT))
+        assert (found.total, found.kernel) == (3, 1)
+        assert found.own == {"copy_to_iter": 1, "_native:nv_conn_parse": 2} and found.under["sys_recv"] == 1
+        text = sampling.table(found, 3.0)
+        assert "3 samples, 33% in the kernel; 3.00 µs" in text
+        assert "| _native:nv_conn_parse | 66.7% | 66.7% | 2.000 |" in text
+
+    def test_the_flame_graph_is_as_wide_as_its_samples(self) -> None:
+        svg = ElementTree.fromstring(sampling.flame(sampling.parse_script(self.SCRIPT), "a <title>"))
+        widths = {group[0].text: float(group[1].attrib["width"]) for group in svg if group.tag.endswith("}g")}
+        assert widths["user 66.7%"] == widths["_native:nv_conn_parse 66.7%"] == pytest.approx(800)
+        assert widths["copy_to_iter 33.3%"] == pytest.approx(400)

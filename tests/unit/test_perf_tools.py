@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from perf import generators, profile, usage
+from perf import counts, generators, profile, usage
 
 SIZE = 1 << 20
 
@@ -240,7 +240,7 @@ def test_idle_connections_are_held_and_weighed(tools: Path, ceiling: tuple[Path,
     path, pid = ceiling
     out = report(load(tools, path, "--connections", "50", "--idle", "0.2", "--warmup", "0.1", "--pid", str(pid)))
     assert out["connections"] == 50
-    assert out["server"]["rss_anon_bytes"] > out["server"]["rss_anon_before_bytes"]
+    assert out["server"]["rss_bytes"] > out["server"]["rss_before_bytes"]
 
 
 def test_the_histogram_is_within_its_promised_error(tmp_path: Path) -> None:
@@ -277,6 +277,7 @@ def test_usage_counts_a_process_and_its_children() -> None:
 
 
 STEPPED = r"""
+#include <stdlib.h>
 #include <unistd.h>
 char from[4096], to[4096];
 __attribute__((noinline)) void turn(volatile int *x) { ++*x; }
@@ -292,6 +293,8 @@ int main(void)
     char c;
     while (read(0, &c, 1) == 1) {
         copy();
+        void *volatile memory = malloc(100);
+        free(memory);
         for (int i = 0; i < 50; i++) turn(&x);
         if (write(1, "k", 1) != 1) return 1;
     }
@@ -318,6 +321,7 @@ def test_steps_counts_every_instruction_of_a_thread_and_lets_it_live(tools: Path
         turns = [count for name, count in found.own.items() if name == "loop:turn"]
         assert turns and turns[0] % 150 == 0 and turns[0] > 0
         assert 0 < found.own["loop:copy"] < 3 * 20, "a rep instruction is one"
+        assert counts.allocations(found) == 3
         traced.stdin.write(b"x")
         assert traced.stdout.read(1) == b"k"
         traced.stdin.close()

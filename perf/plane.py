@@ -1,0 +1,94 @@
+"""A server of one volume over our data plane, without farm, registry or control: `python -m perf.plane`.
+
+For measuring what no farm file can ask for: a map cut into any number of runs, and a volume without storage. The
+haggling, the volume description and everything below them are the product's own. It serves until SIGTERM.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import socket
+from pathlib import Path
+from typing import Annotated
+from uuid import uuid4
+
+import typer
+
+from nbdvvol.dataplane.plane import Plane
+from nbdvvol.dataplane.types import LegDescription, LegState, PlaneConfig, Run, VolumeDescription
+from nbdvvol.filter.reconcile import transmission_flags
+from nbdvvol.filter.standalone import OneExport
+from nbdvvol.nbd.provider import Facts
+from nbdvvol.nbd.server import Server, Visit
+
+ZERO = Path("/dev/zero")
+BLOCK = 4096
+SEED = 20_26
+
+
+def shuffled(size: int, count: int, number: int) -> tuple[Run, ...]:
+    """`size` bytes of object `number` as `count` runs, neighbours in the volume being strangers in the object.
+
+    Raises ValueError when the runs would not be whole blocks."""
+    length, rest = divmod(size, count)
+    if rest or length % BLOCK:
+        raise ValueError(f"{size} bytes cannot be cut into {count} runs of whole {BLOCK}-byte blocks")
+    places = list(range(count))
+    random.Random(SEED).shuffle(places)
+    return tuple(Run(at * length, length, number, place * length) for at, place in enumerate(places))
+
+
+def describe(size: int, runs: tuple[Run, ...]) -> VolumeDescription:
+    """A volume of one leg."""
+    leg = LegDescription(0, LegState.IN_SYNC, runs)
+    return VolumeDescription(uuid4().bytes, size, 1, 1, 0, 1, (leg,))
+
+
+async def serve(path: Path, file: Path, size: int, runs: int, config: PlaneConfig) -> None:
+    """Until SIGTERM or SIGINT."""
+    stop = asyncio.Event()
+    for ending in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(ending, stop.set)
+    plane = Plane(config)
+    try:
+        fd = os.open(file, os.O_RDWR | os.O_CLOEXEC)
+        number = plane.open_object(fd, size=size, direct=False, block=False, read_only=False, align=1)
+        os.close(fd)
+        cut = shuffled(size, runs, number)
+        visit = Visit(
+            OneExport(Facts("", size, transmission_flags(read_only=False)), plane.open_volume(describe(size, cut)))
+        )
+        del cut
+        server = Server(lambda _: visit, plane)
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(path))
+            listener.listen(128)
+            accepting = asyncio.get_running_loop().create_task(server.serve(listener))
+            await stop.wait()
+            accepting.cancel()
+            await asyncio.gather(accepting, return_exceptions=True)
+            await server.stop()
+    finally:
+        await plane.close()
+
+
+def main(
+    unix: Annotated[Path, typer.Option(help="Socket to listen on.")],
+    size: Annotated[int, typer.Option(help="Bytes of the volume.")],
+    file: Annotated[
+        Path, typer.Option(help="What the volume lies on; without it, nothing: zeros, and writes are lost.")
+    ] = ZERO,
+    runs: Annotated[int, typer.Option(min=1, help="How many runs the map has.")] = 1,
+    reactors: Annotated[int, typer.Option(min=1)] = 1,
+    spin_us: Annotated[int, typer.Option(min=0)] = 50,
+) -> None:
+    """Serve one volume on a unix socket."""
+    config = PlaneConfig(reactors=reactors, spin_us=spin_us, lock_memory=False)
+    asyncio.run(serve(unix, file, size, runs, config))
+
+
+if __name__ == "__main__":
+    typer.run(main)
