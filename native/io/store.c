@@ -11,7 +11,8 @@
 static struct sigaction before;
 static bool ready;
 static pthread_once_t once = PTHREAD_ONCE_INIT;
-static _Thread_local sigjmp_buf *volatile way_out; /* of the copy that this thread is in */
+/* Of the copy that this thread is in. Of the initial model, because a handler may not allocate a thread's block for it. */
+static _Thread_local sigjmp_buf *volatile way_out __attribute__((tls_model("initial-exec")));
 
 static void on_bus_error(int number, siginfo_t *info, void *context)
 {
