@@ -22,9 +22,8 @@ def register(app: typer.Typer) -> None:
 
 def status(
     problems_only: Annotated[bool, typer.Option("-x", help="Only what is wrong; exit 1 if anything is.")] = False,
-    watch: Annotated[
-        float | None, typer.Option(metavar="SECONDS", min=0.2, help="Go on, this often: rates instead of totals.")
-    ] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Again and again: rates, until Ctrl-C.")] = False,
+    every_s: Annotated[float, typer.Option("--every", metavar="SECONDS", min=0.2, help="With --watch: how often.")] = 2,
     output: OutputOption = Output.TABLE,
     run: RunOption = None,
 ) -> None:
@@ -41,14 +40,14 @@ def status(
             if watch and sys.stdout.isatty():
                 print("\x1b[H\x1b[2J", end="")
             if output is Output.TABLE:
-                _print(found, problems_only, live=watch is not None, before=before)
+                _print(found, problems_only, live=watch, before=before)
                 before = found
             else:
                 emit(found.problems if problems_only else found, output)
             sys.stdout.flush()
             if not watch:
                 raise typer.Exit(int(problems_only and bool(found.problems)))
-            time.sleep(watch)
+            time.sleep(every_s)
 
 
 def _print(found: Status, problems_only: bool, *, live: bool, before: Status | None) -> None:

@@ -147,24 +147,24 @@ def test_status_says_what_is_wrong_and_what_to_do(farm: Farm) -> None:
     assert yaml.safe_load(text)["hosts"][0]["connected"] is True
 
 
+def going_on(farm: Farm, *words: str) -> Process:
+    """A command that does not end by itself."""
+    argv = [sys.executable, "-u", "-m", "nbdvvol", *words, "--run", farm.run]
+    return Process(argv, farm.folder / f"{words[0]}.log")
+
+
+def test_status_can_be_watched(farm: Farm) -> None:
+    process = going_on(farm, "status", "-x", "--watch", "--every", "0.2")
+    try:
+        wait_until("it is printed again and again", lambda: process.text().count("all is well\n") > 2, 20)
+        assert process.alive()
+    finally:
+        process.kill_group()
+
+
 def test_events_can_be_followed(farm: Farm) -> None:
     last = as_json(farm, "get", "events")[-1]["id"]
-    process = Process(
-        [
-            sys.executable,
-            "-u",
-            "-m",
-            "nbdvvol",
-            "get",
-            "events",
-            "--follow",
-            "--after",
-            str(last),
-            "--run",
-            str(farm.run),
-        ],
-        farm.folder / "follow.log",
-    )
+    process = going_on(farm, "get", "events", "--follow", "--after", str(last))
     try:
         cli(farm, "create", "vvol", "vm1/seen", "--size", "1MiB", "--profile", "plain")
         wait_until("the event is printed", lambda: "vm1/seen" in process.text(), 10)
