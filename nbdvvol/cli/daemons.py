@@ -55,6 +55,9 @@ def filter_(
     run: Run = Path("run"),
     reactors: Annotated[int, typer.Option(min=1, max=64, help="Threads that move data.")] = 1,
     spin_us: Annotated[int, typer.Option(min=0, max=10_000, help="Longest busy wait before a thread sleeps.")] = 200,
+    first_cpu: Annotated[
+        int | None, typer.Option(min=0, max=1023, help="Pin them to the CPUs from this one on.")
+    ] = None,
     stdio: Annotated[
         bool, typer.Option("--stdio", help="Serve one client on stdin and stdout; needs --serve.")
     ] = False,
@@ -85,5 +88,6 @@ def filter_(
         run=run,
         reactors=reactors,
         spin_us=spin_us,
+        first_cpu=first_cpu,
         parent=parent,
     )

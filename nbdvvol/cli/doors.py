@@ -39,6 +39,7 @@ def filter_(
     run: Path,
     reactors: int,
     spin_us: int,
+    first_cpu: int | None,
     parent: int,
 ) -> None:
     """A host's filter daemon."""
@@ -56,6 +57,7 @@ def filter_(
         run_dir=run,
         reactors=reactors,
         spin_us=spin_us,
+        first_cpu=first_cpu,
     )
     _run(run_filter(options))
 

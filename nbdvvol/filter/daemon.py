@@ -52,6 +52,8 @@ class FilterOptions:
     """Client certificate of this host, instead of a token."""
     reactors: int = 1
     spin_us: int = 200
+    first_cpu: int | None = None
+    """Reactor i is pinned to CPU `first_cpu` + i; None: to none."""
 
 
 class Filter:
@@ -178,7 +180,7 @@ async def run_filter(options: FilterOptions) -> None:
     options.run_dir.mkdir(parents=True, exist_ok=True)
     with locked(options.run_dir):
         faults = FaultBook(options.run_dir.absolute())
-        plane = Plane(PlaneConfig(reactors=options.reactors, spin_us=options.spin_us))
+        plane = Plane(PlaneConfig(reactors=options.reactors, spin_us=options.spin_us, cpu_first=options.first_cpu))
         _log.info("filter starts", host=options.host, control=options.control, pid=os.getpid())
         await Filter(options, plane, faults).run(stop)
 

@@ -77,6 +77,8 @@ class HostConfig(Model):
     """Its filter is started on another machine; `nbdvvol up` starts one here for every other host."""
     reactors: int = Field(default=1, ge=1, le=64)
     spin_us: int = Field(default=200, ge=0, le=10_000)
+    first_cpu: int | None = Field(default=None, ge=0, le=1023)
+    """Pin reactor i to CPU `first_cpu` + i: for machines with cores to spare."""
 
 
 class TlsFiles(Model):

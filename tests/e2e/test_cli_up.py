@@ -29,6 +29,13 @@ def test_it_prints_each_export_then_ready(farms: Farms) -> None:
     assert lines[4] == "ready"
 
 
+def test_a_hosts_reactors_run_where_its_file_says(farms: Farms) -> None:
+    here = min(os.sched_getaffinity(0))
+    farm = farms(plain_spec(hosts={"local": {"reactors": 1, "first_cpu": here}})).start()
+    threads = [int(task.name) for task in Path(f"/proc/{farm.filter_pid()}/task").iterdir()]
+    assert {here} in [os.sched_getaffinity(thread) for thread in threads]
+
+
 def test_a_second_up_is_refused_at_once(farms: Farms) -> None:
     farm = farms(plain_spec()).start()
     second = up(farm)

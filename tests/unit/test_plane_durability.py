@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import threading
 from collections.abc import Iterator
 
@@ -88,6 +89,19 @@ def test_a_failed_durable_write_latches_too(rig: Rig) -> None:
     with pytest.raises(NbdError):
         client.write(0, b"x", flags=w.CMD_FLAG_FUA)
     assert failed(client, w.CMD_FLUSH)
+
+
+def test_a_write_beyond_the_largest_file_is_no_space(rig: Rig) -> None:
+    client = rig.connect(rig.volume(SIZE), SIZE)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (SIZE // 2, before[1]))  # the kernel says EFBIG
+    try:
+        for flags in (0, w.CMD_FLAG_FUA):
+            answer = client.call(w.CMD_WRITE, SIZE // 2, 4096, flags=flags, payload=bytes(4096))
+            assert answer.error == errno.ENOSPC
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    client.write(0, b"x")
 
 
 @pytest.mark.parametrize("command", [w.CMD_TRIM, w.CMD_WRITE_ZEROES])

@@ -84,6 +84,21 @@ def test_16000_requests_are_answered_with_bounded_memory(rig: Rig) -> None:
     assert len(seen) == count
 
 
+def affinities() -> list[set[int]]:
+    return [os.sched_getaffinity(int(task.name)) for task in Path("/proc/self/task").iterdir()]
+
+
+def test_reactors_are_pinned_where_they_are_told_to_be() -> None:
+    here = min(os.sched_getaffinity(0))
+    with running(cpu_first=here) as pinned:
+        assert {here} in affinities() or os.sched_getaffinity(0) == {here}
+        client = pinned.connect(pinned.volume(), SIZE)
+        client.write(0, b"x")
+    with running(cpu_first=1000) as rig:  # a CPU that is not there pins nothing
+        eventually("nothing is pinned", lambda: all(one == os.sched_getaffinity(0) for one in affinities()))
+        rig.connect(rig.volume(), SIZE).write(0, b"x")
+
+
 def test_slow_drip_of_a_payload_delays_nobody(rig: Rig) -> None:
     volume = rig.volume()
     slow, quick = rig.connect(volume, SIZE), rig.connect(volume, SIZE)

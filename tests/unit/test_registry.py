@@ -83,6 +83,15 @@ async def test_identity_and_rows_survive(tmp_path: Path) -> None:
     await second.close()
 
 
+async def test_what_is_committed_survives_a_power_cut(registry: Registry) -> None:
+    @transaction
+    def settings(tx: Tx) -> dict[str, object]:
+        names = ("journal_mode", "synchronous", "foreign_keys")
+        return {name: tx.db.exec_driver_sql(f"pragma {name}").scalar_one() for name in names}
+
+    assert await registry.run(settings) == {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1}, "2 is FULL"
+
+
 async def test_a_failed_transaction_leaves_nothing(registry: Registry) -> None:
     before = await registry.run(views.events, 0, 100)
     with pytest.raises(NvError, match="no"):
