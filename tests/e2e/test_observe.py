@@ -151,7 +151,7 @@ def test_all_doors_tell_the_same(farm: Farm) -> None:
 
 
 def test_watching_shows_rates(farm: Farm) -> None:
-    command = [sys.executable, "-m", "nbdvvol", "status", "--watch", "0.2", "--run", str(farm.run)]
+    command = [sys.executable, "-m", "nbdvvol", "status", "--watch", "--every", "0.2", "--run", str(farm.run)]
     with (
         farm.open("root") as nbd,
         subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as watching,
