@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from nbdvvol.cli.client import Client
 
 FOLLOW_WAIT_S = 20.0
-_MORE = ("sleeps", "pool_waits", "copies_bytes")
+Columns = tuple[tuple[str, ...], Callable[[Any], tuple[object, ...]]]
+"""Heads, and what makes a row of an item."""
 
 
 class Kind(enum.StrEnum):
@@ -60,15 +61,16 @@ def get(
             emit(items, output)
 
 
-def columns(kind: Kind) -> tuple[tuple[str, ...], Callable[[Any], tuple[object, ...]]]:
+def columns(kind: Kind) -> Columns:
     """A kind's column heads, and how one item becomes a row."""
-    from nbdvvol.cli.output import amount
+    return (_declared() | _going_on())[kind]
+
+
+def _declared() -> dict[Kind, Columns]:
+    """What the farm file names."""
     from nbdvvol.model.units import format_size
 
-    def progress(task: Any) -> str:
-        return f"{task.state}({task.progress:.0%})" if task.state == "running" else str(task.state)
-
-    rows: dict[Kind, tuple[tuple[str, ...], Callable[[Any], tuple[object, ...]]]] = {
+    return {
         Kind.VVOLS: (
             ("vvol", "size", "type", "profile", "state", "host", "binding", "datastore"),
             lambda v: (
@@ -108,8 +110,29 @@ def columns(kind: Kind) -> tuple[tuple[str, ...], Callable[[Any], tuple[object, 
             ("vm", "host", "vvols", "socket"),
             lambda v: (v.name, v.host, ",".join(v.vvols), v.socket),
         ),
+    }
+
+
+def _going_on() -> dict[Kind, Columns]:
+    """What happens."""
+    from nbdvvol.cli.output import amount
+
+    def progress(task: Any) -> str:
+        return f"{task.state}({task.progress:.0%})" if task.state == "running" else str(task.state)
+
+    return {
         Kind.REACTORS: (
-            ("reactor", "connections", "pool_free_bytes", "requests", "batches", "enters", *_MORE),
+            (
+                "reactor",
+                "connections",
+                "pool_free_bytes",
+                "requests",
+                "batches",
+                "enters",
+                "sleeps",
+                "pool_waits",
+                "copies_bytes",
+            ),
             lambda r: (
                 f"{r.host}/{r.reactor}",
                 r.connections,
@@ -131,7 +154,6 @@ def columns(kind: Kind) -> tuple[tuple[str, ...], Callable[[Any], tuple[object, 
             lambda e: (e.id, e.time.isoformat(timespec="seconds"), e.kind, e.subject, e.message),
         ),
     }
-    return rows[kind]
 
 
 def _model(kind: Kind) -> type:

@@ -138,6 +138,8 @@ def _datastores(stores: Sequence[Datastore]) -> Iterator[Metric]:
     yield _gauge("datastore_free_bytes", "Bytes that no VVol has.", labels, [((s.name,), s.free) for s in stores])
     online = [((store.name,), float(store.state == "online")) for store in stores]
     yield _gauge("datastore_online", "Whether it was there at the last look.", labels, online)
+    text = "Failed syncs that no operator has accepted yet: FLUSH fails there."
+    yield _gauge("datastore_sync_faults", text, labels, [((s.name,), len(s.faults)) for s in stores])
 
 
 def _exports(hosts: Sequence[HostCounters]) -> Iterator[Metric]:
@@ -176,5 +178,3 @@ def _storage(hosts: Sequence[HostCounters]) -> Iterator[Metric]:
     yield _counter("datastore_written_bytes", "Bytes written.", labels, _one(found, "write_bytes"))
     yield _counter("datastore_errors", "Operations that failed.", labels, _one(found, "errors"))
     yield _gauge("datastore_open_objects", "Files and devices open.", labels, _one(found, "objects"))
-    faults = "Open objects on which FLUSH fails because a sync has failed."
-    yield _gauge("datastore_sync_faults", faults, labels, _one(found, "faults"))

@@ -164,7 +164,7 @@ async def test_a_scrape_has_everything_in_prometheus_form(api: Api) -> None:
         series("datastore_written_bytes_total", **store): 28,
         series("datastore_errors_total", **store): 29,
         series("datastore_open_objects", **store): 1,
-        series("datastore_sync_faults", **store): 0,
+        series("datastore_sync_faults", datastore="local"): 0,
         series("filter_uptime_seconds", host="local"): 12.5,
         series("host_connected", host="local"): 1,
         series("host_vvols", host="local"): 1,
@@ -192,14 +192,14 @@ async def store_of(api: Api) -> dict[str, Any]:
 
 async def test_a_scrape_tells_of_trouble(api: Api) -> None:
     fake = await served(api)
-    await fake.say(link.Notice(event="sync_failed", subject="local", message="errno 5"))
+    await fake.say(link.Fault(id="f1", datastore="local", object="", message="errno 5"))
     await api.farm.until(lambda: _says(api, series("problems", code="SYNC_FAILED")))
     await fake.disconnect()
     await api.farm.until(lambda: _down(api))
     found = await samples(api.client)
     assert found[series("problems", code="HOST_DOWN")] == 1
     assert found[series("host_connected", host="local")] == 0
-    assert found[series("datastore_online", datastore="local")] == 0
+    assert found[series("datastore_sync_faults", datastore="local")] == 1
     assert not [name for name, _ in found if name == "nbdvvol_vvol_requests_total"]
 
 

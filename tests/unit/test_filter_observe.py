@@ -13,6 +13,7 @@ import pytest
 
 from nbdvvol.dataplane.types import ObjectStats, TraceRecord
 from nbdvvol.filter.objects import ObjectTable
+from nbdvvol.filter.syncfaults import FaultBook
 from nbdvvol.model.errors import Code
 from nbdvvol.model.link import Counters, Delta, Forget, Look, Traced, TraceOrder
 from tests.unit.fake_control import Session
@@ -94,7 +95,7 @@ async def test_a_volume_that_is_just_closed_is_left_out(bench: Bench) -> None:
 
 async def test_a_datastores_sum_survives_the_closing_of_its_objects(tmp_path: Path) -> None:
     plane = FakePlane()
-    objects = ObjectTable(plane)
+    objects = ObjectTable(plane, FaultBook(tmp_path))
     objects.farm = "farm"
     (tmp_path / "x.img").write_bytes(bytes(MIB))
     store = file_store(tmp_path / "x.img", "main")
