@@ -40,7 +40,7 @@ _Noreturn static void fail(const char *what)
 
 static uint32_t open_volume(struct world *world)
 {
-    const int file = nv_sim_file(sim_disk_create(NULL, VOLUME_BYTES), 1);
+    const int file = nv_sim_file(sim_disk_create(NULL, VOLUME_BYTES), 1, false);
     struct {
         nv_desc_header header;
         nv_desc_leg leg;
