@@ -14,8 +14,13 @@ from pathlib import Path
 from typing import Literal
 
 from nbdvvol.model.base import Model
-from nbdvvol.model.farm import DatastoreConfig, DatastoreKind, Farm
+from nbdvvol.model.check import place_of
+from nbdvvol.model.errors import NvError
+from nbdvvol.model.farm import CONNECTIONS_DEFAULT, DatastoreConfig, DatastoreKind, Farm
+from nbdvvol.model.link import DatastoreSpec, remote_spec
 from nbdvvol.model.units import format_size
+from nbdvvol.nbd.client import ExportInfo
+from nbdvvol.nbd.constants import TransmissionFlag
 
 KERNEL_MIN = (6, 1)
 MEMLOCK_WANTED = 256 << 20
@@ -122,6 +127,8 @@ def _nbd_driver() -> Finding:
 
 def _datastore(name: str, datastore: DatastoreConfig) -> Finding:
     title = f"datastore {name}"
+    if datastore.kind is DatastoreKind.NBD:
+        return _remote(title, name, datastore)
     path = Path(datastore.path or "")
     if not path.exists():
         if datastore.kind is DatastoreKind.FILE and datastore.size is not None:
@@ -136,6 +143,34 @@ def _datastore(name: str, datastore: DatastoreConfig) -> Finding:
         free = shutil.disk_usage(path).free
         return Finding(name=title, verdict="ok", value=f"{path}: {_about(free)} free")
     return Finding(name=title, verdict="ok", value=f"{path}: {_direct(path)}")
+
+
+def _remote(title: str, name: str, datastore: DatastoreConfig) -> Finding:
+    """Connect to the server as a filter would."""
+    try:
+        info = asyncio.run(_inspect(name, datastore))
+    except (ImportError, OSError) as error:
+        return Finding(name=title, verdict="missing", value=str(error), action="see data plane above")
+    except NvError as error:
+        return Finding(name=title, verdict="missing", value=error.message, action=error.hint)
+    many = bool(info.flags & TransmissionFlag.CAN_MULTI_CONN)
+    count = (datastore.connections or CONNECTIONS_DEFAULT) if many else 1
+    form = "extended headers" if info.extended else "structured replies" if info.structured else "simple replies"
+    value = f"{datastore.uri}: {_about(info.size)}, {form}, {count} connection{'s' * (count > 1)}"
+    return Finding(name=title, verdict="ok", value=value)
+
+
+async def _inspect(name: str, datastore: DatastoreConfig) -> ExportInfo:
+    from nbdvvol.dataplane.plane import Plane
+    from nbdvvol.dataplane.types import PlaneConfig
+    from nbdvvol.datastores.nbd import inspect
+
+    spec = DatastoreSpec(name=name, kind=datastore.kind, path=place_of(datastore), remote=remote_spec(datastore))
+    plane = Plane(PlaneConfig(reactors=1, pool_bytes=POOL_BYTES, connections_max=1))
+    try:
+        return await inspect(plane, spec)
+    finally:
+        await plane.close()
 
 
 def _room(title: str, path: Path, size: int) -> Finding:

@@ -14,16 +14,17 @@ import re
 import types
 import typing
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from nbdvvol.model.check import check_farm
+from nbdvvol.model.check import check_farm, place_of
 from nbdvvol.model.errors import Code, NvError
-from nbdvvol.model.farm import ControlConfig, Farm
+from nbdvvol.model.farm import ControlConfig, DatastoreConfig, DatastoreKind, Farm
+from nbdvvol.model.uri import parse_uri
 
 FILE_BYTES_MAX = 4 << 20
 NODES_MAX = 200_000
@@ -371,12 +372,29 @@ def _resolve_paths(farm: Farm, base: Path, tree: _Tree) -> None:
         host.token_file = absolute(host.token_file)
     for datastore in farm.datastores.values():
         datastore.path = absolute(datastore.path)
+        datastore.uri = _resolve_socket(datastore.uri, base)
+        if datastore.tls is not None:
+            datastore.tls.certs, datastore.tls.psk = absolute(datastore.tls.certs), absolute(datastore.tls.psk)
+
+
+def _resolve_socket(uri: str | None, base: Path) -> str | None:
+    """A relative unix socket of a URI, from the farm file's directory."""
+    try:
+        parsed = parse_uri(uri or "")
+    except NvError:
+        return uri  # said already, or there is none
+    if parsed.socket is None or parsed.has_tls_parameters:
+        return uri
+    return str(replace(parsed, socket=os.path.normpath(base / Path(parsed.socket).expanduser())))
 
 
 def _same_place(farm: Farm, tree: _Tree) -> Iterator[Problem]:
     """Two datastores on one file, device or directory would each think the bytes are theirs."""
     seen: dict[object, str] = {}
     for name, datastore in farm.datastores.items():
+        if datastore.kind is DatastoreKind.NBD:
+            yield from _same_export(seen, name, datastore, tree)
+            continue
         if datastore.path is None:
             continue
         real = Path(datastore.path).resolve()
@@ -392,6 +410,19 @@ def _same_place(farm: Farm, tree: _Tree) -> Iterator[Problem]:
                 f"{datastore.path} is the same place as datastore {other}'s path ({real}); bytes have one owner",
             )
             break
+
+
+def _same_export(seen: dict[object, str], name: str, datastore: DatastoreConfig, tree: _Tree) -> Iterator[Problem]:
+    """One export by one name. (That two names lead to one server cannot be seen from here.)"""
+    try:
+        place = place_of(datastore)
+    except NvError:
+        return  # said already
+    other = seen.setdefault(("export", place), name)
+    if other != name:
+        yield tree.problem(
+            ("datastores", name, "uri"), f"{place} is the same export as datastore {other}'s uri; bytes have one owner"
+        )
 
 
 def _identities(real: Path) -> list[object]:

@@ -36,7 +36,7 @@ async def _ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, expor
             if isinstance(wanted, bytes):
                 writer.write(wanted)
                 given = b""
-            else:
+            elif isinstance(wanted, int):
                 given = await reader.readexactly(wanted)
             wanted = talk.send(given)
     except StopIteration:

@@ -177,10 +177,15 @@ void nv_remote_sync(struct nv_sync *sync, struct nv_reactor *reactor)
 
 /* ---- the set ---- */
 
+static void probe(struct nv_remote *remote);
+
 static void probed(struct nv_piece *piece, int64_t result)
 {
+    struct nv_remote *remote = nv_remote_of(piece->object);
+
     (void)result;
-    nv_remote_of(piece->object)->probing = false;
+    remote->probing = false;
+    probe(remote); /* for links that came after it had been sent */
 }
 
 /* Ask a member for a sign of life, so that the links that wait may join. */
@@ -188,7 +193,7 @@ static void probe(struct nv_remote *remote)
 {
     struct nv_piece *piece = &remote->probe;
 
-    if (remote->probing || remote->waiting_count == 0)
+    if (remote->probing || remote->waiting_count == 0 || remote->serving_count == 0)
         return;
     remote->probing = true;
     *piece = (struct nv_piece){.reactor = remote->home, .object = &remote->object, .kind = PIECE_PROBE,
@@ -215,7 +220,6 @@ static void prove(struct nv_remote *remote, uint32_t stamp)
     for (struct nv_link *link = remote->links; link; link = link->next)
         if (link->state == NV_LINK_WAITING && (int32_t)(stamp - link->arrival) >= 0)
             join(link);
-    probe(remote);
 }
 
 /* The set is empty: the first link that waits begins a new one. */
@@ -227,8 +231,7 @@ static void begin_set(struct nv_remote *remote)
             join(link);
             break;
         }
-    if (remote->serving_count > 0)
-        probe(remote);
+    probe(remote);
 }
 
 void nv_remote_link_came(struct nv_link *link)

@@ -52,7 +52,7 @@ static SSL_CTX *make_ssl_context(bool client)
     SSL_CTX_set_dh_auto(ssl, 1);
     if (!SSL_CTX_set_num_tickets(ssl, 0) || !SSL_CTX_set_max_early_data(ssl, 0) ||
         !SSL_CTX_set_cipher_list(ssl, NV_TLS12_CIPHERS) || !SSL_CTX_set_ciphersuites(ssl, NV_TLS13_CIPHERS) ||
-        !SSL_CTX_set_session_id_context(ssl, session_id_context, sizeof session_id_context - 1)) {
+        (!client && !SSL_CTX_set_session_id_context(ssl, session_id_context, sizeof session_id_context - 1))) {
         SSL_CTX_free(ssl);
         return NULL;
     }

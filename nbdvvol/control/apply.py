@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import posixpath
 from dataclasses import dataclass, field
 from typing import Literal
 
 from nbdvvol.control import policy
 from nbdvvol.datastores.format import check_extent_size
 from nbdvvol.model.base import Model
+from nbdvvol.model.check import place_of
 from nbdvvol.model.errors import Code, NvError
 from nbdvvol.model.farm import (
     AdoptConfig,
@@ -176,7 +176,7 @@ def _compare_datastore(plan: Plan, have: Have, name: str, new: DatastoreConfig) 
         plan.say("datastore", name, "keep")
         return
     if old.use != "unused":
-        for key in ("kind", "path", "extent_size", "format"):
+        for key in ("kind", "path", "uri", "extent_size", "format"):
             before, after = getattr(old.config, key), getattr(new, key)
             if before != after and key != "format":
                 raise NvError(
@@ -211,7 +211,7 @@ def _check_paths(have: Have, farm: Farm) -> None:
     seen: dict[str, str] = {}
     declared = {name: store.config for name, store in have.datastores.items()} | farm.datastores
     for name, config in declared.items():
-        path = posixpath.normpath(config.path or "")
+        path = place_of(config)
         if path in seen:
             raise NvError(
                 Code.CONFIG, f"datastores {seen[path]} and {name} are the same place: {path}", "declare it once"

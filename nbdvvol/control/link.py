@@ -269,6 +269,10 @@ class Links:
         await self.registry.run(bindings.notice, host, message.event, message.subject, message.message)
         if message.event == "datastore_missing":
             await self.registry.run(stores.missing, message.subject, f"host {host}: {message.message}")
+        elif message.event == "remote_lost":
+            await self.registry.run(stores.lost, message.subject, f"host {host}: {message.message}")
+        elif message.event == "remote_back":
+            await self.registry.run(stores.back, message.subject)
 
     async def _done(self, message: link.WorkDone) -> None:
         entry = self._waiting.pop(message.id, None)

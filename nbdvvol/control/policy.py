@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from nbdvvol.model.check import remote_findings
 from nbdvvol.model.errors import Code, NvError
 from nbdvvol.model.farm import DatastoreConfig, DatastoreKind, IoMode, ProfileConfig
 from nbdvvol.model.units import format_size
@@ -27,12 +28,10 @@ def check_profile(name: str, profile: ProfileConfig) -> None:
 
 
 def check_datastore(name: str, config: DatastoreConfig) -> None:
-    """Raise UNSUPPORTED for kinds that are not built yet, INVALID for a declaration that makes no sense."""
-    if config.kind is DatastoreKind.NBD:
-        raise NvError(
-            Code.UNSUPPORTED, f"datastore {name}: kind nbd is not built yet", "use kind file, dir or block for now"
-        )
-    if not config.path or not config.path.startswith("/"):
+    """Raise CONFIG for a declaration that makes no sense."""
+    for key, sentence in remote_findings(config):
+        raise NvError(Code.CONFIG, f"datastore {name}: {sentence}", f"correct {key}" if key else "add it")
+    if config.kind is not DatastoreKind.NBD and not (config.path or "").startswith("/"):
         raise NvError(
             Code.CONFIG,
             f"datastore {name}: path {config.path!r} is not absolute",
@@ -89,6 +88,8 @@ def check_size(vvol: str, size: int, step: int = SECTOR) -> None:
 
 def opens_direct(config: DatastoreConfig, host_count: int, direct_ok: bool | None) -> bool:
     """Whether filters open the datastore with O_DIRECT: asked for, or other hosts can write it too."""
+    if config.kind is DatastoreKind.NBD:
+        return False
     if config.io is not IoMode.AUTO:
         return config.io is IoMode.DIRECT
     seen_by = host_count if config.hosts is None else len(config.hosts)

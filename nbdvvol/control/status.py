@@ -107,6 +107,15 @@ def _datastore_problems(store: Datastore) -> list[Problem]:
                 action="bring it back, or correct its path and apply; VVols on other datastores are not concerned",
             )
         )
+    if store.state == "reconnecting":
+        found.append(
+            Problem(
+                code="REMOTE_LOST",
+                subject=store.name,
+                message=store.detail,
+                action="bring its server back; it is dialled again by itself, and I/O waits as long as `hold` says",
+            )
+        )
     if store.state == "online" and store.use == "formatted" and store.free < store.size * FULL_BELOW:
         found.append(
             Problem(

@@ -8,7 +8,7 @@ from nbdvvol.datastores.base import Store
 from nbdvvol.datastores.block import BlockStore
 from nbdvvol.datastores.dir import DirStore
 from nbdvvol.datastores.file import FileStore
-from nbdvvol.model.errors import Code, NvError
+from nbdvvol.datastores.nbd import NbdStore
 from nbdvvol.model.farm import DatastoreKind
 from nbdvvol.model.link import DatastoreSpec
 
@@ -16,12 +16,10 @@ _KINDS: dict[DatastoreKind, Callable[[DatastoreSpec, str], Store]] = {
     DatastoreKind.FILE: FileStore,
     DatastoreKind.DIR: DirStore,
     DatastoreKind.BLOCK: BlockStore,
+    DatastoreKind.NBD: NbdStore,
 }
 
 
 def store_of(spec: DatastoreSpec, farm: str) -> Store:
     """The store of a datastore, opened for the farm with this identity."""
-    kind = _KINDS.get(spec.kind)
-    if kind is None:
-        raise NvError(Code.UNSUPPORTED, f"datastore {spec.name}: kind {spec.kind} is not built yet")
-    return kind(spec, farm)
+    return _KINDS[spec.kind](spec, farm)

@@ -24,7 +24,7 @@ class SingleStore:
 
     def open(self, name: str, *, may_read_only: bool = False) -> OpenObject:
         """Open the object."""
-        self._no_name(name)
+        no_name(self.spec, name)
         found = open_path(self.spec, self.spec.path, self._farm, may_read_only=may_read_only)
         if found.spec.block != self.block:
             os.close(found.fd)
@@ -50,7 +50,7 @@ class SingleStore:
 
     def size(self, name: str) -> int:
         """Bytes of the object."""
-        self._no_name(name)
+        no_name(self.spec, name)
         try:
             fd = os.open(self.spec.path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
@@ -60,11 +60,13 @@ class SingleStore:
         finally:
             os.close(fd)
 
-    def _no_name(self, name: str) -> None:
-        if name:
-            raise NvError(Code.INVALID, f"datastore {self.spec.name} is one object; it has no object {name!r} inside")
-
     def _no_files(self) -> NvError:
         return NvError(
             Code.UNSUPPORTED, f"datastore {self.spec.name} is of kind {self.spec.kind}; only kind dir holds files"
         )
+
+
+def no_name(spec: DatastoreSpec, name: str) -> None:
+    """Refuse an object name where the datastore is one object."""
+    if name:
+        raise NvError(Code.INVALID, f"datastore {spec.name} is one object; it has no object {name!r} inside")

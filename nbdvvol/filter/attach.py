@@ -30,7 +30,7 @@ from nbdvvol.filter.nbdnetlink import NetlinkKernel
 from nbdvvol.logs import log_to_stderr
 from nbdvvol.model.base import Model
 from nbdvvol.model.errors import Code, ErrorBody, NvError
-from nbdvvol.nbd.uri import NbdUri, parse_uri
+from nbdvvol.model.uri import NbdUri, parse_uri
 
 CONNECTIONS_MAX = 16
 TIMEOUT_MAX_S = 86400

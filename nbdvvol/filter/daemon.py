@@ -83,6 +83,7 @@ class Filter:
         )
         self._reports: asyncio.Queue[tuple[int, list[Export]]] = asyncio.Queue()
         plane.on_sync_failed = self._table.sync_failed
+        self._objects.on_remote = self._remote_told
 
     async def run(self, stop: asyncio.Event) -> None:
         """Serve until `stop` is set, then end in order: nobody new, haggling told, I/O in flight finished."""
@@ -100,6 +101,7 @@ class Filter:
             await self._work.stop()
             await self._observer.stop()
             await self._table.stop()
+            self._objects.quit_remotes()
             clean = await self._table.close_all()
             await self._plane.close()
             await self._link.farewell(clean=clean)
@@ -109,6 +111,11 @@ class Filter:
             self._objects.shutdown()
             self._faults.close()
             _log.info("stopped")
+
+    def _remote_told(self, datastore: str, connected: bool, sentence: str) -> None:
+        """The server of a remote datastore was lost, or is back."""
+        (_log.info if connected else _log.warning)(sentence, datastore=datastore)
+        self._link.notice("remote_back" if connected else "remote_lost", datastore, sentence)
 
     # ---- the link's Handler ----
 

@@ -1,5 +1,7 @@
 """Open datastore objects, shared by VVols and work orders and counted: one object, one I/O mode, one opening.
 
+Files and devices are opened by path; a remote export is an object with connections of its own (datastores/nbd.py).
+
 An object whose sync failed is latched: every FLUSH on it fails, also after it was closed and opened again, until
 the operator clears it (syncfaults.py remembers). Each datastore has a thread of its own for calls that block, so that
 one that hangs holds up no other.
@@ -8,6 +10,7 @@ one that hangs holds up no other.
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -19,6 +22,8 @@ from nbdvvol.dataplane.types import DataPlane, ObjectSpec, ObjectStats
 from nbdvvol.datastores import store_of
 from nbdvvol.datastores.base import OpenObject, Store
 from nbdvvol.datastores.format import HEADER_AREA, decode_header
+from nbdvvol.datastores.nbd import RemoteExport
+from nbdvvol.datastores.single import no_name
 from nbdvvol.filter.syncfaults import FaultBook
 from nbdvvol.model.errors import Code, NvError
 from nbdvvol.model.link import DatastoreSpec, Fault
@@ -37,11 +42,16 @@ class HeldObject:
     datastore: str
     number: int
     spec: ObjectSpec
+    remote: RemoteExport | None = None
     users: int = 0
     latched: bool = False
     """Its data plane object fails every FLUSH."""
     closing: bool = False
     """Its counters have been added to its datastore's."""
+
+
+RemoteTold = Callable[[str, bool, str], None]
+"""Called with a datastore's name, whether its server is connected, and a sentence, each time that changes."""
 
 
 class ObjectTable:
@@ -50,6 +60,7 @@ class ObjectTable:
     def __init__(self, plane: DataPlane, faults: FaultBook) -> None:
         self.farm = ""
         """Identity of the farm that the objects are locked for."""
+        self.on_remote: RemoteTold | None = None
         self._plane = plane
         self._faults = faults
         self._held: dict[Key, HeldObject] = {}
@@ -88,7 +99,10 @@ class ObjectTable:
     async def refresh(self, spec: DatastoreSpec, held: HeldObject) -> int:
         """Look whether the object grew, and tell the data plane; return its size in bytes."""
         path, block = held.spec.path, held.spec.block
-        size = await self.blocking(spec, lambda _: _size_of(path, block))
+        if held.remote is not None:
+            size = await held.remote.refresh()
+        else:
+            size = await self.blocking(spec, lambda _: _size_of(path, block))
         if size > held.spec.size:
             held.spec.size = size
             self._plane.set_object_size(held.number, size)
@@ -98,7 +112,7 @@ class ObjectTable:
         """Forget cached pages of these (offset, length): another host may have written there since.
 
         Nothing of ours is dirty in them: a VVol's last close made its bytes durable."""
-        if not held.spec.direct:
+        if not held.spec.direct and held.remote is None:
             path = held.spec.path
             await self.blocking(spec, lambda _: _forget(path, ranges))
 
@@ -119,9 +133,10 @@ class ObjectTable:
         held.latched = True
         if self._faults.stands(held.datastore, held.key[1]):
             return None
-        message = (
-            f"a sync of {held.spec.path} failed (errno {error}); acknowledged writes may be lost, every FLUSH fails"
-        )
+        why = f"a sync of {held.spec.path} failed (errno {error})"
+        if error == errno.ESTALE:
+            why = f"{held.spec.path} was lost before it had made durable what it had acknowledged"
+        message = f"{why}; acknowledged writes may be lost, every FLUSH fails"
         return self._faults.add(held.datastore, held.key[1], message)
 
     def follow_faults(self) -> None:
@@ -149,12 +164,41 @@ class ObjectTable:
             found.append(DatastoreCounters(datastore=name, objects=len(here), faults=faults, **asdict(sums[name])))
         return found
 
+    def quit_remotes(self) -> None:
+        """The filter stops: I/O that waits for a lost server waits no longer."""
+        for held in self._held.values():
+            if held.remote is not None:
+                held.remote.quit()
+
     def shutdown(self) -> None:
         """End the threads; calls that hang are left behind."""
         for thread in self._threads.values():
             thread.shutdown(wait=False, cancel_futures=True)
 
     async def _open(self, spec: DatastoreSpec, key: Key, may_read_only: bool) -> HeldObject:
+        held = await (self._open_remote if spec.remote is not None else self._open_path)(spec, key, may_read_only)
+        if spec.uuid and not key[1]:
+            try:
+                await self._check_header(spec, held.number, held.spec.path)
+            except BaseException:
+                await self._close(held)
+                raise
+        held.latched = self._faults.stands(spec.name, key[1])
+        if held.latched:
+            self._plane.latch_fault(held.number)
+        return held
+
+    async def _open_remote(self, spec: DatastoreSpec, key: Key, may_read_only: bool) -> HeldObject:
+        no_name(spec, key[1])
+
+        def tell(connected: bool, sentence: str) -> None:
+            if self.on_remote is not None:
+                self.on_remote(spec.name, connected, sentence)
+
+        remote = await RemoteExport.open(self._plane, spec, tell, may_read_only=may_read_only)
+        return HeldObject(key, spec.name, remote.number, remote.spec, remote)
+
+    async def _open_path(self, spec: DatastoreSpec, key: Key, may_read_only: bool) -> HeldObject:
         found: OpenObject = await self.blocking(spec, lambda store: store.open(key[1], may_read_only=may_read_only))
         facts = found.spec
         try:
@@ -168,16 +212,13 @@ class ObjectTable:
             )
         finally:
             os.close(found.fd)
-        if spec.uuid and not key[1]:
-            try:
-                await self._check_header(spec, number, facts.path)
-            except BaseException:
-                await self._plane.close_object(number)
-                raise
-        stands = self._faults.stands(spec.name, key[1])
-        if stands:
-            self._plane.latch_fault(number)
-        return HeldObject(key, spec.name, number, facts, latched=stands)
+        return HeldObject(key, spec.name, number, facts)
+
+    async def _close(self, held: HeldObject) -> None:
+        if held.remote is not None:
+            await held.remote.close()
+        else:
+            await self._plane.close_object(held.number)
 
     async def _check_header(self, spec: DatastoreSpec, number: int, path: str) -> None:
         """A formatted datastore says who it is: a path may lead to another disk since it was looked at last."""
@@ -198,7 +239,7 @@ class ObjectTable:
             last = self._plane.object_stats(held.number)  # without users it counts nothing any more
             self._closed[held.datastore] = _sum(self._closed[held.datastore], last)
             held.closing = True
-            await self._plane.close_object(held.number)  # known until then: what fails at the end must find its name
+            await self._close(held)  # known until then: what fails at the end must find its name
             del self._held[held.key]
 
 

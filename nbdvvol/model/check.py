@@ -9,23 +9,28 @@ from __future__ import annotations
 import ipaddress
 import itertools
 import operator
+import posixpath
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePath
 
 from nbdvvol.model.errors import Code, NvError
 from nbdvvol.model.farm import (
+    TIMEOUT_MAX_S,
     AdoptConfig,
     DatastoreConfig,
     DatastoreKind,
     Farm,
     HostListen,
+    IoMode,
     ProfileConfig,
+    RemoteTls,
     TlsMode,
     VmConfig,
     VVolConfig,
 )
 from nbdvvol.model.units import format_size
+from nbdvvol.model.uri import NbdUri, parse_uri
 
 Loc = tuple[str, ...]
 EXTENT_SIZE_MIN = 64 << 10
@@ -152,14 +157,57 @@ def _datastores(farm: Farm) -> Iterator[Finding]:
         yield from _datastore(("datastores", name), datastore, farm)
 
 
-def _datastore(loc: Loc, datastore: DatastoreConfig, farm: Farm) -> Iterator[Finding]:
+def place_of(datastore: DatastoreConfig) -> str:
+    """What tells one datastore's place from another's: a normal path, or a URI in its one form."""
     if datastore.kind is DatastoreKind.NBD:
-        yield _not_built((*loc, "kind"), "datastore kind nbd")
+        return str(parse_uri(datastore.uri or ""))
+    return posixpath.normpath(datastore.path or "")
+
+
+def remote_findings(datastore: DatastoreConfig) -> Iterator[tuple[str, str]]:
+    """What is wrong with the keys of kind nbd: (key, or "" for the whole, sentence)."""
+    if datastore.kind is not DatastoreKind.NBD:
+        for key in ("uri", "tls", "connections", "timeout", "hold", "write_through"):
+            if getattr(datastore, key) is not None:
+                yield key.replace("_", "-"), f"kind {datastore.kind} has no {key.replace('_', '-')}: it is for kind nbd"
         return
-    if datastore.path is None:
+    if datastore.path is not None:
+        yield "path", "kind nbd has a uri, not a path"
+    if datastore.io is not IoMode.AUTO:
+        yield "io", f"io: {datastore.io} is for files and devices; a server decides for itself"
+    if datastore.timeout is not None and not 0 < datastore.timeout <= TIMEOUT_MAX_S:
+        yield "timeout", f"{datastore.timeout:g} s is not in 1..{TIMEOUT_MAX_S:g} s"
+    if datastore.uri is None:
+        yield "", "kind nbd needs a uri, such as nbd://10.0.0.7/export"
+        return
+    try:
+        uri = parse_uri(datastore.uri)
+    except NvError as error:
+        yield "uri", error.message
+        return
+    if uri.has_tls_parameters:
+        yield "uri", "TLS parameters of a datastore are written under `tls:`"
+    yield from _remote_tls(uri, datastore.tls)
+
+
+def _remote_tls(uri: NbdUri, tls: RemoteTls | None) -> Iterator[tuple[str, str]]:
+    if tls is None:
+        if uri.tls and uri.socket is not None:
+            yield "tls", "over a unix socket TLS needs tls.hostname (what the certificate must say) or tls.psk"
+        return
+    if not uri.tls:
+        yield "tls", f"the uri says {uri.scheme}, without TLS: write nbds to use it"
+    if (tls.psk is None) != (tls.identity is None):
+        yield "tls", "psk and identity belong together: a file of keys, and which of them is ours"
+    if tls.psk is None and tls.hostname is None and uri.socket is not None and tls.verify:
+        yield "tls", "a unix socket has no name that the certificate could be checked against: say tls.hostname"
+
+
+def _datastore(loc: Loc, datastore: DatastoreConfig, farm: Farm) -> Iterator[Finding]:
+    for key, sentence in remote_findings(datastore):
+        yield Finding((*loc, key) if key else loc, sentence)
+    if datastore.kind is not DatastoreKind.NBD and datastore.path is None:
         yield Finding(loc, f"kind {datastore.kind} needs a path")
-    if datastore.uri is not None:
-        yield Finding((*loc, "uri"), f"kind {datastore.kind} has a path, not a uri")
     if datastore.size is not None and datastore.kind is not DatastoreKind.FILE:
         yield Finding((*loc, "size"), f"size is for kind file; a {datastore.kind} has the size it has")
     extent = datastore.extent_size

@@ -92,7 +92,7 @@ class TlsFiles(Model):
 
 
 class DatastoreKind(enum.StrEnum):
-    """Kinds of datastores. `nbd`, `farm` and `image` come with later work."""
+    """Kinds of datastores. `farm` and `image` come with later work."""
 
     FILE = "file"
     DIR = "dir"
@@ -108,12 +108,43 @@ class IoMode(enum.StrEnum):
     DIRECT = "direct"
 
 
+class RemoteTls(Model):
+    """Whom a filter trusts as the server of an `nbds` datastore, and who it says it is."""
+
+    certs: str | None = None
+    """A directory: ca-cert.pem and, when the server asks for one, client-cert.pem and client-key.pem."""
+    hostname: str | None = None
+    """The name that the server's certificate must have; left out, the URI's host."""
+    verify: bool = True
+    """False: any certificate will do, so that anybody in between can be the server."""
+    psk: str | None = None
+    """GnuTLS psktool format, one `identity:hexkey` a line."""
+    identity: str | None = None
+    """Which of the keys is ours."""
+
+
+CONNECTIONS_DEFAULT, CONNECTIONS_MAX = 4, 16
+TIMEOUT_DEFAULT_S, TIMEOUT_MAX_S = 30.0, 600.0
+HOLD_DEFAULT_S = 60.0
+
+
 class DatastoreConfig(Model):
     """A place that holds bytes."""
 
     kind: DatastoreKind
     path: str | None = None
     uri: str | None = None
+    """kind nbd: the export of an NBD server."""
+    tls: RemoteTls | None = None
+    """kind nbd, with an nbds URI."""
+    connections: int | None = Field(default=None, ge=1, le=CONNECTIONS_MAX)
+    """kind nbd: how many, if the server says that several are safe; else one."""
+    timeout: Duration | None = None
+    """kind nbd: a request that has no answer for so long ends its connection."""
+    hold: Duration | None = None
+    """kind nbd: how long I/O waits for a lost server before it fails."""
+    write_through: bool | None = Field(default=None, alias="write-through")
+    """kind nbd: every write is durable at the server before it is answered, so that a lost server owes nothing."""
     size: PositiveSize | None = None
     """kind file: created with this size when it is missing; grown to it when larger than before."""
     hosts: list[Name] | None = None

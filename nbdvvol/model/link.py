@@ -23,7 +23,18 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, TypeAdapter
 
 from nbdvvol.model.base import Model
-from nbdvvol.model.farm import DatastoreKind, HostListen, SocketConfig, TlsFiles, VVolType
+from nbdvvol.model.farm import (
+    CONNECTIONS_DEFAULT,
+    HOLD_DEFAULT_S,
+    TIMEOUT_DEFAULT_S,
+    DatastoreConfig,
+    DatastoreKind,
+    HostListen,
+    RemoteTls,
+    SocketConfig,
+    TlsFiles,
+    VVolType,
+)
 from nbdvvol.model.observe import HostCounters, TraceCount, TraceEvery, TraceReport, TraceSeconds
 
 PROTOCOL = 2
@@ -50,12 +61,38 @@ class LegSpec(Model):
     runs: list[RunSpec]
 
 
+class RemoteSpec(Model):
+    """How a filter uses the server of a datastore of kind nbd. Times in seconds."""
+
+    connections: int
+    timeout_s: float
+    hold_s: float
+    write_through: bool = False
+    tls: RemoteTls | None = None
+
+
+def remote_spec(config: DatastoreConfig) -> RemoteSpec | None:
+    """The settings of a datastore of kind nbd, with their defaults."""
+    if config.kind is not DatastoreKind.NBD:
+        return None
+    return RemoteSpec(
+        connections=config.connections or CONNECTIONS_DEFAULT,
+        timeout_s=TIMEOUT_DEFAULT_S if config.timeout is None else config.timeout,
+        hold_s=HOLD_DEFAULT_S if config.hold is None else config.hold,
+        write_through=bool(config.write_through),
+        tls=config.tls,
+    )
+
+
 class DatastoreSpec(Model):
     """How a host's filter opens a datastore."""
 
     name: str
     kind: DatastoreKind
     path: str
+    """kind nbd: the URI."""
+    remote: RemoteSpec | None = None
+    """kind nbd."""
     uuid: str = ""
     size: int = 0
     direct: bool = False

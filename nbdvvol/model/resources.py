@@ -96,6 +96,7 @@ class Datastore(Model):
     name: str
     kind: DatastoreKind
     path: str
+    """kind nbd: the URI."""
     uuid: str = ""
     size: int = 0
     """Usable bytes; 0 until a filter has looked at it."""
@@ -103,7 +104,8 @@ class Datastore(Model):
     extent_size: int
     hosts: list[str] | None = None
     use: Literal["unused", "formatted", "adopted"] = "unused"
-    state: Literal["unknown", "online", "missing", "faulty"] = "unknown"
+    state: Literal["unknown", "online", "missing", "faulty", "reconnecting"] = "unknown"
+    """`reconnecting`: kind nbd, its server was lost and is being dialled; `detail` says since when and why."""
     detail: str = ""
     faults: list[SyncFault] = Field(default_factory=list)
     """FLUSH fails on what they concern until the operator clears them."""

@@ -1,18 +1,20 @@
-"""The client's side of the haggling, for the kernel's nbd driver: fixed newstyle, INFO or GO, simple replies.
+"""The client's side of the haggling: fixed newstyle, INFO or GO, and what else is wanted and to be had.
 
-Sans I/O: `haggle` is a generator that yields either bytes to send or the exact number of bytes it must be
-given next. It never asks for a byte beyond the last answer, so that after GO the socket can go to the kernel
-as it is. TLS, structured replies and meta contexts are not offered: the kernel's driver has none of them.
+Sans I/O: `haggle` is a generator that yields bytes to send, the exact number of bytes it must be given next, or
+`StartTls` where the bytes from here on go through TLS. It never asks for a byte beyond the last answer, so that
+after GO the socket can go to the kernel's driver or to the data plane as it is. The kernel's driver has no TLS,
+no structured replies and no meta contexts: it wants nothing. The data plane takes the best that the server has.
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nbdvvol.model.errors import Code, NvError
 from nbdvvol.nbd.constants import (
+    BASE_ALLOCATION,
     BLOCK_PREFERRED_BYTES,
     IHAVEOPT,
     INIT_PASSWD,
@@ -32,6 +34,7 @@ OPTION = struct.Struct(">QII")
 REPLY = struct.Struct(">QIII")
 INFO_EXPORT = struct.Struct(">HQH")
 INFO_BLOCK_SIZE = struct.Struct(">HIII")
+CONTEXT_ID = struct.Struct(">I")
 REPLIES_MAX = 64
 """Most replies to one option; a server that sends more is not worth waiting for."""
 
@@ -39,7 +42,7 @@ REFUSALS: dict[int, tuple[Code, str]] = {
     Reply.ERR_UNKNOWN: (Code.NOT_FOUND, "the server has no such export"),
     Reply.ERR_POLICY: (Code.DENIED, "the server's policy forbids it"),
     Reply.ERR_SHUTDOWN: (Code.UNAVAILABLE, "the server is shutting down"),
-    Reply.ERR_TLS_REQD: (Code.UNSUPPORTED, "the server wants TLS, which the kernel's driver does not speak"),
+    Reply.ERR_TLS_REQD: (Code.UNSUPPORTED, "the server wants TLS: nbds:// (which the kernel's driver does not speak)"),
     Reply.ERR_UNSUP: (Code.UNSUPPORTED, "the server knows no such option (it is too old)"),
 }
 """What a refusal means to people; any other one is INVALID."""
@@ -47,50 +50,117 @@ REFUSALS: dict[int, tuple[Code, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class ExportInfo:
-    """What a server tells about an export; sizes in bytes."""
+    """What a server tells about an export, and what was agreed with it; sizes in bytes."""
 
     size: int
     flags: TransmissionFlag
     block_min: int = 1
     block_preferred: int = BLOCK_PREFERRED_BYTES
     payload_max: int = PAYLOAD_BYTES_MAX
+    structured: bool = False
+    extended: bool = False
+    allocation: int | None = None
+    """The id of base:allocation, when it was selected."""
 
 
-Haggle = Generator[bytes | int, bytes, ExportInfo]
-"""Yields bytes to send (answer it with b"") or a count of bytes to be sent in; returns the facts."""
+@dataclass(frozen=True, slots=True)
+class Wants:
+    """What is asked for beyond the export. TLS is had or the haggling fails; the rest is as the server has it."""
+
+    tls: bool = False
+    structured: bool = False
+    """Structured replies, extended headers and base:allocation."""
 
 
-def haggle(name: str, *, enter: bool) -> Haggle:
+class StartTls:
+    """The server has acknowledged STARTTLS: its next bytes are TLS."""
+
+
+Haggle = Generator[bytes | int | StartTls, bytes, ExportInfo]
+"""Yields bytes to send or StartTls (answer with b""), or a count of bytes to be sent in; returns the facts."""
+
+
+def haggle(name: str, *, enter: bool, wants: Wants | None = None) -> Haggle:
     """Ask for the export `name`, with the block sizes; with `enter` go on to the transmission phase.
 
     Without `enter` the option is INFO, followed by ABORT, and the caller closes the socket.
     Raises NvError: NOT_FOUND, DENIED, UNAVAILABLE, UNSUPPORTED by the server's refusal, INVALID when the peer
     does not speak the protocol."""
+    wants = wants or Wants()
     magic, second, offered = HELLO.unpack((yield HELLO.size))
     if magic != INIT_PASSWD or second != IHAVEOPT:
         raise _broken(f"its greeting is {magic:#018x} {second:#018x}")
     if not offered & HandshakeFlag.FIXED_NEWSTYLE:
         raise NvError(Code.UNSUPPORTED, f"the server is not fixed newstyle (handshake flags {offered:#x})")
     agreed = HandshakeFlag(offered & (HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES))
+    greeting = struct.pack(">I", agreed)
+    if wants.tls:
+        reply, body = yield from _ask(Option.STARTTLS, b"", greeting)
+        if reply != Reply.ACK:
+            raise _no_tls(reply, body)
+        yield StartTls()
+        greeting = b""
+    extended = structured = False
+    allocation: int | None = None
+    if wants.structured:
+        reply, _ = yield from _ask(Option.EXTENDED_HEADERS, b"", greeting)
+        extended, greeting = reply == Reply.ACK, b""
+        if not extended:
+            reply, _ = yield from _ask(Option.STRUCTURED_REPLY, b"")
+            structured = reply == Reply.ACK
+    encoded = _string(name)
+    if extended or structured:
+        allocation = yield from _select_allocation(encoded)
     option = Option.GO if enter else Option.INFO
-    encoded = name.encode()
-    payload = struct.pack(">I", len(encoded)) + encoded + struct.pack(">HH", 1, Info.BLOCK_SIZE)
-    yield struct.pack(">I", agreed) + OPTION.pack(IHAVEOPT, option, len(payload)) + payload
+    payload = encoded + struct.pack(">HH", 1, Info.BLOCK_SIZE)
+    yield greeting + OPTION.pack(IHAVEOPT, option, len(payload)) + payload
+    infos = yield from _infos(option, name)
+    if not enter:
+        yield OPTION.pack(IHAVEOPT, Option.ABORT, 0)
+    return replace(_facts(infos), structured=structured, extended=extended, allocation=allocation)
 
+
+def _string(text: str) -> bytes:
+    encoded = text.encode()
+    return struct.pack(">I", len(encoded)) + encoded
+
+
+def _ask(option: Option, payload: bytes, greeting: bytes = b"") -> Generator[bytes | int, bytes, tuple[int, bytes]]:
+    """An option with one reply; errors are replies too."""
+    yield greeting + OPTION.pack(IHAVEOPT, option, len(payload)) + payload
+    return (yield from _reply(option))
+
+
+def _select_allocation(name: bytes) -> Generator[bytes | int, bytes, int | None]:
+    """Select base:allocation; its id, or None when the server does not have it."""
+    payload = name + struct.pack(">I", 1) + _string(BASE_ALLOCATION)
+    yield OPTION.pack(IHAVEOPT, Option.SET_META_CONTEXT, len(payload)) + payload
+    found: int | None = None
+    for _ in range(REPLIES_MAX):
+        reply, body = yield from _reply(Option.SET_META_CONTEXT)
+        if reply == Reply.META_CONTEXT and body[CONTEXT_ID.size :] == BASE_ALLOCATION.encode():
+            (found,) = CONTEXT_ID.unpack_from(body)
+        elif reply == Reply.META_CONTEXT:
+            raise _broken("it selected a meta context that was not asked for")
+        elif reply == Reply.ACK:
+            return found
+        elif reply & REPLY_ERROR_BIT:
+            return None
+    raise _broken(f"it sent more than {REPLIES_MAX} replies to one option")
+
+
+def _infos(option: Option, name: str) -> Generator[bytes | int, bytes, dict[int, bytes]]:
+    """What INFO or GO tells, by type."""
     infos: dict[int, bytes] = {}
     for _ in range(REPLIES_MAX):
         reply, body = yield from _reply(option)
         if reply == Reply.ACK:
-            break
+            return infos
         if reply & REPLY_ERROR_BIT:
             raise _refusal(name, reply, body)
         if reply == Reply.INFO and len(body) >= 2:
             infos[int.from_bytes(body[:2], "big")] = body
-    else:
-        raise _broken(f"it sent more than {REPLIES_MAX} replies to one option")
-    if not enter:
-        yield OPTION.pack(IHAVEOPT, Option.ABORT, 0)
-    return _facts(infos)
+    raise _broken(f"it sent more than {REPLIES_MAX} replies to one option")
 
 
 def _reply(option: Option) -> Generator[bytes | int, bytes, tuple[int, bytes]]:
@@ -115,6 +185,8 @@ def _facts(infos: dict[int, bytes]) -> ExportInfo:
     _, minimum, preferred, maximum = INFO_BLOCK_SIZE.unpack(sizes)
     if minimum == 0 or minimum & (minimum - 1) or minimum > 65536:
         raise _broken(f"its minimum block size is {minimum}")
+    if maximum < minimum:
+        raise _broken(f"its maximum payload of {maximum} is below its minimum block of {minimum}")
     return ExportInfo(size, TransmissionFlag(flags), minimum, preferred, maximum)
 
 
@@ -122,6 +194,15 @@ def _refusal(name: str, reply: int, body: bytes) -> NvError:
     code, meaning = REFUSALS.get(reply, (Code.INVALID, f"the server refused with error {reply & ~REPLY_ERROR_BIT}"))
     text = body.decode(errors="replace")
     return NvError(code, f"export {name!r}: {meaning}" + (f": {text}" if text else ""))
+
+
+def _no_tls(reply: int, body: bytes) -> NvError:
+    text = body.decode(errors="replace")
+    return NvError(
+        Code.UNSUPPORTED,
+        f"the server does not start TLS (error {reply & ~REPLY_ERROR_BIT}" + (f": {text})" if text else ")"),
+        "give it certificates or keys, or use nbd:// where nobody else is on the wire",
+    )
 
 
 def _broken(why: str) -> NvError:

@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import enum
 
-NBD_PORT = 10809
-"""IANA's TCP port."""
-
 INIT_PASSWD = 0x4E42444D41474943
 IHAVEOPT = 0x49484156454F5054
 OPTION_REPLY_MAGIC = 0x0003E889045565A9

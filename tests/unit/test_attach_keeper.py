@@ -17,8 +17,8 @@ from nbdvvol.filter.attachments import Attachment
 from nbdvvol.filter.dial import NbdDialer
 from nbdvvol.filter.keeper import Keeper, Wanted
 from nbdvvol.model.errors import Code, NvError
+from nbdvvol.model.uri import NbdUri
 from nbdvvol.nbd.constants import TransmissionFlag
-from nbdvvol.nbd.uri import NbdUri
 from tests.lib.facts import open_files
 from tests.lib.procs import short_dir
 from tests.unit.fake_kernel import FLAGS, FakeKernel, FakeServer

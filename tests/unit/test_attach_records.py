@@ -15,7 +15,7 @@ from nbdvvol.filter.attach import other_ways, run_attach, run_detach
 from nbdvvol.filter.attachments import Attachment, Attachments, Lock
 from nbdvvol.filter.nbdnetlink import NbdMessage
 from nbdvvol.model.errors import Code, NvError
-from nbdvvol.nbd.uri import NbdUri
+from nbdvvol.model.uri import NbdUri
 
 HOLD = """
 import signal, sys

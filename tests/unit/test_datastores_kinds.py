@@ -186,6 +186,14 @@ def test_one_object_datastores_hold_no_files(tmp_path: Path, kind: str) -> None:
     assert ds.size("") == 12345
 
 
-def test_kinds_of_later_work_are_refused_by_name(tmp_path: Path) -> None:
-    with refused(Code.UNSUPPORTED, "nbd", "not built"):
-        store("nbd", tmp_path)
+def test_a_remote_export_is_no_file() -> None:
+    """Its bytes come through connections (datastores/nbd.py); what needs a path is refused."""
+    spec = DatastoreSpec(name="ds", kind=DatastoreKind.NBD, path="nbd://far/x")
+    ds = store_of(spec, "farm-a")
+    ds.prepare(0)
+    assert not ds.direct_works()
+    for act in (lambda: ds.create("x", 1), lambda: ds.grow("x", 1), lambda: ds.remove("x"), lambda: ds.size("")):
+        with refused(Code.UNSUPPORTED, "kind dir"):
+            act()
+    with refused(Code.INTERNAL, "no file descriptor"):
+        ds.open("")

@@ -137,6 +137,48 @@ def test_c13_same_path_through_a_link(tmp_path: Path, link: str) -> None:
     assert "is the same place as datastore a's path" in found
 
 
+REMOTE = "datastores:\n  far: {kind: nbd, uri: "
+
+
+def test_a_remote_export_has_a_uri_and_its_own_keys() -> None:
+    farm = parse(
+        REMOTE + "nbds+unix:///a%20b?socket=run/s.sock, connections: 2, timeout: 5s, hold: 0s, write-through: true,\n"
+        "        tls: {certs: pki, hostname: far.example}}\n"
+    )
+    far = farm.datastores["far"]
+    assert far.uri == "nbds+unix:///a%20b?socket=/farm/run/s.sock", "paths start at the farm file"
+    assert (far.connections, far.timeout, far.hold, far.write_through) == (2, 5.0, 0.0, True)
+    assert far.tls is not None and (far.tls.certs, far.tls.hostname, far.tls.verify) == (
+        "/farm/pki",
+        "far.example",
+        True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("datastores:\n  far: {kind: nbd}\n", "2:3: datastores.far: kind nbd needs a uri"),
+        (REMOTE + "far.example}\n", "2:25: datastores.far.uri: NBD URI 'far.example': scheme ''"),
+        (REMOTE + "nbd://x/y, path: /z}\n", "path: kind nbd has a uri, not a path"),
+        (REMOTE + "nbd://x/y, io: direct}\n", "io: io: direct is for files and devices"),
+        (REMOTE + "nbd://x/y, size: 1GiB}\n", "size is for kind file"),
+        (REMOTE + "nbd://x/y, connections: 17}\n", "datastores.far.connections: 17"),
+        (REMOTE + "nbd://x/y, timeout: 0s}\n", "timeout: 0 s is not in 1..600 s"),
+        (REMOTE + "'nbds://x/y?tls-verify-peer=0'}\n", "TLS parameters of a datastore are written under `tls:`"),
+        (REMOTE + "nbd://x/y, tls: {certs: /pki}}\n", "the uri says nbd, without TLS"),
+        (REMOTE + "nbds://x/y, tls: {psk: /keys}}\n", "psk and identity belong together"),
+        (REMOTE + "'nbds+unix:///y?socket=/s'}\n", "over a unix socket TLS needs tls.hostname"),
+        (REMOTE + "'nbds+unix:///y?socket=/s', tls: {certs: /pki}}\n", "a unix socket has no name"),
+        ("datastores:\n  a: {kind: dir, path: d, write-through: true}\n", "kind dir has no write-through"),
+        (REMOTE + "nbd://x/y}\n  two: {kind: nbd, uri: 'nbd://x:10809/y'}\n", "3:25: datastores.two.uri: nbd://x/y is"),
+    ],
+)
+def test_what_a_remote_export_cannot_be_is_told_with_its_place(text: str, says: str) -> None:
+    (found,) = problems(text)
+    assert says in found, found
+
+
 def test_same_path_on_different_hosts_is_two_places() -> None:
     farm = parse(
         "hosts: {x: {}, y: {}}\ndatastores:\n"

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nbdvvol.model.errors import Code, NvError
-from nbdvvol.nbd.client import ExportInfo, haggle
+from nbdvvol.model.uri import NbdUri, parse_uri
+from nbdvvol.nbd.client import ExportInfo, StartTls, Wants, haggle
 from nbdvvol.nbd.constants import TransmissionFlag
-from nbdvvol.nbd.uri import NbdUri, parse_uri
 
 HELLO = b"NBDMAGICIHAVEOPT\x00\x03"
 FLAGS = TransmissionFlag.HAS_FLAGS | TransmissionFlag.SEND_FLUSH
@@ -27,13 +27,18 @@ def granted(option: int, *, sizes: bytes = struct.pack(">HIII", 3, 1, 4096, 1 <<
     return reply(option, 3, export) + reply(option, 3, b"\x00\x01name") + more + reply(option, 1)
 
 
-def talk(server: bytes, name: str = "root", *, enter: bool = True) -> tuple[bytes, ExportInfo, bytes]:
+def talk(
+    server: bytes, name: str = "root", *, enter: bool = True, wants: Wants | None = None
+) -> tuple[bytes, ExportInfo, bytes]:
     """Run a haggle against canned bytes; return what it sent, what it found, and what it left unread."""
-    sent, machine = b"", haggle(name, enter=enter)
+    sent, machine = b"", haggle(name, enter=enter, wants=wants)
     step = next(machine)
     while True:
         try:
-            if isinstance(step, bytes):
+            if isinstance(step, StartTls):
+                sent += b"<TLS>"
+                step = machine.send(b"")
+            elif isinstance(step, bytes):
                 sent += step
                 step = machine.send(b"")
             else:
@@ -110,6 +115,55 @@ def test_no_bytes_of_a_server_break_it(server: bytes) -> None:
         talk(HELLO + server + bytes(70000))
     except (NvError, AssertionError):
         pass
+
+
+ACK, UNSUP, CONTEXT = 1, (1 << 31) + 1, 4
+ALL = Wants(structured=True)
+BASE = b"base:allocation"
+
+
+def test_the_best_that_the_server_has_is_agreed() -> None:
+    """Extended headers; without them structured replies; base:allocation with either."""
+    context = reply(10, CONTEXT, b"\0\0\0\x07" + BASE) + reply(10, ACK)
+    _, info, rest = talk(HELLO + reply(11, ACK) + context + granted(7), wants=ALL)
+    assert (info.extended, info.structured, info.allocation, rest) == (True, False, 7, b"")
+    sent, info, _ = talk(HELLO + reply(11, UNSUP, b"no") + reply(8, ACK) + context + granted(7), wants=ALL)
+    assert (info.extended, info.structured, info.allocation) == (False, True, 7)
+    assert sent.count(b"IHAVEOPT") == 4 and sent.startswith(b"\0\0\0\x03IHAVEOPT\0\0\0\x0b")
+
+
+def test_a_server_with_nothing_is_fine() -> None:
+    _, info, _ = talk(HELLO + reply(11, UNSUP) + reply(8, UNSUP) + granted(7), wants=ALL)
+    assert (info.extended, info.structured, info.allocation) == (False, False, None)
+    _, info, _ = talk(HELLO + reply(11, UNSUP) + reply(8, ACK) + reply(10, UNSUP) + granted(7), wants=ALL)
+    assert (info.structured, info.allocation) == (True, None)
+    _, info, _ = talk(HELLO + reply(11, UNSUP) + reply(8, ACK) + reply(10, ACK) + granted(7), wants=ALL)
+    assert (info.structured, info.allocation) == (True, None)
+
+
+def test_meta_contexts_that_nobody_asked_for_are_refused() -> None:
+    other = reply(10, CONTEXT, b"\0\0\0\x01qemu:dirty-bitmap:x")
+    with pytest.raises(NvError, match="was not asked for"):
+        talk(HELLO + reply(11, ACK) + other, wants=ALL)
+    with pytest.raises(NvError, match="more than 64 replies"):
+        talk(HELLO + reply(11, ACK) + reply(10, CONTEXT, b"\0\0\0\x01" + BASE) * 65, wants=ALL)
+
+
+def test_everything_but_starttls_goes_through_tls() -> None:
+    sent, info, _ = talk(HELLO + reply(5, ACK) + reply(11, ACK) + reply(10, ACK) + granted(7), wants=Wants(True, True))
+    before, after = sent.split(b"<TLS>")
+    assert before == b"\0\0\0\x03IHAVEOPT\0\0\0\x05\0\0\0\0"
+    assert after.startswith(b"IHAVEOPT\0\0\0\x0b") and info.extended
+
+
+def test_without_tls_nothing_is_told() -> None:
+    """Not even the export's name goes over the wire in the clear."""
+    machine = haggle("secret", enter=True, wants=Wants(tls=True))
+    assert next(machine) == 18
+    assert b"secret" not in bytes(machine.send(HELLO))  # type: ignore[arg-type]
+    with pytest.raises(NvError, match="does not start TLS") as refused:
+        talk(HELLO + reply(5, UNSUP, b"what?"), wants=Wants(tls=True))
+    assert refused.value.code is Code.UNSUPPORTED and "what?" in refused.value.message
 
 
 @pytest.mark.parametrize(

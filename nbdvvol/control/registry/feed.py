@@ -17,8 +17,19 @@ from nbdvvol.control.registry import faults
 from nbdvvol.control.registry import schema as s
 from nbdvvol.control.registry.tx import Tx, transaction
 from nbdvvol.control.registry.views import HELD, LegRows, leg_rows
-from nbdvvol.model.farm import DatastoreConfig, HostConfig, SocketConfig, TlsFiles, VVolType
-from nbdvvol.model.link import DatastoreSpec, Delta, HostState, LegSpec, RunSpec, Snapshot, VmSpec, VVolSpec
+from nbdvvol.model.check import place_of
+from nbdvvol.model.farm import DatastoreConfig, DatastoreKind, HostConfig, SocketConfig, TlsFiles, VVolType
+from nbdvvol.model.link import (
+    DatastoreSpec,
+    Delta,
+    HostState,
+    LegSpec,
+    RunSpec,
+    Snapshot,
+    VmSpec,
+    VVolSpec,
+    remote_spec,
+)
 
 
 def sees(config: DatastoreConfig, host: str) -> bool:
@@ -33,7 +44,8 @@ def datastore_spec(tx: Tx, row: Row[Any]) -> DatastoreSpec:
     return DatastoreSpec(
         name=row.name,
         kind=config.kind,
-        path=config.path or "",
+        path=place_of(config) if config.kind is DatastoreKind.NBD else config.path or "",
+        remote=remote_spec(config),
         uuid=row.uuid if row.use == "formatted" else "",
         size=row.size,
         direct=opens_direct(config, host_count, row.direct_ok),

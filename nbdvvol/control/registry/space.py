@@ -116,7 +116,8 @@ def place(tx: Tx, uuid: str) -> None:
     if store.use != "formatted":
         raise NvError(Code.CONFLICT, f"datastore {row.datastore} is {store.use}, not formatted", "try again")
     config = DatastoreConfig.model_validate_json(store.config)
-    if policy.opens_direct(config, 2, store.direct_ok) and store.block_size > policy.SECTOR:
+    strict = config.kind is DatastoreKind.NBD or policy.opens_direct(config, 2, store.direct_ok)
+    if strict and store.block_size > policy.SECTOR:
         policy.check_size(f"{row.vm}/{row.name}", row.size, store.block_size)
     header = disk.decode_header(bytes.fromhex(store.header) * 2)
     space = load_space(tx, store)

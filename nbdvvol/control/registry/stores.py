@@ -154,6 +154,24 @@ def missing(tx: Tx, name: str, why: str) -> None:
 
 
 @transaction
+def lost(tx: Tx, name: str, why: str) -> None:
+    """The server of a remote datastore is lost; a filter dials it again."""
+    row = store_row(tx, name)
+    if row.state != "faulty":
+        tx.db.execute(update(s.datastores).where(s.datastores.c.name == name).values(state="reconnecting", detail=why))
+        tx.changed = True
+
+
+@transaction
+def back(tx: Tx, name: str) -> None:
+    """The server of a remote datastore is connected again."""
+    row = store_row(tx, name)
+    if row.state in ("reconnecting", "missing"):
+        tx.db.execute(update(s.datastores).where(s.datastores.c.name == name).values(state="online", detail=""))
+        tx.changed = True
+
+
+@transaction
 def plan_format(tx: Tx, name: str, found: str, blank: bool) -> disk.Header:
     """Decide to format an unused datastore whose first bytes are `found` (hex). The same plan until it is done.
 
@@ -174,8 +192,15 @@ def plan_format(tx: Tx, name: str, found: str, blank: bool) -> disk.Header:
         what = "another farm's datastore" if disk.has_header(raw) else "something already"
         raise NvError(
             Code.CONFLICT,
-            f"datastore {name} at {config.path} holds {what}; it is not formatted over",
+            f"datastore {name} at {config.path or config.uri} holds {what}; it is not formatted over",
             "adopt it, clear its first 8 KiB, or say format: force to lose what is there",
+        )
+    if row.block_size > disk.PAGE:
+        raise NvError(
+            Code.UNSUPPORTED,
+            f"datastore {name}: its server takes no less than {row.block_size} bytes at a time; nbdvvol's own format "
+            f"is written in pieces of {disk.PAGE}",
+            "adopt the export as a VVol instead, or serve it with a smaller minimum block",
         )
     store_id = uuids.uuid4()
     header = disk.plan_header(store_id, uuids.UUID(tx.identity), config.extent_size, row.size)

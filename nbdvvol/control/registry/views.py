@@ -168,7 +168,7 @@ def _datastore_view(tx: Tx, row: Row[Any]) -> Datastore:
     return Datastore(
         name=row.name,
         kind=config.kind,
-        path=config.path or "",
+        path=config.uri or config.path or "",
         uuid=row.uuid,
         size=row.size,
         free=max(free, 0),
