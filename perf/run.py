@@ -59,13 +59,14 @@ class Options:
 
 
 def fill(path: Path, size: int) -> None:
-    """Real bytes everywhere: no holes, no unwritten extents, nothing that compresses."""
+    """Real bytes everywhere: no holes, no unwritten extents, nothing that compresses. On a disk, none stays cached."""
     noise = os.urandom(CHUNK)
     with path.open("wb") as out:
         for at in range(0, size, CHUNK):
             out.write(noise[: min(CHUNK, size - at)])
         out.flush()
         os.fsync(out.fileno())
+        os.posix_fadvise(out.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 class NoRoomError(Exception):
