@@ -13,6 +13,8 @@ from tests.lib.farm import Farm, plain_spec
 from tests.lib.procs import Process, children, run, running, wait_until
 
 Farms = Callable[..., Farm]
+PF_MEMALLOC_NOIO = 0x00080000
+"""A thread's flag in /proc/PID/stat that PR_SET_IO_FLUSHER sets."""
 
 
 def up(farm: Farm, *more: str) -> Process:
@@ -34,6 +36,21 @@ def test_a_hosts_reactors_run_where_its_file_says(farms: Farms) -> None:
     farm = farms(plain_spec(hosts={"local": {"reactors": 1, "first_cpu": here}})).start()
     threads = [int(task.name) for task in Path(f"/proc/{farm.filter_pid()}/task").iterdir()]
     assert {here} in [os.sched_getaffinity(thread) for thread in threads]
+
+
+def test_a_filter_never_waits_for_memory_that_it_must_free_itself(farms: Farms) -> None:
+    """It locks its memory, and its reactors are I/O flushers, where this user may: then this process may too."""
+    pid = farms(plain_spec()).start().filter_pid()
+    locked = re.search(r"^VmLck:\s+(\d+) kB$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    stats = [task.read_text().rpartition(")")[2].split() for task in Path(f"/proc/{pid}/task").glob("*/stat")]
+    flushers = [bool(int(stat[6]) & PF_MEMALLOC_NOIO) for stat in stats]
+    assert locked is not None and (int(locked[1]) > 10_000) == may("mlockall(1 | 2 | 4)")
+    assert any(flushers) == may("prctl(57, 1, 0, 0, 0)"), "57 is PR_SET_IO_FLUSHER"
+
+
+def may(call: str) -> bool:
+    """Whether a process like this one is allowed a call of the C library."""
+    return run([sys.executable, "-c", f"import ctypes; print(ctypes.CDLL(None).{call})"]).stdout.strip() == "0"
 
 
 def test_a_second_up_is_refused_at_once(farms: Farms) -> None:
