@@ -179,6 +179,7 @@ async def resize(context: Context) -> None:
         await _scrub(context, reserved, (0.2, 0.8))
         await context.check_cancel()
     await context.registry.run(space.commit_growth, placement.uuid, size)
+    context.firm = True
     grown = await _placement(context)
     assert grown is not None, "a VVol with a task is not deleted"
     await _write_metadata(context, grown)

@@ -40,6 +40,8 @@ class Context:
         self._changed = changed.of(job.vvol)
         self._locks = locks
         self._said = (-1.0, "")
+        self.firm = False
+        """Past the point of no return: a wish to cancel comes too late."""
 
     def store_lock(self, name: str) -> asyncio.Lock:
         """Held while a datastore's header or directory is written."""
@@ -101,7 +103,7 @@ class Context:
             result = await self._carry_out(order, share)
             if order.args == whole:
                 return result
-        where = host or await self.host_for(store, cancellable=False)
+        where = host or await self.host_for(store, cancellable=not self.firm)
         order = await self.registry.run(orders.give, self.job.id, self.job.vvol, key, where, what, whole)
         return await self._carry_out(order, share)
 

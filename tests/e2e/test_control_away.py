@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 
@@ -14,7 +15,7 @@ from tests.lib import nbdwords as w
 from tests.lib.farm import Farm, listed, plain_spec, serves
 from tests.lib.ledger import Ledger, Writer
 from tests.lib.pattern import pattern
-from tests.lib.procs import wait_until
+from tests.lib.procs import Process, wait_until
 from tests.lib.rawnbd import Closed, Haggle, OptionRefused
 
 pytestmark = pytest.mark.timeout(120)
@@ -167,6 +168,24 @@ def test_work_waits_for_control_and_is_done_once_it_is_back(farm: Farm) -> None:
     with farm.open("late", wait_s=10) as nbd:
         assert not any(nbd.read(0, 4 << 20))
     farm.delete("vm1/late")
+
+
+def test_work_that_waits_can_be_watched_and_taken_back(farm: Farm) -> None:
+    farm.filters["local"].stop()
+    created = farm.cli("create", "vvol", "vm1/never", "--size", "4MiB", "--profile", "plain", "--no-wait").stdout
+    number = created.split()[1]
+    argv = [sys.executable, "-u", "-m", "nbdvvol", "task", "watch", number, "--run", farm.run]
+    watch = Process(argv, farm.folder / "watch.log")
+    try:
+        wait_until("it says what it waits for", lambda: "waits for a filter that sees datastore main" in watch.text())
+        farm.cli("task", "cancel", number)
+        assert watch.popen.wait(20) == 1
+        assert "cancelled" in watch.text().splitlines()[-1]
+    finally:
+        watch.kill_group()
+    assert farm.vvol("vm1/never")["state"] == "failed"
+    farm.start_filter()
+    farm.delete("vm1/never")
 
 
 @pytest.fixture

@@ -161,6 +161,36 @@ async def test_a_cancelled_growth_gives_everything_back(farm: TestFarm) -> None:
     assert (await farm.control.registry.run(views.datastores))[0].free == free
 
 
+@pytest.mark.parametrize("kind", ["create", "resize"])
+async def test_what_waits_for_a_filter_can_be_taken_back(farm: TestFarm, kind: str) -> None:
+    result = await farm.apply()
+    fake = await farm.filter()
+    await farm.settle(result)
+    await fake.disconnect()
+    if kind == "create":
+        body = CreateVVol(vm="vm1", name="never", size=MIB)
+        ref = await farm.control.registry.run(vvols.begin_create, body)
+    else:
+        ref = await farm.control.registry.run(vvols.begin_resize, "vm1", "root", ResizeVVol(size=6 * MIB))
+    await farm.until(lambda: _waits(farm, ref.task.id))
+    await farm.control.registry.run(tasks.cancel, ref.task.id)
+    assert (await farm.over(ref.task.id)).state is TaskState.CANCELLED
+    await fake.connect(farm.control.links)
+    await farm.until(lambda: _serves(fake))
+    if kind == "create":
+        assert (await farm.vvol("vm1/never")).state is VVolState.FAILED
+    else:
+        assert (await farm.vvol()).size == 4 * MIB and not await farm.live()
+
+
+async def _waits(farm: TestFarm, number: int) -> bool:
+    return "waits for a filter" in (await farm.control.registry.run(views.task, number)).detail
+
+
+async def _serves(fake: FakeFilter) -> bool:
+    return bool(fake.serving)
+
+
 async def test_a_failed_order_fails_its_task_and_apply_tries_again(farm: TestFarm) -> None:
     fake_result = await farm.apply()
     fake = await farm.filter()
