@@ -37,6 +37,21 @@
 #define NV_SOCKET_BUFFER (2u << 20)            /* SO_SNDBUF, SO_RCVBUF: absorb a client's window */
 #define NV_EXTENTS_MAX 1000u                   /* extents in one BLOCK_STATUS answer: its memory is 32 KiB */
 
+/* limits and shares of a volume */
+#define NV_QOS_IOPS_MAX 100000000ull
+#define NV_QOS_BANDWIDTH_MIN (64ull << 10)     /* bytes a second: the largest request then waits 512 s */
+#define NV_QOS_BANDWIDTH_MAX (1ull << 40)
+#define NV_QOS_BURST_MIN_US 1000u
+#define NV_QOS_BURST_MAX_US 3600000000u
+#define NV_QOS_IO_MIN 4096u
+#define NV_QOS_QUANTUM_US 200u                 /* the shortest wait: a wake-up for each request would cost more */
+#define NV_QOS_TIMER_MAX_MS 1000u              /* the longest timer: what must end is not held up by one */
+#define NV_SHARES_MAX 10000u
+#define NV_SHARES_USUAL 100u
+#define NV_SHARE_REQUEST (8u << 10)            /* a request's own cost, in bytes moved */
+#define NV_SHARE_TURN (384u << 10)             /* what a turn moves for the volume with the most shares */
+#define NV_SHARE_MEMORY 16u                    /* turns after which a volume that was served counts as idle */
+
 /* TLS: ciphertext of one connection, memory taken only while it waits */
 #define NV_TLS_RECEIVE (32u << 10)             /* one receive of ciphertext */
 #define NV_TLS_CHUNK (64u << 10)

@@ -9,7 +9,7 @@
  * Returns: 0 or a count; failure is -errno, with a sentence for people in nv_last_error().
  * All sizes and offsets are bytes.
  */
-#define NV_API_VERSION 1
+#define NV_API_VERSION 2
 
 /* ---- events: C -> Python, fixed 64-byte records ---- */
 #define NV_EVENT_JOB_DONE 1          /* token = the job's; result 0 or -errno; args[0] = bytes done */
@@ -23,6 +23,7 @@
 #define NV_EVENT_LINK_LOST 10        /* a connection to a remote export ended: token = the link's, args = object, link */
 #define NV_EVENT_LINK_HEARD 11       /* haggling through TLS: what nv_link_say() wanted is there; token = the link's */
 #define NV_EVENT_MAP_FAULT 9         /* reserved: token completes it; args = vvol offset, length, map version */
+#define NV_EVENT_VOLUME_QOS 12       /* every reactor goes by the new limits */
 
 typedef struct {
     uint32_t kind;
@@ -214,12 +215,25 @@ typedef struct {
     uint64_t errors;
     uint64_t in_flight;
     uint64_t connections;
-    uint64_t reserved[5];
+    uint64_t delayed;                /* requests that had to wait for the volume's limits */
+    uint64_t delay_ns;               /* ... and how long, all together */
+    uint64_t reserved[3];
 } nv_volume_stats_t;
+
+typedef struct {                     /* limits of a volume, over all its connections */
+    uint64_t iops;                   /* I/Os a second; 0: no limit */
+    uint64_t bandwidth;              /* bytes a second, read and written together; 0: no limit */
+    uint32_t burst_us;               /* how much unused time may be saved up */
+    uint32_t io_bytes;               /* a request counts as one I/O per so many bytes, begun; 0: as one */
+    uint32_t shares;                 /* of a busy reactor's time, beside other volumes' (100 is usual) */
+    uint32_t reserved;
+} nv_qos_limits;
 
 int nv_volume_open(nv_plane *plane, const void *desc, uint64_t length, uint32_t *volume);
 int nv_volume_change(nv_plane *plane, uint32_t volume, const void *desc, uint64_t length, uint64_t token);
 int nv_volume_close(nv_plane *plane, uint32_t volume, uint64_t token);
+/* At any time, without a drain: requests that wait are weighed again. VOLUME_QOS tells when all reactors follow. */
+int nv_volume_set_qos(nv_plane *plane, uint32_t volume, const nv_qos_limits *limits, uint64_t token);
 int nv_volume_stats(nv_plane *plane, uint32_t volume, nv_volume_stats_t *out);
 
 /* ---- a trace: records of single requests of one volume, while it runs; one trace at a time ---- */

@@ -80,6 +80,16 @@ void nv_sim_set_faults(const struct nv_sim_faults *faults)
     sim_world.faults = *faults;
 }
 
+uint64_t nv_sim_clock_ns(void)
+{
+    return sim_world.clock_ns;
+}
+
+uint64_t nv_sim_timers_late_ns(void)
+{
+    return sim_world.timers_late_ns;
+}
+
 uint64_t nv_sim_syncs_failed(void)
 {
     return sim_world.syncs_failed;

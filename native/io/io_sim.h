@@ -42,6 +42,8 @@ void nv_sim_set_faults(const struct nv_sim_faults *faults);
 bool nv_sim_step(void);
 /* Move the clock to the next timer or delayed operation. False: there is none. */
 bool nv_sim_advance(void);
+uint64_t nv_sim_clock_ns(void);
+uint64_t nv_sim_timers_late_ns(void); /* the latest so far: from its time until the user of the port heard of it */
 uint64_t nv_sim_syncs_failed(void); /* whose failure was handed back to the user of the port */
 
 /* A file as a descriptor for nv_io_open_file(); the world owns the disk. With `align` > 1 it is open with O_DIRECT:

@@ -107,6 +107,14 @@ void nv_io_enter(struct nv_io *io)
     io->staged.count = 0;
 }
 
+static void note_lateness(struct nv_op *op)
+{
+    const uint64_t late_ns = sim_world.clock_ns - sim_state_of(op)->not_before_ns;
+
+    if (late_ns > sim_world.timers_late_ns)
+        sim_world.timers_late_ns = late_ns;
+}
+
 unsigned nv_io_run(struct nv_io *io)
 {
     struct op_list batch = io->ready;
@@ -118,6 +126,8 @@ unsigned nv_io_run(struct nv_io *io)
         sim_check_stable(op);
         if (op->kind == NV_OP_SYNC && op->result < 0)
             sim_world.syncs_failed++;
+        if (op->kind == NV_OP_TIMER && op->result == 0)
+            note_lateness(op);
         op->done(op);
         ran++;
     }
@@ -131,16 +141,22 @@ int64_t nv_io_send(struct nv_io *io, nv_handle handle, struct iovec *iov, unsign
     return sim_send(sim_handle_of(handle, HANDLE_SOCKET)->socket, iov, count);
 }
 
-void nv_io_cancel(struct nv_io *io, struct nv_op *op)
+static bool cancel_in(struct op_list *list, struct nv_op *op)
 {
-    (void)io;
-    for (size_t i = 0; i < sim_world.pending.count; i++)
-        if (sim_world.pending.items[i] == op) {
-            sim_list_take(&sim_world.pending, i);
+    for (size_t i = 0; i < list->count; i++)
+        if (list->items[i] == op) {
+            sim_list_take(list, i);
             op->result = -ECANCELED;
             sim_make_ready(op);
-            return;
+            return true;
         }
+    return false;
+}
+
+void nv_io_cancel(struct nv_io *io, struct nv_op *op)
+{
+    if (!cancel_in(&sim_world.pending, op))
+        cancel_in(&io->staged, op);
 }
 
 bool nv_io_ready(struct nv_io *io)

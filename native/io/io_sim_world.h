@@ -59,6 +59,7 @@ struct sim_world {
     uint64_t clock_ns;
     uint64_t time; /* counts effects; orders writes against syncs */
     uint64_t syncs_failed;
+    uint64_t timers_late_ns; /* the latest of them all: from its time until its user heard of it */
     struct op_list pending;
     struct handle handles[HANDLES_MAX];
     int handle_count;

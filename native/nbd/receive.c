@@ -1,14 +1,16 @@
 /*
  * Bytes to requests. One state machine that consumes whatever has arrived; it stops at missing bytes, at a missing slot
- * or buffer (stalled: nothing more is received, which pushes back on the client), or at the end. Requests parsed in
- * one turn are held, with their place in the range order taken, and started together: after looking once whether the
- * peer has hung up meanwhile, because what a client gave up on it may already have sent again elsewhere.
+ * or buffer, at the volume's limits or its part of this turn (stalled: nothing more is received, which pushes back on
+ * the client), or at the end. Requests parsed in one turn are held, with their place in the range order taken, and
+ * started together: after looking once whether the peer has hung up meanwhile, because what a client gave up on it may
+ * already have sent again elsewhere.
  */
 #include <assert.h>
 #include <errno.h>
 #include <string.h>
 
 #include "nbd/haggle.h"
+#include "nbd/pace.h"
 #include "nbd/session.h"
 #include "nbd/trace.h"
 #include "nbd/wire.h"
@@ -109,7 +111,7 @@ static void skip_payload(struct nv_conn *conn)
 }
 
 /* A well-formed, allowed request: what does it need before it can start? */
-static void admit(struct nv_conn *conn, struct nv_request *request)
+static inline __attribute__((always_inline)) void admit(struct nv_conn *conn, struct nv_request *request)
 {
     conn->current = request;
     if (request->type == NBD_CMD_WRITE && request->payload > 0) {
@@ -130,13 +132,48 @@ static void admit(struct nv_conn *conn, struct nv_request *request)
     }
 }
 
-static bool parse_header(struct nv_conn *conn)
+/* A whole header whose time has come: is it good? */
+static inline void judge(struct nv_conn *conn, struct nv_request *request, bool good)
+{
+    if (good) {
+        admit(conn, request);
+    } else if (request->payload > 0) {
+        conn->current = request;
+        skip_payload(conn);
+    } else {
+        refuse(request);
+    }
+}
+
+static bool wait_for_limits(struct nv_conn *conn)
+{
+    conn->rx_stalled = true;
+    return false;
+}
+
+/* The map may have changed, and a connection that closes refuses at once: the request is judged again. */
+static bool parse_paced(struct nv_conn *conn)
+{
+    struct nv_request *request = conn->current;
+
+    if (conn->pacing && !conn->closing)
+        return wait_for_limits(conn);
+    nv_pace_leave(conn);
+    conn->current = NULL;
+    conn->rx_state = NV_RX_HEADER;
+    judge(conn, request, nv_request_check(request) == 0);
+    return true;
+}
+
+/* Made twice: who has neither limits nor a rival pays for neither. */
+static inline __attribute__((always_inline)) bool parse_header(struct nv_conn *conn, const bool gated)
 {
     struct nv_request *request;
+    bool good;
 
     if (available(conn) < conn->header_bytes)
         return false;
-    request = nv_request_take(conn);
+    request = gated && conn->rationed && nv_share_spent(conn) ? NULL : nv_request_take(conn);
     if (!request) {
         conn->rx_stalled = true;
         return false;
@@ -154,15 +191,21 @@ static bool parse_header(struct nv_conn *conn)
         nv_conn_stop_receiving(conn, 0);
         return false;
     }
-    if (nv_request_check(request) == 0) {
-        admit(conn, request);
-    } else if (request->payload > 0) {
+    if (gated && conn->rationed)
+        nv_share_charge(conn, request);
+    good = nv_request_check(request) == 0;
+    if (gated && good && conn->local->qos && !nv_pace_admit(conn, request)) {
         conn->current = request;
-        skip_payload(conn);
-    } else {
-        refuse(request);
+        conn->rx_state = NV_RX_PACED;
+        return wait_for_limits(conn);
     }
+    judge(conn, request, good);
     return true;
+}
+
+static __attribute__((noinline)) bool parse_gated_header(struct nv_conn *conn)
+{
+    return parse_header(conn, true);
 }
 
 static void start_current(struct nv_conn *conn)
@@ -260,7 +303,9 @@ static bool parse_step(struct nv_conn *conn)
 {
     switch (conn->rx_state) {
     case NV_RX_HEADER:
-        return parse_header(conn);
+        return conn->gated ? parse_gated_header(conn) : parse_header(conn, false);
+    case NV_RX_PACED:
+        return parse_paced(conn);
     case NV_RX_ADMIT:
         return parse_admit(conn);
     case NV_RX_INLINE:
@@ -304,6 +349,7 @@ static bool decrypt(struct nv_conn *conn)
 
 void nv_conn_parse(struct nv_conn *conn)
 {
+    nv_gate_begin(conn);
     do {
         conn->rx_stalled = false;
         while (!conn->rx_done && parse_step(conn))

@@ -11,6 +11,7 @@
 #include <string.h>
 
 #include "nbd/haggle.h"
+#include "nbd/pace.h"
 #include "nbd/tls.h"
 #include "nbd/wire.h"
 #include "reactor/plane.h"
@@ -154,6 +155,7 @@ void nv_conn_stop_receiving(struct nv_conn *conn, int reason)
     if (conn->end_reason == 0)
         conn->end_reason = reason;
     nv_reactor_unstarve(conn->reactor, conn);
+    nv_pace_leave(conn);
     nv_reactor_kick(conn->reactor, conn);
 }
 
@@ -167,6 +169,7 @@ void nv_conn_kill(struct nv_conn *conn, int reason)
     nv_io_shutdown(conn->handle); /* what is pending on the socket ends; unparsed requests do not start */
     conn->shut = true;
     nv_reactor_unstarve(conn->reactor, conn);
+    nv_pace_leave(conn);
     nv_conn_drop_replies(conn);
     nv_reactor_kick(conn->reactor, conn);
 }
@@ -176,7 +179,7 @@ static void finish(struct nv_conn *conn)
     struct nv_reactor *reactor = conn->reactor;
 
     assert(!conn->rx_pending && !conn->tx_pending && conn->in_flight == 0 && !conn->tx_queue && !conn->held &&
-           !conn->again);
+           !conn->again && !conn->pacing);
     conn->ended = true;
     conn->chunk->refs--;
     assert(conn->chunk->refs == 0);
@@ -226,6 +229,8 @@ void nv_conn_turn(struct nv_conn *conn)
         return;
     if (conn->again)
         nv_resident_read_again(conn);
+    if (conn->held)
+        nv_conn_start_held(conn); /* parsed when its time had come (pace.c); perhaps up to a DISC */
     if (!conn->rx_pending && !conn->rx_done && !conn->shut) {
         if (conn->local) {
             nv_conn_parse(conn);
@@ -256,6 +261,8 @@ void nv_conn_tick(struct nv_conn *conn, uint64_t now_ns)
     if (!conn->chunk->is_private && conn->rx_pending && conn->rx_state == NV_RX_HEADER &&
         conn->rx_start == conn->rx_end && conn->private_chunk->refs == 0)
         nv_io_cancel(conn->reactor->io, &conn->rx_op); /* received again, into private memory */
+    if (conn->pacing && nv_pace_tick(conn))
+        nv_conn_stop_receiving(conn, -ECONNRESET);
     if (conn->deadline_ns || conn->private_touched || conn->spill_touched || !conn->chunk->is_private)
         nv_reactor_want_tick(conn->reactor);
 }

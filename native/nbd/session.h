@@ -7,6 +7,7 @@
  *   session.c  life: open, turn, end      receive.c  bytes to requests      memory.c   chunks and buffers
  *   request.c  is this request allowed    reply.c    answers to bytes       transmit.c bytes to the socket
  *   resident.c reads sent straight from memory  haggle.c   options through TLS  trace.c what a trace notes
+ *   pace.c     the volume's limits        share.c    its part of a busy reactor
  */
 #ifndef NV_SESSION_H
 #define NV_SESSION_H
@@ -61,6 +62,7 @@ struct nv_request {
 
 enum nv_rx_state {
     NV_RX_HEADER,                   /* a request header is next */
+    NV_RX_PACED,                    /* the current request waits for the volume's limits */
     NV_RX_ADMIT,                    /* the current request waits for memory */
     NV_RX_INLINE,                   /* the current request's payload is received into the chunk */
     NV_RX_BODY,                     /* ... into its own buffer */
@@ -73,6 +75,8 @@ struct nv_conn {
     struct nv_conn *kick_next;
     struct nv_conn *send_next;
     struct nv_conn *starve_next;
+    struct nv_conn *postpone_next;
+    struct nv_conn *pace_next;
     struct nv_reactor *reactor;
     struct nv_volume *volume;       /* NULL while haggling */
     struct nv_volume_local *local;
@@ -80,7 +84,14 @@ struct nv_conn {
     uint32_t id;
     nv_connection_params params;
     uint32_t header_bytes;
-    bool kicked, sending, starving; /* on the reactor's lists */
+    bool kicked, sending, starving, postponed; /* on the reactor's lists */
+    bool gated;                     /* rationed, or its volume has limits: as of the last nv_conn_parse() */
+    bool rationed;                  /* its volume has to share the reactor (nbd/share.c) */
+    uint64_t served_turn;           /* the last turn in which a request of it was parsed while rationed */
+    bool pacing;                    /* in its volume's list of those that wait for the limits (nbd/pace.c) */
+    struct nv_qos_cost pace_cost;   /* reserved for the current request, with */
+    uint64_t pace_start_ns;         /* when it may start, and */
+    uint64_t pace_since_ns;         /* when it asked */
     /* receive */
     bool rx_pending;                /* rx_op is with the port */
     bool rx_done;                   /* nothing more is received or parsed */

@@ -11,6 +11,7 @@
 #include "backend/file.h"
 #include "backend/nbd.h"
 #include "limits.h"
+#include "nbd/pace.h"
 #include "nbd/session.h"
 #include "error.h"
 #include "reactor/job.h"
@@ -208,6 +209,7 @@ int nv_volume_open(nv_plane *plane, const void *desc, uint64_t length, uint32_t 
     for (uint32_t i = 0; i < reactors; i++) {
         volume->locals[i].map = map; /* published by the message that brings the first connection */
         volume->locals[i].volume = volume;
+        volume->locals[i].share.weight = NV_SHARES_USUAL;
     }
     *number = volume->id;
     return 0;
@@ -261,6 +263,51 @@ int nv_volume_change(nv_plane *plane, uint32_t number, const void *desc, uint64_
     return 0;
 }
 
+static struct nv_qos_change *make_qos_change(struct nv_volume *volume, const nv_qos_limits *limits, uint64_t token)
+{
+    const uint32_t reactors = volume->plane->config.reactors;
+    struct nv_qos_change *change = calloc(1, sizeof *change + reactors * sizeof(struct nv_qos_message));
+
+    if (!change)
+        return NULL;
+    if (nv_qos_limits_anything(limits)) {
+        change->to = aligned_alloc(64, (sizeof *change->to + 63) / 64 * 64);
+        if (!change->to) {
+            free(change);
+            return NULL;
+        }
+        nv_qos_init(change->to, limits);
+    }
+    change->volume = volume;
+    change->from = volume->limits;
+    change->shares = limits->shares;
+    atomic_store(&change->left, reactors);
+    change->changed.event = (nv_event){.kind = NV_EVENT_VOLUME_QOS, .token = token, .volume = volume->id};
+    change->changed.subject = change;
+    return change;
+}
+
+int nv_volume_set_qos(nv_plane *plane, uint32_t number, const nv_qos_limits *limits, uint64_t token)
+{
+    struct nv_qos_change *change;
+    struct nv_volume *volume;
+    int error = find_volume(plane, number, &volume);
+
+    if (error || (error = nv_qos_check(limits)))
+        return error;
+    change = make_qos_change(volume, limits, token);
+    if (!change)
+        return nv_fail(ENOMEM, "no memory for a volume's limits");
+    volume->limits = change->to;
+    volume->changes++;
+    for (uint32_t i = 0; i < plane->config.reactors; i++) {
+        change->messages[i].change = change;
+        change->messages[i].message.run = nv_pace_changes;
+        nv_reactor_send(nv_plane_reactor(plane, i), &change->messages[i].message);
+    }
+    return 0;
+}
+
 static void volume_closes(struct nv_reactor *reactor, struct nv_message *message)
 {
     struct nv_volume_local *local =
@@ -307,6 +354,8 @@ int nv_volume_stats(nv_plane *plane, uint32_t number, nv_volume_stats_t *out)
         out->write_bytes += atomic_load(&counters->write_bytes);
         out->errors += atomic_load(&counters->errors);
         out->in_flight += atomic_load(&counters->in_flight);
+        out->delayed += atomic_load(&counters->delayed);
+        out->delay_ns += atomic_load(&counters->delay_ns);
     }
     return 0;
 }

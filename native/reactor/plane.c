@@ -245,6 +245,7 @@ void nv_volume_forget(nv_plane *plane, struct nv_volume *volume)
         return; /* events of another ring are still to come */
     nv_object_unuse(volume->latest);
     nv_range_table_free(&volume->ranges);
+    free(volume->limits);
     free(volume);
 }
 
@@ -276,6 +277,16 @@ static void volume_changed(nv_plane *plane, struct nv_volume_change *change)
     nv_volume_forget(plane, volume);
 }
 
+static void volume_qos_changed(nv_plane *plane, struct nv_qos_change *change)
+{
+    struct nv_volume *volume = change->volume;
+
+    volume->changes--;
+    free(change->from);
+    free(change);
+    nv_volume_forget(plane, volume);
+}
+
 static void object_closed(nv_plane *plane, struct nv_object *object)
 {
     nv_table_remove(&plane->objects, object->id);
@@ -293,6 +304,9 @@ static void consume(nv_plane *plane, const struct nv_event_record *record)
         break;
     case NV_EVENT_VOLUME_CHANGED:
         volume_changed(plane, record->subject);
+        break;
+    case NV_EVENT_VOLUME_QOS:
+        volume_qos_changed(plane, record->subject);
         break;
     case NV_EVENT_VOLUME_CLOSED:
         volume = record->subject;

@@ -39,6 +39,8 @@ int nv_reactor_setup(struct nv_reactor *reactor, const struct nv_io_config *conf
     reactor->kicked_tail = &reactor->kicked;
     reactor->starving_tail = &reactor->starving;
     reactor->late_tail = &reactor->late;
+    for (unsigned i = 0; i < 2; i++)
+        reactor->postponed_tail[i] = &reactor->postponed[i];
     publish(reactor);
     return 0;
 }
@@ -65,6 +67,28 @@ void nv_reactor_kick(struct nv_reactor *reactor, struct nv_conn *conn)
     conn->kick_next = NULL;
     *reactor->kicked_tail = conn;
     reactor->kicked_tail = &conn->kick_next;
+}
+
+void nv_reactor_postpone(struct nv_reactor *reactor, struct nv_conn *conn, bool served)
+{
+    if (conn->postponed)
+        return;
+    conn->postponed = true;
+    conn->postpone_next = NULL;
+    *reactor->postponed_tail[served] = conn;
+    reactor->postponed_tail[served] = &conn->postpone_next;
+}
+
+static void resume_postponed(struct nv_reactor *reactor)
+{
+    for (unsigned i = 0; i < 2; i++) {
+        for (struct nv_conn *conn = reactor->postponed[i]; conn; conn = conn->postpone_next) {
+            conn->postponed = false;
+            nv_reactor_kick(reactor, conn);
+        }
+        reactor->postponed[i] = NULL;
+        reactor->postponed_tail[i] = &reactor->postponed[i];
+    }
 }
 
 void nv_reactor_send_later(struct nv_reactor *reactor, struct nv_conn *conn)
@@ -113,6 +137,15 @@ void nv_reactor_forget(struct nv_reactor *reactor, struct nv_conn *conn)
                 reactor->kicked_tail = link;
             break;
         }
+    for (unsigned i = 0; i < 2; i++)
+        for (link = &reactor->postponed[i]; conn->postponed && *link; link = &(*link)->postpone_next)
+            if (*link == conn) {
+                *link = conn->postpone_next;
+                if (!*link)
+                    reactor->postponed_tail[i] = link;
+                conn->postponed = false;
+                break;
+            }
     for (link = &reactor->senders; conn->sending && *link; link = &(*link)->send_next)
         if (*link == conn) {
             *link = conn->send_next;
@@ -263,6 +296,9 @@ bool nv_reactor_turn(struct nv_reactor *reactor)
 {
     bool any = false;
 
+    reactor->turn++;
+    if (reactor->postponed[0] || reactor->postponed[1])
+        resume_postponed(reactor);
     for (unsigned round = 0; round < NV_TURN_ROUNDS; round++) {
         unsigned count = nv_io_run(reactor->io) + run_inbox(reactor) + run_kicked(reactor);
         feed_starving(reactor);
@@ -286,12 +322,13 @@ bool nv_reactor_finished(const struct nv_reactor *reactor)
 {
     return reactor->ending && !reactor->connections && !reactor->jobs && !reactor->syncs && !reactor->tickers &&
            !reactor->tick_armed && !reactor->kicked && !reactor->late &&
-           nv_inbox_empty((struct nv_inbox *)&reactor->inbox);
+           !reactor->pace_timers && nv_inbox_empty((struct nv_inbox *)&reactor->inbox);
 }
 
 static bool idle(struct nv_reactor *reactor)
 {
-    return !nv_io_ready(reactor->io) && nv_inbox_empty(&reactor->inbox) && !reactor->kicked && !reactor->late;
+    return !nv_io_ready(reactor->io) && nv_inbox_empty(&reactor->inbox) && !reactor->kicked && !reactor->late &&
+           !reactor->postponed[0] && !reactor->postponed[1];
 }
 
 /* Busy-wait while it has lately paid off: the length doubles when work came in time and halves when it did not. */

@@ -48,6 +48,13 @@ struct nv_reactor {
     struct nv_conn *senders;                /* have replies to send at the end of the turn */
     struct nv_conn *starving, **starving_tail; /* wait for pool memory, longest first */
     bool pool_freed;                        /* since the starving were last looked at */
+    uint64_t turn;                          /* counts nv_reactor_turn() */
+    struct nv_conn *postponed[2], **postponed_tail[2]; /* to the next turn; [1]: were served in this one */
+    const void *served;                     /* the volume (its local half) whose connection was parsed last */
+    uint64_t rationed_until;                /* turn from which on a single volume need not be rationed */
+    uint64_t weights_turn;                  /* turn in which weight_next began */
+    uint32_t weight_most, weight_next;      /* most shares of a volume served lately; and since weights_turn */
+    uint32_t pace_timers;                   /* of volumes with limits, armed */
     uint32_t jobs;                          /* object jobs under way */
     uint32_t syncs;                         /* syncs this reactor runs */
     struct nv_late *late, **late_tail;
@@ -90,6 +97,8 @@ void nv_reactor_send(struct nv_reactor *reactor, struct nv_message *message);
 void nv_reactor_kick(struct nv_reactor *reactor, struct nv_conn *conn);
 /* Reactor: a connection waits for pool memory, behind those that already wait. */
 void nv_reactor_starve(struct nv_reactor *reactor, struct nv_conn *conn);
+/* Reactor: a connection goes on in the next turn; first those that were not `served` in this one. */
+void nv_reactor_postpone(struct nv_reactor *reactor, struct nv_conn *conn, bool served);
 /* Reactor: replies wait; they go out in one send when the turn ends. */
 void nv_reactor_send_later(struct nv_reactor *reactor, struct nv_conn *conn);
 /* Reactor: the connection is gone; it stands on no list any more. */

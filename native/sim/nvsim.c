@@ -12,6 +12,7 @@
 #include <string.h>
 
 #include "io/io_sim.h"
+#include "limits.h"
 #include "reactor/plane.h"
 #include "sim/check.h"
 #include "sim/client.h"
@@ -32,6 +33,7 @@ struct life {
     uint32_t numbers[CLIENTS]; /* of their connections, for the plane */
     uint32_t connections;   /* the plane has not told the end of */
     bool changing;          /* a growth is under way */
+    bool limiting;          /* new limits are */
     bool volume_closed;
     bool over;              /* the images are taken: what still happens, happens to nobody */
     bool latched[SCENARIO_DISKS];
@@ -151,6 +153,9 @@ static void take_event(struct life *life, const nv_event *event)
         check_grow(life->rules->check, life->rules->cells);
         life->changing = life->rules->growing = false;
         break;
+    case NV_EVENT_VOLUME_QOS:
+        life->limiting = false;
+        break;
     case NV_EVENT_JOB_DONE:
         if (!life->over)
             meta_done(&life->scenario->meta[event->token], event->result,
@@ -192,6 +197,25 @@ static void grow(struct life *life)
     if (nv_volume_change(life->plane, life->volume, record, length, 1) != 0)
         nv_sim_violation("the volume does not grow: %s", nv_last_error());
     life->changing = true;
+}
+
+/* Limits may hold requests up, and nothing else (what they must let through and when is nvqos's business). */
+static void limit(struct life *life)
+{
+    nv_qos_limits limits = {.burst_us = NV_QOS_BURST_MIN_US << below(life, 8), .shares = 100};
+
+    if (life->limiting || !life->scenario->limited)
+        return;
+    if (chance(life, 700))
+        limits.iops = 16ull << below(life, 14);
+    if (chance(life, 512))
+        limits.bandwidth = NV_QOS_BANDWIDTH_MIN << below(life, 12);
+    if (life->rules->trace)
+        printf("-- limits: %llu I/Os, %llu bytes a second\n", (unsigned long long)limits.iops,
+               (unsigned long long)limits.bandwidth);
+    if (nv_volume_set_qos(life->plane, life->volume, &limits, 1) != 0)
+        nv_sim_violation("the limits are refused: %s", nv_last_error());
+    life->limiting = true;
 }
 
 /* The operator's word after a failed sync. */
@@ -287,6 +311,8 @@ static void step(struct life *life)
         clear_fault(life);
     else if (what < 998)
         run_job(life);
+    else if (what < 999)
+        limit(life);
     else
         grow(life);
 }

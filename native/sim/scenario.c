@@ -112,6 +112,7 @@ void scenario_draw(struct scenario *scenario, uint64_t seed)
     if (chance(scenario, 300))
         scenario->cells_first = 64 + below(scenario, scenario->cells_final - 63);
     draw_runs(scenario);
+    scenario->limited = chance(scenario, 400);
     make_images(scenario);
 }
 

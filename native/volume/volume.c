@@ -373,7 +373,7 @@ void nv_volume_local_change(struct nv_reactor *reactor, struct nv_message *messa
 
 static void local_gone(struct nv_reactor *reactor, struct nv_volume_local *local)
 {
-    if (local->closing && !local->connections && atomic_fetch_sub(&local->volume->open_locals, 1) == 1)
+    if (local->closing && !local->connections && !local->pace.armed && atomic_fetch_sub(&local->volume->open_locals, 1) == 1)
         nv_events_raise(&reactor->events, &local->volume->closed);
 }
 

@@ -1,7 +1,8 @@
 /*
- * A volume and one request on it. The layers that later issues add (qos, cache, mirror) sit between nv_volume_start()
- * and the map; today's stack is range order -> map -> file. A volume's reactor-local half is touched by its reactor
- * alone; what reactors share is the range table and the objects' sync state.
+ * A volume and one request on it. The layers that later issues add (cache, mirror) sit between nv_volume_start() and the
+ * map; today's stack is range order -> map -> file. Limits hold a request back before it comes here (nbd/pace.c). A
+ * volume's reactor-local half is touched by its reactor alone; what reactors share is the range table, the limits and
+ * the objects' sync state.
  */
 #ifndef NV_VOLUME_H
 #define NV_VOLUME_H
@@ -17,6 +18,7 @@
 #include "reactor/inbox.h"
 #include "reactor/recorder.h"
 #include "volume/map.h"
+#include "volume/qos.h"
 #include "volume/range.h"
 
 struct nv_plane;
@@ -25,13 +27,32 @@ struct nv_conn;
 struct nv_volume_counters {         /* one writer, the reactor; read by the front */
     _Atomic uint64_t reads, writes, flushes, trims, zeroes, others;
     _Atomic uint64_t read_bytes, write_bytes, errors, in_flight;
+    _Atomic uint64_t delayed, delay_ns; /* by the limits */
+};
+
+struct nv_pace {                    /* connections that wait for the limits to let their next request go (nbd/pace.c) */
+    struct nv_conn *head;           /* in the order of their start times */
+    struct nv_conn *last;           /* while there is a head */
+    struct nv_op timer;
+    bool armed;
+    bool resuming;                  /* the list is being worked on: the timer is set when that is over */
+    uint64_t due_ns;                /* when the timer fires */
+};
+
+struct nv_share {                   /* of the reactor's time (nbd/share.c) */
+    uint32_t weight;
+    int64_t budget;                 /* cost that may still be taken on in `turn` */
+    uint64_t turn;
 };
 
 struct nv_volume_local {
     _Alignas(64) struct nv_map *map;
+    struct nv_qos *qos;             /* NULL: nothing is limited */
+    struct nv_share share;
     struct nv_conn *connections;    /* of this volume on this reactor */
     uint64_t pool_bytes;            /* pool memory its requests hold */
     bool closing;
+    struct nv_pace pace;
     struct nv_volume_counters counters;
     struct nv_message message;      /* carries the close */
     struct nv_volume *volume;
@@ -46,7 +67,8 @@ struct nv_volume {
     struct nv_event_slot closed;
     /* the front thread's */
     struct nv_map *latest;          /* newest accepted map */
-    uint32_t changes;               /* under way */
+    struct nv_qos *limits;          /* newest accepted; NULL: none */
+    uint32_t changes;               /* under way, of map or limits */
     bool closing;
     bool gone;                      /* VOLUME_CLOSED was seen */
     struct nv_volume_local locals[];
@@ -61,6 +83,18 @@ struct nv_volume_change {
     struct nv_change_message {
         struct nv_message message;
         struct nv_volume_change *change;
+    } messages[];
+};
+
+struct nv_qos_change {              /* new limits on their way to the reactors */
+    struct nv_volume *volume;
+    struct nv_qos *from, *to;       /* NULL: no limits */
+    uint32_t shares;
+    _Atomic uint32_t left;          /* reactors that still go by the old ones */
+    struct nv_event_slot changed;
+    struct nv_qos_message {
+        struct nv_message message;
+        struct nv_qos_change *change;
     } messages[];
 };
 

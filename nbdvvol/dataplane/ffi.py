@@ -12,7 +12,7 @@ from typing import Any
 
 from nbdvvol.dataplane.errors import PlaneError
 
-API_VERSION = 1
+API_VERSION = 2
 
 
 def _load() -> ModuleType:

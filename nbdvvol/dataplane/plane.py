@@ -36,11 +36,15 @@ from nbdvvol.dataplane.types import (
     TraceRecord,
     TraceState,
     VolumeDescription,
+    VolumeLimits,
     VolumeStats,
 )
 
 METADATA_MAX = 1 << 20
 """Longest metadata read or write, bytes."""
+
+NOBODY = 0
+"""The token of what nobody waits for; those of others start at 1."""
 
 _EVENTS_AT_ONCE = 256
 _CONTEXT_KINDS = {"base:allocation": lib.NV_CONTEXT_BASE_ALLOCATION}
@@ -81,6 +85,17 @@ def encode_description(desc: VolumeDescription) -> bytes:
     except struct.error as error:
         raise ValueError(f"volume description: {error}") from None
     return header + legs + runs
+
+
+def encode_limits(limits: VolumeLimits) -> Any:
+    """The C form of a volume's limits. Raises OverflowError when a number does not fit its field."""
+    out = ffi.new("nv_qos_limits *")
+    out.iops = limits.iops
+    out.bandwidth = limits.bandwidth
+    out.burst_us = limits.burst_us
+    out.io_bytes = limits.io_bytes
+    out.shares = limits.shares
+    return out
 
 
 def encode_params(params: ConnectionParams) -> Any:
@@ -314,11 +329,17 @@ class Plane:
 
     # --- volumes ---
 
-    def open_volume(self, desc: VolumeDescription) -> int:
-        """Validate and run a description; return the volume's number."""
+    def open_volume(self, desc: VolumeDescription, limits: VolumeLimits | None = None) -> int:
+        """Validate and run a description; return the volume's number. The limits hold from the first request on."""
         record = encode_description(desc)
+        encoded = encode_limits(limits) if limits is not None else None
         number = ffi.new("uint32_t *")
         check(lib.nv_volume_open(self._live, record, len(record), number))
+        # On its way to every reactor before any connection can be: nobody needs to wait for the event.
+        if encoded is not None and (result := lib.nv_volume_set_qos(self._live, number[0], encoded, NOBODY)) < 0:
+            error = PlaneError(-result, last_error())
+            lib.nv_volume_close(self._live, number[0], NOBODY)
+            raise error
         return int(number[0])
 
     async def change_volume(self, volume: int, desc: VolumeDescription) -> None:
@@ -326,6 +347,13 @@ class Plane:
         record = encode_description(desc)
         token, future = self._expect()
         self._started(token, lib.nv_volume_change(self._live, volume, record, len(record), token))
+        await future
+
+    async def limit_volume(self, volume: int, limits: VolumeLimits) -> None:
+        """Other limits, also for requests that wait already; returns once all reactors go by them. Drains nothing."""
+        encoded = encode_limits(limits)
+        token, future = self._expect()
+        self._started(token, lib.nv_volume_set_qos(self._live, volume, encoded, token))
         await future
 
     async def close_volume(self, volume: int) -> None:

@@ -77,6 +77,24 @@ class VolumeDescription:
     block_min: int = 1
 
 
+SHARES_USUAL = 100
+
+
+@dataclass(frozen=True, slots=True)
+class VolumeLimits:
+    """What a volume may do in a second, over all its connections (nbdvvol.cdef.h, nv_qos_limits); 0: no limit."""
+
+    iops: int = 0
+    bandwidth: int = 0
+    """Bytes a second, read and written together."""
+    burst_us: int = 100_000
+    """How much unused time may be saved up."""
+    io_bytes: int = 0
+    """A request counts as one I/O per so many bytes, begun; 0: as one."""
+    shares: int = SHARES_USUAL
+    """Of a busy reactor, beside other volumes."""
+
+
 @dataclass(frozen=True, slots=True)
 class ContextId:
     """A selected meta context and the id the haggling gave it."""
@@ -163,6 +181,10 @@ class VolumeStats:
     errors: int = 0
     in_flight: int = 0
     connections: int = 0
+    delayed: int = 0
+    """Requests that had to wait for the volume's limits."""
+    delay_ns: int = 0
+    """How long they waited, all together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -384,11 +406,14 @@ class DataPlane(Protocol):
     async def sync(self, obj: int) -> None:
         """Make everything written to the object durable."""
 
-    def open_volume(self, desc: VolumeDescription) -> int:
-        """Validate and run a description; return the volume's number."""
+    def open_volume(self, desc: VolumeDescription, limits: VolumeLimits | None = None) -> int:
+        """Validate and run a description; return the volume's number. The limits hold from the first request on."""
 
     async def change_volume(self, volume: int, desc: VolumeDescription) -> None:
         """Replace a running description; returns once all reactors use it and older I/O drained."""
+
+    async def limit_volume(self, volume: int, limits: VolumeLimits) -> None:
+        """Other limits, also for requests that wait already; returns once all reactors go by them. Drains nothing."""
 
     async def close_volume(self, volume: int) -> None:
         """End its connections (ESHUTDOWN to new requests), drain, forget it."""

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
 SEEDS = 2000
 MUTANTS = {
     1: "FLUSH is answered without a sync",
@@ -24,14 +23,6 @@ MUTANTS = {
     7: "a write's memory is reused while it is under way",
     8: "a traced request keeps moments of an earlier one",
 }
-
-
-@pytest.fixture(scope="session")
-def folder() -> Path:
-    """Where nvsim and nvsim_mutants are, freshly built."""
-    built = subprocess.run([ROOT / "scripts/sim", "--build"], capture_output=True, text=True, timeout=400)
-    assert built.returncode == 0, built.stdout + built.stderr
-    return ROOT / built.stdout.strip()
 
 
 def nvsim(binary: Path, seeds: range, *more: str, mutant: int = 0) -> subprocess.CompletedProcess[str]:
