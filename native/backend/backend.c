@@ -21,6 +21,12 @@ int nv_object_counts(struct nv_object *object, uint32_t reactors)
     return 0;
 }
 
+void nv_piece_count_error(struct nv_object *object, uint32_t reactor, int64_t result)
+{
+    if (result != -EOPNOTSUPP) /* which says that there is a slower way */
+        nv_count(&object->counters[reactor].errors, 1);
+}
+
 void nv_object_free(struct nv_object *object)
 {
     nv_sync_free(&object->sync);

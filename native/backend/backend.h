@@ -12,7 +12,6 @@
 #ifndef NV_BACKEND_H
 #define NV_BACKEND_H
 
-#include <errno.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
@@ -123,13 +122,15 @@ static inline void nv_object_count(struct nv_object *object, uint32_t reactor, u
     nv_count(&counters->kinds[kind].bytes, bytes);
 }
 
+void nv_piece_count_error(struct nv_object *object, uint32_t reactor, int64_t result);
+
 /* Reactor: every kind of object counts a piece of its users just before it finishes. */
 static inline void nv_piece_count(const struct nv_piece *piece, uint32_t reactor, int64_t result)
 {
-    if (result >= 0)
+    if (__builtin_expect(result >= 0, 1))
         nv_object_count(piece->object, reactor, piece->kind, piece->length);
-    else if (result != -EOPNOTSUPP) /* which says that there is a slower way */
-        nv_count(&piece->object->counters[reactor].errors, 1);
+    else
+        nv_piece_count_error(piece->object, reactor, result);
 }
 
 /* Front: let go of what the object holds open, and of its memory. Nothing uses it any more. */

@@ -137,13 +137,13 @@ static void finish(struct nv_piece *piece, int64_t result)
     const bool durable = piece->kind == NV_PIECE_WRITE && (piece->flags & NV_PIECE_DSYNC);
 
     assert(piece->moved <= piece->length);
-    nv_piece_count(piece, piece->reactor->index, result);
     if (piece->kind == NV_PIECE_TRIM || piece->kind == NV_PIECE_ZERO)
         forget_view(piece);
     if (changes && !(durable && result == 0))
         nv_sync_wrote(&piece->object->sync);
     if (durable && result < 0) /* the kernel has told us, and will not tell the next sync */
         nv_sync_fail(&piece->object->sync, piece->reactor, (int)result);
+    nv_piece_count(piece, piece->reactor->index, result);
     piece->finished(piece, result);
 }
 

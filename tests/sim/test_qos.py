@@ -79,7 +79,7 @@ def test_the_shares_are_what_divides_it(folder: Path) -> None:
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda number: MUTANTS[number].replace(" ", "-"))
 def test_the_judge_sees(folder: Path, mutant: int) -> None:
-    """Each deliberate bug (native/sim/qos_mutants.c) is a violation within the budget, with a replay line that works."""
+    """Each deliberate bug (native/sim/qos_mutants.c) is a violation within the budget, with a line that replays it."""
     run = nvqos(folder / "nvqos_mutants", "--seeds", f"1..{SEEDS}", mutant=mutant)
     assert run.returncode != 0 and "VIOLATION: " in run.stderr, f"survived: {MUTANTS[mutant]}"
     replay = run.stderr.split("replay: ")[1].split("\n")[0].split()

@@ -182,3 +182,19 @@ def test_jobs_run_on_remote_objects(rig: Rig, servers: list[FakeServer]) -> None
     assert server.durable[1 << 20 : 2 << 20] == bytes(1 << 20)
     rig.wait(rig.plane.close_object(obj))
     eventually("the server hears DISC", lambda: len(server.of(w.CMD_DISC)) == 1)
+
+
+def test_what_a_server_did_counts_as_any_storages_work_does(rig: Rig, servers: list[FakeServer]) -> None:
+    """On the reactor of each client, at home or not; the remote's own flushes and probes are nobody's work."""
+    remote = Remote(rig, served(servers, size=SIZE), links=2)
+    volume = remote.volume()
+    for client in (rig.connect(volume, SIZE), rig.connect(volume, SIZE)):
+        for _ in range(5):
+            client.write(0, bytes(4096))
+            assert client.read(0, 8192) == bytes(8192)
+        client.zero(0, 4096)
+        client.trim(0, 4096)
+        client.flush()
+    found = rig.call(rig.plane.object_stats, remote.object)
+    assert (found.reads, found.writes, found.zeroes, found.trims, found.syncs) == (10, 10, 2, 2, 2)
+    assert (found.read_bytes, found.write_bytes, found.others, found.errors) == (10 * 8192, 10 * 4096, 0, 0)
