@@ -152,6 +152,9 @@ def _exports(hosts: Sequence[HostCounters]) -> Iterator[Metric]:
     yield _counter("vvol_read_bytes", "Bytes read.", labels, _one(found, "read_bytes"))
     yield _counter("vvol_written_bytes", "Bytes written.", labels, _one(found, "write_bytes"))
     yield _counter("vvol_errors", "Requests answered with an error.", labels, _one(found, "errors"))
+    yield _counter("vvol_delayed_requests", "Requests that waited for limits.", labels, _one(found, "delayed"))
+    waits = [(names, export.delay_ns / 1e9) for names, export in found]
+    yield _counter("vvol_delay_seconds", "How long they waited, all together.", labels, waits)
     yield _gauge("vvol_requests_in_flight", "Requests not answered yet.", labels, _one(found, "in_flight"))
     yield _gauge("vvol_connections", "Connections of clients.", labels, _one(found, "connections"))
 

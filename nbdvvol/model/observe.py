@@ -46,6 +46,10 @@ class ExportCounters(Model):
     """Answered with an error; those refused before they reached the volume count here alone."""
     in_flight: int = 0
     connections: int = 0
+    delayed: int = 0
+    """Requests that had to wait for the VVol's limits."""
+    delay_ns: int = 0
+    """How long they waited, all together."""
 
 
 class ReactorCounters(Model):

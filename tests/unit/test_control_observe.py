@@ -43,6 +43,7 @@ def host_counters(fake: FakeFilter, **more: Any) -> HostCounters:
     export = ExportCounters(
         vvol="vm1/root", uuid=uuid, epoch=1, reads=10, writes=4, flushes=2, trims=1, zeroes=3, others=5,
         read_bytes=40960, write_bytes=16384, errors=6, in_flight=7, connections=2,
+        delayed=8, delay_ns=9_500_000_000,
     )  # fmt: skip
     reactor = ReactorCounters(
         reactor=1, enters=11, sleeps=12, requests=13, batches=14, submissions=15, copies_bytes=16,
@@ -148,6 +149,8 @@ async def test_a_scrape_has_everything_in_prometheus_form(api: Api) -> None:
         series("vvol_read_bytes_total", **export): 40960,
         series("vvol_written_bytes_total", **export): 16384,
         series("vvol_errors_total", **export): 6,
+        series("vvol_delayed_requests_total", **export): 8,
+        series("vvol_delay_seconds_total", **export): 9.5,
         series("vvol_requests_in_flight", **export): 7,
         series("vvol_connections", **export): 2,
         series("reactor_enters_total", **reactor): 11,
