@@ -159,9 +159,7 @@ static void give_back(struct nv_link *link)
             if (ask->state != NV_ASK_FREE && (!newest || (int32_t)(ask->serial - newest->serial) > 0))
                 newest = ask;
         }
-        if (newest && newest->piece && newest->answered)
-            nv_remote_concluded(newest);
-        else if (newest && newest->piece)
+        if (newest && newest->piece) /* answered or not: nobody was told, and the server that answered is gone */
             nv_remote_again(newest);
         else if (newest)
             nv_ask_free(newest);

@@ -214,11 +214,20 @@ static void join(struct nv_link *link)
     nv_remote_wants_turn(remote);
 }
 
+/* A FLUSH on one link covers the others' writes only where the server says so on each of them. */
+static bool may_join(const struct nv_remote *remote, const struct nv_link *link)
+{
+    const uint32_t both = link->params.tflags & remote->serving[0]->params.tflags;
+
+    assert(remote->serving_count > 0);
+    return both & NBD_FLAG_CAN_MULTI_CONN;
+}
+
 /* A member has answered what was sent when `stamp` links had come. */
 static void prove(struct nv_remote *remote, uint32_t stamp)
 {
     for (struct nv_link *link = remote->links; link; link = link->next)
-        if (link->state == NV_LINK_WAITING && (int32_t)(stamp - link->arrival) >= 0)
+        if (link->state == NV_LINK_WAITING && (int32_t)(stamp - link->arrival) >= 0 && may_join(remote, link))
             join(link);
 }
 
@@ -345,6 +354,8 @@ static void ask(struct nv_link *link, struct nv_piece *piece, uint16_t command, 
     struct nv_remote *remote = link->remote;
     struct nv_ask *ask = nv_ask_take(link, piece);
 
+    if (piece->moved == 0 && command != NBD_CMD_FLUSH)
+        piece->remote.era = remote->era; /* what this piece changes begins here */
     ask->command = command;
     ask->flags = flags;
     ask->offset = command == NBD_CMD_FLUSH ? 0 : piece->offset + piece->moved;
@@ -492,16 +503,21 @@ static int errno_of(int error)
 }
 
 /* A change that is to be durable, at a server that has no FUA, is followed by a FLUSH of its own. */
-static void change_done(struct nv_remote *remote, struct nv_piece *piece, bool durable)
+static void change_done(struct nv_remote *remote, struct nv_piece *piece, const struct nv_ask *ask)
 {
+    const bool durable = (ask->flags & NBD_CMD_FLAG_FUA) && ask->length == piece->length; /* by this one request */
     const bool wanted = remote->write_through || (piece->kind == NV_PIECE_WRITE && (piece->flags & NV_PIECE_DSYNC));
 
     if (!wanted || durable) {
         finish(remote, piece, 0);
         return;
     }
-    piece->stage = STAGE_FLUSH;
-    piece->remote.era = remote->era;
+    if (piece->remote.era == remote->era) {
+        piece->stage = STAGE_FLUSH;
+    } else { /* an earlier part went with the server that acknowledged it: all of it once more */
+        piece->stage = STAGE_FIRST;
+        piece->moved = 0;
+    }
     push_front(remote, piece);
 }
 
@@ -545,7 +561,7 @@ static void step(struct nv_remote *remote, struct nv_piece *piece, const struct 
     else if (piece->moved < piece->length)
         push_front(remote, piece);
     else if (changes)
-        change_done(remote, piece, ask->flags & NBD_CMD_FLAG_FUA);
+        change_done(remote, piece, ask);
     else
         finish(remote, piece, 0);
 }
@@ -568,6 +584,8 @@ static void account(struct nv_remote *remote, const struct nv_ask *ask)
         owe(remote); /* also when it failed: part of it may have happened */
     if (changes && durable && ask->error && ask->error != EOPNOTSUPP) /* as a file's failed DSYNC write */
         nv_sync_fail(&remote->object.sync, remote->home, errno_of(ask->error));
+    if (ask->command == NBD_CMD_FLUSH && ask->error) /* the server may tell of it once only, whoever asked */
+        nv_sync_fail(&remote->object.sync, remote->home, -EIO);
     if (ask->command == NBD_CMD_FLUSH && !ask->error && ask->piece->remote.era == remote->era)
         settled(remote, ask->covers);
 }

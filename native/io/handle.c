@@ -9,9 +9,11 @@
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <poll.h>
+#include <stdio.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/vfs.h>
 #include <unistd.h>
 
@@ -57,8 +59,21 @@ nv_handle nv_io_open_socket(int fd)
 bool nv_io_in_memory(nv_handle handle)
 {
     struct statfs about;
+    struct stat what;
 
-    return fstatfs(handle, &about) == 0 && (about.f_type == TMPFS_MAGIC || about.f_type == RAMFS_MAGIC);
+    if (fstat(handle, &what) != 0 || !S_ISREG(what.st_mode) || fstatfs(handle, &about) != 0)
+        return false; /* the node of a block device lies on a tmpfs, its bytes do not */
+    return about.f_type == TMPFS_MAGIC || about.f_type == RAMFS_MAGIC;
+}
+
+/* mincore() tells only the owner and who may write; to anybody else it says that all pages are there. */
+static bool told_what_is_there(nv_handle handle)
+{
+    struct stat what;
+    char path[32];
+
+    snprintf(path, sizeof path, "/proc/self/fd/%d", handle);
+    return (fstat(handle, &what) == 0 && what.st_uid == geteuid()) || faccessat(AT_FDCWD, path, W_OK, AT_EACCESS) == 0;
 }
 
 uint8_t *nv_io_map(nv_handle handle, uint64_t size, bool writable)
@@ -66,7 +81,7 @@ uint8_t *nv_io_map(nv_handle handle, uint64_t size, bool writable)
     const int how = PROT_READ | (writable ? PROT_WRITE : 0);
     void *view;
 
-    if (size == 0 || (writable && !nv_store_ready()))
+    if (size == 0 || !told_what_is_there(handle) || (writable && !nv_store_ready()))
         return NULL;
     view = mmap(NULL, size, how, MAP_SHARED | MAP_NORESERVE, handle, 0);
     if (view == MAP_FAILED)

@@ -423,6 +423,8 @@ static bool do_send(struct nv_op *op, struct sim_socket *socket)
     if (left > 1 && sim_random_chance(&sim_world.random, 256))
         left = 1 + (size_t)sim_random_below(&sim_world.random, left);
     state->moved += walk(op, state->moved, left, queue_push, &socket->to_client);
+    if (state->moved > 0 && sim_random_chance(&sim_world.random, 16)) /* the real port: at an error's edge */
+        return finish(op, (int64_t)state->moved);
     return state->moved < sim_total(op) ? false : finish(op, (int64_t)state->moved);
 }
 

@@ -262,6 +262,10 @@ static bool perform_now(struct nv_io *io, struct nv_op *op)
         complete(io, op, moved);
         return true;
     }
+    if (op->kind == NV_OP_SYNC || (op->flags & NV_OP_DSYNC)) {
+        complete(io, op, -errno); /* final: the kernel tells of a lost write once, and a second sync would succeed */
+        return true;
+    }
     if (errno == EOPNOTSUPP)
         op->flags |= NV_OP_NOW_UNSUPPORTED;
     return false; /* not resident, or an error that the ring will meet again and report */

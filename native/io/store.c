@@ -24,6 +24,8 @@ static void on_bus_error(int number, siginfo_t *info, void *context)
         before.sa_handler(number);
     } else {
         sigaction(number, &before, NULL); /* the access is tried again, and ends as it would have without us */
+        if (info->si_code <= 0)
+            raise(number); /* somebody sent it: nothing is tried again */
     }
 }
 

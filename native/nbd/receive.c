@@ -81,7 +81,7 @@ void nv_conn_start_held(struct nv_conn *conn)
     for (; request; request = next) {
         next = request->next;
         if (request->memory == NV_MEMORY_VIEW) {
-            nv_conn_stage(request); /* the send is the read */
+            nv_resident_stage(request); /* the send is the read */
         } else if (gone) {
             nv_volume_abandon(&request->v);
             nv_request_release(request);

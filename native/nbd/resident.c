@@ -108,6 +108,14 @@ static bool look_again(struct nv_request *request)
     return request->buffer;
 }
 
+void nv_resident_stage(struct nv_request *request)
+{
+    if (look_again(request)) /* the map may have changed while it was held */
+        nv_conn_stage(request);
+    else
+        start_again(request);
+}
+
 static void remap_again(struct nv_conn *conn)
 {
     struct nv_request **link = &conn->again, *request;

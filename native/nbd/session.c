@@ -254,7 +254,7 @@ void nv_conn_tick(struct nv_conn *conn, uint64_t now_ns)
         conn->private_touched = false;
         nv_pages_shed(conn->private_payload, NV_PAYLOAD_MAX);
     }
-    if (conn->spill_touched && !conn->tx_pending) {
+    if (conn->spill_touched && !conn->tx_pending && !conn->tx_sending) {
         conn->spill_touched = false;
         nv_pages_shed(conn->spill, NV_NOW_BYTES);
     }

@@ -207,6 +207,8 @@ static inline uint8_t *nv_chunk_data(struct nv_chunk *chunk)
 bool nv_resident_take(struct nv_request *request);
 /* A WRITE is about to run: have the memory that it may change at hand. */
 void nv_resident_expect(const struct nv_request *request);
+/* Queue the reply of a read that was taken: the send is the read. */
+void nv_resident_stage(struct nv_request *request);
 /* Send the gathered replies, which read views; what the socket does not take is queued again, or waits for room. */
 void nv_resident_send(struct nv_conn *conn);
 /* Reads of conn->again get memory and start; what finds none waits for the next turn. */

@@ -124,11 +124,13 @@ void nv_conn_transmit(struct nv_conn *conn)
         nv_secure_transmit(conn);
         return;
     }
-    while (!conn->tx_pending && !conn->tx_dead && nv_conn_gather(conn)) {
-        if (conn->tx_views) {
-            nv_resident_send(conn);
-            continue;
-        }
+    if (conn->tx_pending || conn->tx_dead || !nv_conn_gather(conn))
+        return;
+    if (conn->tx_views) {
+        nv_resident_send(conn);
+        if (!conn->tx_pending && !conn->tx_dead && conn->tx_queue)
+            nv_reactor_send_later(conn->reactor, conn); /* in the next turn: others have their turn first */
+    } else {
         nv_conn_submit_send(conn, &conn->tx_iov[conn->tx_first], conn->tx_count - conn->tx_first);
     }
 }

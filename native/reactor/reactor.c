@@ -193,14 +193,19 @@ static void feed_starving(struct nv_reactor *reactor)
     reactor->pool_freed = false;
 }
 
-static void run_senders(struct nv_reactor *reactor)
+/* Each has one send; what wants another one has it in the next turn, so that a long queue holds up nobody else. */
+static bool run_senders(struct nv_reactor *reactor)
 {
-    while (reactor->senders) {
-        struct nv_conn *conn = reactor->senders;
-        reactor->senders = conn->send_next;
+    struct nv_conn *list = reactor->senders;
+    const bool any = list;
+
+    reactor->senders = NULL;
+    for (struct nv_conn *conn = list, *next; conn; conn = next) {
+        next = conn->send_next;
         conn->sending = false;
         nv_conn_transmit(conn);
     }
+    return any;
 }
 
 void nv_reactor_late(struct nv_reactor *reactor, struct nv_late *late)
@@ -307,7 +312,7 @@ bool nv_reactor_turn(struct nv_reactor *reactor)
         any = true;
     }
     run_late(reactor);
-    run_senders(reactor);
+    any |= run_senders(reactor);
     check_drained(reactor);
     if (any)
         publish(reactor); /* before the events: who hears of an end sees its memory counted back */
@@ -327,7 +332,8 @@ bool nv_reactor_finished(const struct nv_reactor *reactor)
 
 static bool idle(struct nv_reactor *reactor)
 {
-    return !nv_io_ready(reactor->io) && nv_inbox_empty(&reactor->inbox) && !reactor->kicked && !reactor->late &&
+    return !nv_io_ready(reactor->io) && nv_inbox_empty(&reactor->inbox) && !reactor->kicked && !reactor->senders &&
+           !reactor->late &&
            !reactor->postponed[0] && !reactor->postponed[1];
 }
 

@@ -121,9 +121,10 @@ void nv_sync_ran(struct nv_sync *sync, int64_t result)
     sync->riders = NULL;
     if (result < 0) {
         atomic_fetch_add(&sync->failures, 1);
-        latch(sync, reactor, (int)result);
+        if (result != -ENOTCONN) /* nobody there to ask: what was lost with a server has latched before this */
+            latch(sync, reactor, (int)result);
     }
-    if (atomic_load(&sync->fault)) {
+    if (result < 0 || atomic_load(&sync->fault)) {
         error = -EIO;
         failed = sync->waiting; /* they must not be answered from a later, clean-looking sync */
         sync->waiting = NULL;

@@ -118,10 +118,14 @@ static void count(struct nv_vreq *request)
 
 uint8_t *nv_volume_look(const struct nv_map *map, uint64_t offset, uint64_t length, struct nv_object **object)
 {
-    const struct nv_run *run = nv_map_find(map, offset);
-    const uint64_t into = offset - run->offset;
+    const struct nv_run *run;
     struct nv_view *view;
+    uint64_t into;
 
+    if (offset >= map->size || length > map->size - offset)
+        return NULL; /* the volume shrank while the request waited */
+    run = nv_map_find(map, offset);
+    into = offset - run->offset;
     if (!run->object || length > run->length - into)
         return NULL;
     *object = run->object;

@@ -47,7 +47,7 @@ class Limits:
 
 LIMITS = {
     # Pages in the page cache of a disk's file system: an answer without the ring. Entries: the receive, the send.
-    "resident": Limits(receives=1, ring_entries=2, system_calls=READS + 2, instructions=READS * 1500),
+    "resident": Limits(receives=1, ring_entries=2, system_calls=READS + 2, instructions=READS * 1700),
     # A file in memory: the send reads its pages. Calls: the send, arming the receive, collecting it, one to sleep.
     "view": Limits(receives=1, ring_entries=1, system_calls=4, instructions=READS * 1150),
     # File systems without RWF_NOWAIT: the ring does each read, in a thread of the kernel's, and each may be

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import fcntl
 import os
 import struct
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
 
-from nbdvvol.dataplane.types import Run
+from nbdvvol.dataplane.types import Run, VolumeLimits
 from tests.lib import nbdwords as w
+from tests.lib.procs import need
 from tests.lib.rawio import STYLES, NbdError, Style
 from tests.unit.plane_rig import Client, Rig, describe, eventually, rig, running
 
@@ -221,3 +224,48 @@ def test_a_full_file_system_is_an_error_and_not_the_end(rig: Rig) -> None:
 def seal_growth(fd: int) -> None:
     """Nobody can make the file longer any more."""
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)
+
+
+def test_a_block_device_is_no_file_in_memory(rig: Rig) -> None:
+    """Its node lies on a tmpfs, its bytes do not: FUA has to reach the device."""
+    backing = rig.path("lun")
+    backing.write_bytes(bytes(SIZE))
+    losetup = need("losetup", "mount")
+    attach = [losetup, "--show", "--find", str(backing)]
+    device = subprocess.run(attach, capture_output=True, text=True, check=True).stdout.strip()
+    try:
+        fd = os.open(device, os.O_RDWR)
+        number = rig.fd_object(fd, SIZE, block=True)
+        os.close(fd)
+        client = rig.connect(rig.volume(SIZE, [Run(0, SIZE, number, 0)]), SIZE)
+        assert client.read(0, PAGE) == bytes(PAGE)
+        client.write(0, b"f" * PAGE, w.CMD_FLAG_FUA)
+        assert backing.read_bytes()[:PAGE] == b"f" * PAGE, "answered, and not on the device"
+        client.write(PAGE, b"g" * PAGE)
+        client.flush()
+        assert backing.read_bytes()[PAGE : 2 * PAGE] == b"g" * PAGE
+    finally:
+        subprocess.run([losetup, "--detach", device], check=True)
+
+
+def test_limits_and_map_change_at_once_leave_no_read_behind() -> None:
+    """A read that a limit held and that was parsed between two messages holds the new map; its client stalls."""
+    with running(reactors=1) as rig, memory_file(fill=b"\x11") as old, memory_file(fill=b"\x11") as new:
+        volume = rig.volume(SIZE, [Run(0, SIZE, rig.fd_object(old, SIZE), 0)])
+        target = rig.fd_object(new, SIZE)
+        client = rig.connect(volume, SIZE, timeout_s=20)
+        client.stream.polite = False
+        for turn in range(3):  # far more than the socket takes
+            ask_reads(client, 256 << 10, turn)
+        eventually("the reads are with the plane", lambda: rig.stats(volume).in_flight > 0)
+        rig.wait(rig.plane.limit_volume(volume, VolumeLimits(iops=1, burst_us=1000)))
+        ask_reads(client, 256 << 10, 3)
+        eventually("one waits for the limit", lambda: rig.stats(volume).delayed > 0)
+
+        async def both() -> None:
+            limits = asyncio.ensure_future(rig.plane.limit_volume(volume, VolumeLimits(iops=10_000_000)))
+            change = describe(SIZE, [Run(0, SIZE, target, 0)], start=1, version=2)
+            await rig.plane.change_volume(volume, change)
+            await limits
+
+        rig.wait(both(), timeout_s=10)
