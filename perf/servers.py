@@ -38,7 +38,7 @@ class Place:
     port: int
     build: Path
     """Where perf/native was built."""
-    spin_us: int = 50
+    spin_us: int = 200
     """How long a server that can spin does so before it sleeps; 0 where system calls are counted."""
     reactors: int = 1
 
