@@ -217,10 +217,7 @@ static void join(struct nv_link *link)
 /* A FLUSH on one link covers the others' writes only where the server says so on each of them. */
 static bool may_join(const struct nv_remote *remote, const struct nv_link *link)
 {
-    const uint32_t both = link->params.tflags & remote->serving[0]->params.tflags;
-
-    assert(remote->serving_count > 0);
-    return both & NBD_FLAG_CAN_MULTI_CONN;
+    return link->params.tflags & remote->serving[0]->params.tflags & NBD_FLAG_CAN_MULTI_CONN;
 }
 
 /* A member has answered what was sent when `stamp` links had come. */
@@ -512,12 +509,9 @@ static void change_done(struct nv_remote *remote, struct nv_piece *piece, const 
         finish(remote, piece, 0);
         return;
     }
-    if (piece->remote.era == remote->era) {
-        piece->stage = STAGE_FLUSH;
-    } else { /* an earlier part went with the server that acknowledged it: all of it once more */
-        piece->stage = STAGE_FIRST;
-        piece->moved = 0;
-    }
+    piece->stage = piece->remote.era == remote->era ? STAGE_FLUSH : STAGE_FIRST;
+    if (piece->stage == STAGE_FIRST)
+        piece->moved = 0; /* a part went with the server that acknowledged it: all of it once more */
     push_front(remote, piece);
 }
 
@@ -584,8 +578,8 @@ static void account(struct nv_remote *remote, const struct nv_ask *ask)
         owe(remote); /* also when it failed: part of it may have happened */
     if (changes && durable && ask->error && ask->error != EOPNOTSUPP) /* as a file's failed DSYNC write */
         nv_sync_fail(&remote->object.sync, remote->home, errno_of(ask->error));
-    if (ask->command == NBD_CMD_FLUSH && ask->error) /* the server may tell of it once only, whoever asked */
-        nv_sync_fail(&remote->object.sync, remote->home, -EIO);
+    if (ask->command == NBD_CMD_FLUSH && ask->error)
+        nv_sync_fail(&remote->object.sync, remote->home, -EIO); /* the server may tell of it once only */
     if (ask->command == NBD_CMD_FLUSH && !ask->error && ask->piece->remote.era == remote->era)
         settled(remote, ask->covers);
 }
