@@ -46,7 +46,7 @@ def tables(now: Sequence[HostCounters], before: Sequence[HostCounters] | None) -
 
 
 def _vvols(now: Sequence[HostCounters], before: Sequence[HostCounters], live: bool) -> Table:
-    heads = ("vvol", "clients", "in_flight", "reads", "writes", "flushes", "other", *BYTES, "errors")
+    heads = ("vvol", "clients", "in_flight", "reads", "writes", "flushes", "other", *BYTES, "errors", "delayed")
     rows = []
     for look in _looks(now, before, "exports", ("vvol", "uuid", "epoch")):
         used = look.total("connections", "reads", "writes", "flushes", "trims", "zeroes", "others", "errors")
@@ -59,7 +59,7 @@ def _vvols(now: Sequence[HostCounters], before: Sequence[HostCounters], live: bo
                 int(look.total("in_flight")),
                 *_counts(look, live, ("reads",), ("writes",), ("flushes",), ("trims", "zeroes", "others")),
                 *_amounts(look, live, "read_bytes", "write_bytes"),
-                *_counts(look, live, ("errors",)),
+                *_counts(look, live, ("errors",), ("delayed",)),
             )
         )
     return _per_second(heads, 3) if live else heads, rows

@@ -191,6 +191,7 @@ def _describe(vvol: VVol, counters: list[ExportCounters]) -> None:
             ("size", f"{format_size(vvol.size)} ({vvol.size} bytes)"),
             ("type", vvol.type),
             ("profile", vvol.profile),
+            ("qos", vvol.qos.words() if vvol.qos is not None else "none"),
             ("state", vvol.state),
             ("read_only", "yes" if vvol.read_only else "no"),
             ("description", vvol.description),

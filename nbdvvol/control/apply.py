@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -17,6 +18,7 @@ from nbdvvol.model.farm import (
     Farm,
     HostConfig,
     ProfileConfig,
+    QosConfig,
     SocketConfig,
     TlsFiles,
     VVolConfig,
@@ -90,6 +92,8 @@ class Plan:
     resize: list[tuple[str, int]] = field(default_factory=list)
     describe: list[tuple[str, str, str, bool]] = field(default_factory=list)
     """(uuid, type, description, read_only)."""
+    profile_of: list[tuple[str, str]] = field(default_factory=list)
+    """(uuid, profile): what is the VVol's profile from now on."""
     bind: list[tuple[str, str]] = field(default_factory=list)
 
     def say(
@@ -99,9 +103,18 @@ class Plan:
         self.changes.append(Change(action=action, kind=kind, name=name, detail=detail))
 
 
+def _words(qos: QosConfig | None) -> str:
+    return qos.words() if qos is not None else "none"
+
+
+def _said(model: Model) -> dict[str, object]:
+    said: dict[str, object] = model.model_dump(mode="json")
+    return said | {"qos": _words(model.qos)} if isinstance(model, ProfileConfig) else said
+
+
 def _different(old: Model, new: Model) -> str:
     """Names of the fields that differ."""
-    before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
+    before, after = _said(old), _said(new)
     return ", ".join(f"{key}: {before[key]} → {after[key]}" for key in after if before[key] != after[key])
 
 
@@ -282,7 +295,23 @@ def _compare_vvol(plan: Plan, have: Have, farm: Farm, vm: str, short: str, new: 
     _check_same_place(name, old, new, where)
     read_only = new.read_only or (profile is not None and profile[1].read_only)
     done, notes = _update_vvol(plan, old, new, read_only, vm_host(have, farm, vm), have.vms.get(vm))
+    done += _change_profile(plan, old, new.profile or "", have.profiles, profiles)
     plan.say("vvol", name, "update" if done else "keep", ", ".join([*done, *notes]))
+
+
+def _change_profile(
+    plan: Plan, old: HaveVVol, profile: str, before: Mapping[str, ProfileConfig], after: Mapping[str, ProfileConfig]
+) -> list[str]:
+    """What another profile, or another content of the same, means for a VVol that is there: its limits."""
+    done: list[str] = []
+    if old.profile != profile:
+        plan.profile_of.append((old.uuid, profile))
+        done.append(f"profile: {old.profile or 'none'} → {profile or 'none'}")
+    had = before[old.profile].qos if old.profile in before else None
+    gets = after[profile].qos if profile in after else None
+    if had != gets:
+        done.append(f"qos: {_words(had)} → {_words(gets)}")
+    return done
 
 
 def _create_vvol(plan: Plan, vm: str, short: str, new: VVolConfig, where: str, failed: HaveVVol | None) -> None:

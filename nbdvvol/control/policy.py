@@ -16,7 +16,6 @@ def check_profile(name: str, profile: ProfileConfig) -> None:
     asks = {
         "mirror": profile.mirror is not None,
         "cache": profile.cache is not None and profile.cache.mode != "none",
-        "qos": profile.qos is not None,
     }
     for what, asked in asks.items():
         if asked:

@@ -15,7 +15,7 @@ import structlog
 
 from nbdvvol.dataplane.types import DataPlane
 from nbdvvol.filter.objects import HeldObject, ObjectTable
-from nbdvvol.filter.reconcile import Step, decide, describe, touched, transmission_flags
+from nbdvvol.filter.reconcile import Step, decide, describe, limits, touched, transmission_flags
 from nbdvvol.model.errors import Code, NvError
 from nbdvvol.model.link import DatastoreSpec, ExportReport, Fault, Held, HostState, VVolSpec
 from nbdvvol.nbd.constants import BLOCK_PREFERRED_BYTES, PAYLOAD_BYTES_MAX
@@ -268,8 +268,9 @@ class ExportTable:
                 await self._open(export)
             case Step.CHANGE:
                 await self._change(export)
-            case Step.RENAME:
+            case Step.LIMIT | Step.RENAME:
                 assert running is not None and wanted is not None
+                await self._limit(running, wanted)
                 export.running = _Running(wanted, running.volume, running.objects, running.block_min)
                 self._tell(export)
 
@@ -288,13 +289,18 @@ class ExportTable:
             await self._drop_caches(spec, objects)
             block_min = _block_min(objects)
             desc = describe(spec, _numbers(objects), block_min=block_min, map_from=0)
-            volume = self._plane.open_volume(desc)
+            volume = self._plane.open_volume(desc, limits(spec))
         except BaseException:
             await self._release(objects)
             raise
         export.running = _Running(spec, volume, objects, block_min)
         _log.info("serving", vvol=f"{spec.vm}/{spec.name}", epoch=spec.epoch, size=spec.size)
         self._tell(export)
+
+    async def _limit(self, running: _Running, wanted: VVolSpec) -> None:
+        """Put limits and shares in force: no request waits for that."""
+        if wanted.qos != running.spec.qos:
+            await self._plane.limit_volume(running.volume, limits(wanted))
 
     async def _change(self, export: Export) -> None:
         running, spec = export.running, export.wanted
@@ -307,6 +313,7 @@ class ExportTable:
             block_min = max(running.block_min, _block_min(objects))
             map_from = running.spec.map_version
             desc = describe(spec, _numbers(objects), block_min=block_min, map_from=map_from)
+            await self._limit(running, spec)
             await self._plane.change_volume(running.volume, desc)
         except BaseException:
             await self._release(fresh)

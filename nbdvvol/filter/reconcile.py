@@ -11,7 +11,7 @@ import enum
 from collections.abc import Mapping
 from typing import TypeVar
 
-from nbdvvol.dataplane.types import LegDescription, LegState, Run, RunState, VolumeDescription
+from nbdvvol.dataplane.types import LegDescription, LegState, Run, RunState, VolumeDescription, VolumeLimits
 from nbdvvol.model.link import Delta, HostState, LegSpec, VVolSpec
 from nbdvvol.nbd.constants import TransmissionFlag
 
@@ -27,6 +27,8 @@ class Step(enum.Enum):
     OPEN = "open"
     RENAME = "rename"
     """Only words changed (name, description): no I/O is touched."""
+    LIMIT = "limit"
+    """Only limits or shares changed: no I/O waits for the change."""
     CHANGE = "change"
     REPLACE = "replace"
     """Drain and release the old epoch, then open under the new one."""
@@ -47,11 +49,13 @@ def decide(running: VVolSpec | None, wanted: VVolSpec | None, highest_epoch: int
         return Step.REPLACE
     if running == wanted:
         return Step.NOTHING
-    return Step.CHANGE if _runs_differ(running, wanted) else Step.RENAME
+    if _runs_differ(running, wanted):
+        return Step.CHANGE
+    return Step.LIMIT if running.qos != wanted.qos else Step.RENAME
 
 
 def _runs_differ(running: VVolSpec, wanted: VVolSpec) -> bool:
-    words = {"name": "", "vm": "", "description": "", "type": running.type}
+    words = {"name": "", "vm": "", "description": "", "type": running.type, "qos": None}
     return running.model_copy(update=words) != wanted.model_copy(update=words)
 
 
@@ -108,6 +112,20 @@ def describe(
         legs=tuple(_leg(leg, objects[leg.datastore, leg.object]) for leg in spec.legs),
         read_only=spec.read_only,
         block_min=block_min,
+    )
+
+
+def limits(spec: VVolSpec) -> VolumeLimits:
+    """What the data plane is to hold a VVol to."""
+    qos = spec.qos
+    if qos is None:
+        return VolumeLimits()
+    return VolumeLimits(
+        iops=qos.iops or 0,
+        bandwidth=qos.bandwidth or 0,
+        burst_us=round(qos.burst * 1_000_000),
+        io_bytes=qos.iops_size or 0,
+        shares=qos.shares,
     )
 
 

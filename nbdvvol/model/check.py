@@ -234,8 +234,6 @@ def _profile(loc: Loc, name: str, profile: ProfileConfig, farm: Farm) -> Iterato
                 yield _unknown((*loc, "mirror", "legs", str(index)), "datastores", leg, farm.datastores)
     if profile.cache is not None and profile.cache.mode != "none":
         yield _not_built((*loc, "cache"), f"profile {name}: cache mode {profile.cache.mode}")
-    if profile.qos is not None:
-        yield _not_built((*loc, "qos"), f"profile {name}: qos")
     if profile.mirror is not None and profile.datastore is not None:
         yield Finding((*loc, "datastore"), "a profile has either a datastore or a mirror")
     if profile.datastore is not None and profile.datastore not in farm.datastores:

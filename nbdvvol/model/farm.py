@@ -12,7 +12,16 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, StringConstraints, field_validator
 
 from nbdvvol.model.base import Model
-from nbdvvol.model.units import Duration, Name, PositiveSize, Size
+from nbdvvol.model.units import (
+    Duration,
+    Name,
+    PositiveSize,
+    Rate,
+    Size,
+    format_duration,
+    format_rate,
+    format_size,
+)
 
 EXTENT_SIZE_DEFAULT = 1 << 20
 
@@ -181,10 +190,31 @@ class CacheConfig(Model):
 
 
 class QosConfig(Model):
-    """Comes with its own issue; refused by name until then."""
+    """What each VVol of a profile may do, over all its connections, and its part of a busy thread of its host.
 
-    iops: int | None = Field(default=None, gt=0)
-    bandwidth: str | int | None = None
+    The bounds are the data plane's (native/include/limits.h)."""
+
+    iops: Annotated[int, Field(ge=1, le=100_000_000)] | None = None
+    """I/Os a second."""
+    bandwidth: Annotated[Rate, Field(ge=64 << 10, le=1 << 40)] | None = None
+    """Bytes a second, read and written together."""
+    burst: Annotated[Duration, Field(ge=0.001, le=3600)] = 0.1
+    """Seconds of both limits that may be saved up while less is used."""
+    iops_size: Annotated[Size, Field(ge=4096, le=32 << 20)] | None = None
+    """A request counts as one I/O per so many bytes, begun; left out, as one."""
+    shares: int = Field(default=100, ge=1, le=10_000)
+    """Of a busy thread, beside other VVols' shares."""
+
+    def words(self) -> str:
+        """For people, in the farm file's words."""
+        said = {
+            "iops": self.iops,
+            "bandwidth": format_rate(self.bandwidth) if self.bandwidth is not None else None,
+            "burst": format_duration(self.burst) if self.iops or self.bandwidth else None,
+            "iops_size": format_size(self.iops_size) if self.iops_size is not None else None,
+            "shares": self.shares,
+        }
+        return ", ".join(f"{key} {value}" for key, value in said.items() if value is not None)
 
 
 class ProfileConfig(Model):

@@ -30,6 +30,7 @@ from nbdvvol.model.farm import (
     DatastoreConfig,
     DatastoreKind,
     HostListen,
+    QosConfig,
     RemoteTls,
     SocketConfig,
     TlsFiles,
@@ -113,6 +114,8 @@ class VVolSpec(Model):
     generation: int
     map_version: int
     legs: list[LegSpec]
+    qos: QosConfig | None = None
+    """None: no limits, and the usual shares."""
 
 
 class VmSpec(Model):

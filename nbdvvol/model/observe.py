@@ -123,7 +123,7 @@ class TracedRequest(Model):
     """Its header arrived; requests that arrived together share the moment."""
     parsed_ns: int
     submitted_ns: int
-    """The storage was first asked. Before: waiting for its payload, for memory, for requests that it overlaps."""
+    """The storage was first asked. Before: waiting for the VVol's limits, its payload, memory, requests it overlaps."""
     completed_ns: int
     """Its reply was ready. A read that is sent straight from memory is ready at once: the send does the work."""
     sent_ns: int

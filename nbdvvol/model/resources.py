@@ -9,7 +9,15 @@ from typing import Any, Literal
 from pydantic import Field
 
 from nbdvvol.model.base import Model
-from nbdvvol.model.farm import AdoptConfig, DatastoreKind, Farm, ProfileConfig, SocketConfig, VVolType
+from nbdvvol.model.farm import (
+    AdoptConfig,
+    DatastoreKind,
+    Farm,
+    ProfileConfig,
+    QosConfig,
+    SocketConfig,
+    VVolType,
+)
 from nbdvvol.model.observe import HostCounters, ReactorCounters
 from nbdvvol.model.units import Name, PositiveSize
 
@@ -63,6 +71,8 @@ class VVol(Model):
     size: int
     type: VVolType
     profile: str
+    qos: QosConfig | None = None
+    """Its profile's limits; null: none, and the usual shares."""
     state: VVolState
     read_only: bool = False
     description: str = ""

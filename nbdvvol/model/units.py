@@ -1,8 +1,8 @@
-"""Sizes, durations and names as people write them.
+"""Sizes, rates, durations and names as people write them.
 
 A size is a count of bytes: an integer, or text such as `512`, `4KiB`, `1.5GiB`, `2TB` (IEC suffixes are
 powers of 1024, SI suffixes powers of 1000; a bare K, M, G, T, P means IEC). A duration is seconds: a number,
-or text such as `250ms`, `30s`, `5m`, `2h`.
+or text such as `250ms`, `30s`, `5m`, `2h`. A rate is bytes a second: a size, with or without `/s` behind it.
 """
 
 from __future__ import annotations
@@ -63,6 +63,25 @@ def parse_duration(value: Any) -> float:
     return float(value)
 
 
+def format_duration(seconds: float) -> str:
+    """The shortest text of a duration to the millisecond: 0.1 is `100ms`, 90.0 is `90s`."""
+    milliseconds = round(seconds * 1000)
+    return f"{milliseconds}ms" if milliseconds % 1000 else f"{milliseconds // 1000}s"
+
+
+def parse_rate(value: Any) -> int:
+    """Bytes a second from an integer or text. Raises ValueError naming the value and the form wanted."""
+    try:
+        return parse_size(value.removesuffix("/s") if isinstance(value, str) else value)
+    except ValueError:
+        raise ValueError(f"{value!r} is not a rate; write bytes a second, such as 400MiB/s") from None
+
+
+def format_rate(rate: int) -> str:
+    """The shortest exact IEC text of a rate: 1048576 is `1MiB/s`."""
+    return f"{format_size(rate)}/s"
+
+
 Size = Annotated[
     int,
     BeforeValidator(parse_size, json_schema_input_type=int | str),
@@ -77,6 +96,12 @@ Duration = Annotated[
     float,
     BeforeValidator(parse_duration, json_schema_input_type=float | str),
     Field(description="seconds, or text such as 30s"),
+]
+
+Rate = Annotated[
+    int,
+    BeforeValidator(parse_rate, json_schema_input_type=int | str),
+    Field(description="bytes a second, or text such as 400MiB/s"),
 ]
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"

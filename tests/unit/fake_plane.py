@@ -23,6 +23,7 @@ from nbdvvol.dataplane.types import (
     TraceRecord,
     TraceState,
     VolumeDescription,
+    VolumeLimits,
     VolumeStats,
 )
 
@@ -94,6 +95,7 @@ class FakePlane(DataPlane):
     on_sync_failed: SyncFailedHandler | None = None
     objects: dict[int, FakeObject] = field(default_factory=dict)
     volumes: dict[int, VolumeDescription] = field(default_factory=dict)
+    limits: dict[int, VolumeLimits] = field(default_factory=dict)
     connections: list[FakeConnection] = field(default_factory=list)
     tls: list[tuple[socket.socket, FakeTls]] = field(default_factory=list)
     tls_identity: str = ""
@@ -149,7 +151,7 @@ class FakePlane(DataPlane):
         os.fsync(self.objects[obj].fd)
         self.log.append(f"sync {obj}")
 
-    def open_volume(self, desc: VolumeDescription) -> int:
+    def open_volume(self, desc: VolumeDescription, limits: VolumeLimits | None = None) -> int:
         if self.fail_open:
             raise OSError(errno.EINVAL, self.fail_open)
         for leg in desc.legs:
@@ -161,8 +163,14 @@ class FakePlane(DataPlane):
             assert at >= desc.size
         number = self._number()
         self.volumes[number] = desc
+        self.limits[number] = limits or VolumeLimits()
         self.log.append(f"open {number}")
         return number
+
+    async def limit_volume(self, volume: int, limits: VolumeLimits) -> None:
+        assert volume in self.volumes
+        self.limits[volume] = limits
+        self.log.append(f"limit {volume}")
 
     async def change_volume(self, volume: int, desc: VolumeDescription) -> None:
         if desc.map_from != self.volumes[volume].map_to:

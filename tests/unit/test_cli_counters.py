@@ -47,6 +47,7 @@ def test_totals() -> None:
     assert vvol == {
         "vvol": "vm1/a", "clients": "1", "in_flight": "3", "reads": "2,000", "writes": "1,000", "flushes": "20",
         "other": "40", "read_bytes": "20MiB", "write_bytes": "10KiB", "errors": "0",
+        "delayed": "0",
     }  # fmt: skip
     assert (store["datastore"], store["host"], store["reads"], store["syncs"]) == ("main", "h", "200", "20")
     assert (reactor["reactor"], reactor["pool_free_bytes"], reactor["requests"]) == ("h/0", "64MiB", "4,000")

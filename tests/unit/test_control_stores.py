@@ -187,7 +187,6 @@ async def test_a_file_of_a_dir_is_adopted(farm: TestFarm) -> None:
     [
         ({"profiles": {"gold": {"mirror": {"legs": ["s", "s"]}}}}, "profile gold: mirror is not built yet"),
         ({"profiles": {"gold": {"cache": {"mode": "read"}}}}, "profile gold: cache is not built yet"),
-        ({"profiles": {"gold": {"qos": {"iops": 5}}}}, "profile gold: qos is not built yet"),
         ({"datastores": {"far": {"kind": "nbd"}}}, "datastore far: kind nbd needs a uri"),
         ({"datastores": {"far": {"kind": "nbd", "uri": "http://x/y"}}}, "scheme 'http'"),
         ({"datastores": {"far": {"kind": "nbd", "uri": "nbd://x/y", "io": "direct"}}}, "a server decides for itself"),

@@ -9,7 +9,7 @@ import yaml
 
 from nbdvvol import farmfile
 from nbdvvol.model.errors import Code, NvError
-from nbdvvol.model.farm import Farm
+from nbdvvol.model.farm import Farm, QosConfig
 
 ROOT = Path(__file__).parents[2]
 GOOD = "datastores:\n  local: {kind: file, path: d.img, size: 1GiB}\n"
@@ -224,13 +224,40 @@ def test_names_that_fail_elsewhere_are_not_called_undeclared() -> None:
     [
         ("mirror: {legs: [local, local]}", "mirror"),
         ("cache: {mode: read}", "cache mode read"),
-        ("qos: {iops: 5}", "qos"),
     ],
 )
 def test_what_is_not_built_is_refused_by_name(profile: str, feature: str) -> None:
     with pytest.raises(farmfile.FarmFileError, match=f"profile gold: {feature} is not built yet") as caught:
         parse(GOOD + f"profiles: {{gold: {{{profile}}}}}")
     assert caught.value.code is Code.UNSUPPORTED
+
+
+def test_limits_are_read() -> None:
+    text = "profiles: {gold: {qos: {iops: 20000, bandwidth: 400MiB/s, burst: 250ms, iops_size: 256KiB, shares: 300}}}"
+    qos = parse(GOOD + text).profiles["gold"].qos
+    assert qos is not None
+    assert (qos.iops, qos.bandwidth, qos.burst, qos.iops_size, qos.shares) == (20000, 400 << 20, 0.25, 256 << 10, 300)
+    assert qos.words() == "iops 20000, bandwidth 400MiB/s, burst 250ms, iops_size 256KiB, shares 300"
+    assert QosConfig().words() == "shares 100"
+
+
+@pytest.mark.parametrize(
+    ("qos", "where", "says"),
+    [
+        ("iops: 0", "qos.iops", "greater than or equal to 1"),
+        ("iops: many", "qos.iops", "integer"),
+        ("bandwidth: 400Mbit", "qos.bandwidth", "such as 400MiB/s"),
+        ("bandwidth: 1KiB/s", "qos.bandwidth", "greater than or equal to 65536"),
+        ("burst: 10us", "qos.burst", "such as 30s"),
+        ("burst: 0.1ms", "qos.burst", "greater than or equal to 0.001"),
+        ("iops_size: 512", "qos.iops_size", "greater than or equal to 4096"),
+        ("shares: 0", "qos.shares", "greater than or equal to 1"),
+        ("iop: 5", "qos.iop", "iops"),
+    ],
+)
+def test_bad_limits_are_told_where_they_stand(qos: str, where: str, says: str) -> None:
+    (found,) = problems(GOOD + f"profiles: {{gold: {{qos: {{{qos}}}}}}}")
+    assert where in found and says in found
 
 
 def test_cache_mode_none_is_taken() -> None:

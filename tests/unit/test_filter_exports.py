@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 
 import nbdvvol.filter.exports as exports_module
+from nbdvvol.dataplane.types import VolumeLimits
 from nbdvvol.filter.exports import ExportTable
 from nbdvvol.filter.objects import ObjectTable
 from nbdvvol.filter.syncfaults import FaultBook
 from nbdvvol.model.errors import NvError
+from nbdvvol.model.farm import QosConfig
 from tests.unit.fake_plane import FakePlane
 from tests.unit.filter_words import MIB, Reports, dir_store, file_store, host_state, until, uuid_of, vvol
 
@@ -161,6 +163,21 @@ async def test_a_description_changes_no_io(bench: Bench, local: Path) -> None:
     export = bench.table.get(uuid_of(1))
     assert export is not None and export.facts("x").description == "words"
     assert [line.split()[0] for line in bench.plane.log] == ["open"]
+
+
+async def test_limits_come_and_go_without_a_change_of_the_map(bench: Bench, local: Path) -> None:
+    await bench.take(vvol(1, qos=QosConfig(iops=50)), file_store(local))
+    (number,) = bench.plane.volumes
+    assert bench.plane.limits[number] == VolumeLimits(iops=50), "in force before any client"
+    lines = len(bench.plane.log)
+    await bench.take(vvol(1, qos=QosConfig(bandwidth=1 << 20, burst=1.0), description="new"), file_store(local))
+    assert bench.plane.limits[number] == VolumeLimits(bandwidth=1 << 20, burst_us=1_000_000)
+    await bench.take(vvol(1), file_store(local))
+    assert bench.plane.limits[number] == VolumeLimits()
+    assert bench.plane.log[lines:] == [f"limit {number}"] * 2
+    await bench.take(vvol(1, size=2 * MIB, map_version=2, qos=QosConfig(iops=7)), file_store(local))
+    assert bench.plane.limits[number] == VolumeLimits(iops=7)
+    assert bench.plane.log[-2:] == [f"limit {number}", f"change {number}"]
 
 
 async def test_control_changes_its_mind_while_one_hangs(bench: Bench, local: Path) -> None:

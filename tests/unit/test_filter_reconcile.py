@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from nbdvvol.dataplane.types import LegState, Run, RunState
-from nbdvvol.filter.reconcile import Step, decide, describe, merge, touched, transmission_flags
-from nbdvvol.model.farm import HostListen, SocketConfig, TlsMode
+from nbdvvol.dataplane.types import LegState, Run, RunState, VolumeLimits
+from nbdvvol.filter.reconcile import Step, decide, describe, limits, merge, touched, transmission_flags
+from nbdvvol.model.farm import HostListen, QosConfig, SocketConfig, TlsMode
 from nbdvvol.model.link import Delta, LegSpec, RunSpec, VmSpec, VVolSpec
 from tests.unit.filter_words import MIB, file_store, host_state, uuid_of, vvol
 
@@ -28,6 +28,9 @@ OLD = vvol(epoch=3)
         (OLD, vvol(epoch=3, generation=2), 3, Step.CHANGE),
         (OLD, vvol(epoch=3, read_only=True), 3, Step.CHANGE),
         (OLD, vvol(epoch=3, at=MIB), 3, Step.CHANGE),
+        (OLD, vvol(epoch=3, qos=QosConfig(iops=5)), 3, Step.LIMIT),
+        (OLD, vvol(epoch=3, qos=QosConfig(iops=5), description="new words"), 3, Step.LIMIT),
+        (OLD, vvol(epoch=3, qos=QosConfig(iops=5), read_only=True), 3, Step.CHANGE),
         (OLD, vvol(epoch=3, description="new words"), 3, Step.RENAME),
         (OLD, vvol(epoch=3, name="other"), 3, Step.RENAME),
     ],
@@ -72,6 +75,13 @@ def test_describe() -> None:
     assert (desc.map_from, desc.map_to, desc.block_min, desc.read_only, desc.size) == (1, 4, 512, True, MIB)
     assert desc.legs[0].id == 4 and desc.legs[0].runs == (Run(0, MIB, 11, 5 * MIB, RunState.ZERO),)
     assert desc.legs[1].state is LegState.STALE and desc.legs[1].runs[0].object == 12
+
+
+def test_limits() -> None:
+    assert limits(vvol()) == VolumeLimits()
+    qos = QosConfig(iops=20, bandwidth=400 << 20, burst=0.25, iops_size=8192, shares=300)
+    assert limits(vvol(qos=qos)) == VolumeLimits(20, 400 << 20, 250_000, 8192, 300)
+    assert limits(vvol(qos=QosConfig(shares=5))) == VolumeLimits(shares=5)
 
 
 def test_transmission_flags() -> None:

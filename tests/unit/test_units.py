@@ -6,7 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nbdvvol.model.units import SIZE_MAX, format_size, parse_duration, parse_size
+from nbdvvol.model.units import (
+    SIZE_MAX,
+    format_duration,
+    format_rate,
+    format_size,
+    parse_duration,
+    parse_rate,
+    parse_size,
+)
 
 
 @pytest.mark.parametrize(
@@ -55,3 +63,23 @@ def test_durations(text: str | float, seconds: float) -> None:
 def test_what_is_no_duration(value: object) -> None:
     with pytest.raises(ValueError):
         parse_duration(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "rate"), [(4096, 4096), ("400MiB/s", 400 << 20), ("400MiB", 400 << 20), ("1GB/s", 10**9), ("5/s", 5)]
+)
+def test_rates(text: str | int, rate: int) -> None:
+    assert parse_rate(text) == rate
+    assert parse_rate(format_rate(rate)) == rate
+
+
+@pytest.mark.parametrize("value", ["", "/s", "4MiB/m", "4MiB/s/s", "fast", -1, True, None, 1.5])
+def test_what_is_no_rate(value: object) -> None:
+    with pytest.raises(ValueError, match="such as 400MiB/s"):
+        parse_rate(value)
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.1, "100ms"), (0.001, "1ms"), (1, "1s"), (90, "90s"), (1.5, "1500ms")])
+def test_a_formatted_duration_reads_back(seconds: float, text: str) -> None:
+    assert format_duration(seconds) == text
+    assert parse_duration(text) == seconds

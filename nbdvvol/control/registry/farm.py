@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sqlalchemy import delete, select
+from sqlalchemy import delete, select, update
 from sqlalchemy.dialects.sqlite import insert as upsert
 
 from nbdvvol.control.apply import Have, HaveDatastore, HaveVm, HaveVVol, Plan, compare
@@ -88,7 +88,7 @@ def _write_declared(tx: Tx, plan: Plan, farm: Farm) -> None:
         tx.db.execute(row.on_conflict_do_update(index_elements=["name"], set_=values))
 
 
-def _touch_declared(tx: Tx, plan: Plan, before: dict[str, HaveVm]) -> None:
+def _touch_declared(tx: Tx, plan: Plan, have: Have) -> None:
     every = tx.db.execute(select(s.hosts.c.name)).scalars().all()
     for host in every if plan.tls else plan.hosts:
         tx.touch(host, "settings", "")
@@ -97,10 +97,14 @@ def _touch_declared(tx: Tx, plan: Plan, before: dict[str, HaveVm]) -> None:
             touch_store(tx, row)
             for host in every:
                 tx.touch(host, "datastore", row.name)
+    for name, profile in plan.profiles.items():
+        if name in have.profiles and have.profiles[name].qos != profile.qos:
+            for uuid in tx.db.execute(select(s.vvols.c.uuid).where(s.vvols.c.profile == name)).scalars().all():
+                bindings.touch_holders(tx, uuid)
     for name, vm in plan.vms.items():
         tx.touch(vm.host, "vm", name)
-        if name in before:
-            tx.touch(before[name].host, "vm", name)
+        if name in have.vms:
+            tx.touch(have.vms[name].host, "vm", name)
         for host in tx.db.execute(
             select(s.holders.c.host).join(s.vvols, s.vvols.c.uuid == s.holders.c.vvol).where(s.vvols.c.vm == name)
         ).scalars():
@@ -116,7 +120,7 @@ def apply(tx: Tx, request: ApplyRequest) -> ApplyResult:
     if request.dry_run:
         return result
     _write_declared(tx, plan, request.farm)
-    _touch_declared(tx, plan, have.vms)
+    _touch_declared(tx, plan, have)
     for name in plan.datastores:
         result.tasks.append(add_task(tx, "probe", name, datastore=name).id)
     for body in plan.create:
@@ -125,6 +129,9 @@ def apply(tx: Tx, request: ApplyRequest) -> ApplyResult:
         row = vvol_row(tx, uuid)
         values = {"type": kind, "description": text, "read_only": read_only}
         bindings.advance_generation(tx, uuid, row.generation, **values)
+        bindings.touch_holders(tx, uuid)
+    for uuid, profile in plan.profile_of:
+        tx.db.execute(update(s.vvols).where(s.vvols.c.uuid == uuid).values(profile=profile))
         bindings.touch_holders(tx, uuid)
     for uuid, body in plan.retry:
         result.tasks.append(vvols.retry_create(tx, vvol_row(tx, uuid), body).id)

@@ -16,9 +16,17 @@ from nbdvvol.control.policy import opens_direct
 from nbdvvol.control.registry import faults
 from nbdvvol.control.registry import schema as s
 from nbdvvol.control.registry.tx import Tx, transaction
-from nbdvvol.control.registry.views import HELD, LegRows, leg_rows
+from nbdvvol.control.registry.views import HELD, LegRows, leg_rows, limits_of_profiles
 from nbdvvol.model.check import place_of
-from nbdvvol.model.farm import DatastoreConfig, DatastoreKind, HostConfig, SocketConfig, TlsFiles, VVolType
+from nbdvvol.model.farm import (
+    DatastoreConfig,
+    DatastoreKind,
+    HostConfig,
+    QosConfig,
+    SocketConfig,
+    TlsFiles,
+    VVolType,
+)
 from nbdvvol.model.link import (
     DatastoreSpec,
     Delta,
@@ -53,7 +61,7 @@ def datastore_spec(tx: Tx, row: Row[Any]) -> DatastoreSpec:
     )
 
 
-def _vvol_spec(row: Row[Any], found: LegRows) -> VVolSpec:
+def _vvol_spec(row: Row[Any], found: LegRows, qos: QosConfig | None) -> VVolSpec:
     legs = [
         LegSpec(
             id=leg.id,
@@ -77,6 +85,7 @@ def _vvol_spec(row: Row[Any], found: LegRows) -> VVolSpec:
         generation=row.generation,
         map_version=row.map_version,
         legs=legs,
+        qos=qos,
     )
 
 
@@ -110,7 +119,8 @@ def _tell_vvols(tx: Tx, host: str, only: Iterable[str] | None = None) -> dict[st
     assigned = update(s.holders).where(s.holders.c.host == host, s.holders.c.state == "assigned", named)
     tx.db.execute(assigned.values(state="binding"))
     found = leg_rows(tx, rows)
-    return {row.uuid: _vvol_spec(row, found) for row in rows}
+    limits = limits_of_profiles(tx)
+    return {row.uuid: _vvol_spec(row, found, limits.get(row.profile)) for row in rows}
 
 
 def host_settings(tx: Tx, host: str) -> tuple[HostConfig, TlsFiles | None]:

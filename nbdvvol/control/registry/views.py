@@ -14,7 +14,7 @@ from nbdvvol.control.registry import schema as s
 from nbdvvol.control.registry.tx import Tx, transaction
 from nbdvvol.control.uris import attach_lines, socket_path, tcp_uri, unix_uri
 from nbdvvol.model.errors import Code, NvError
-from nbdvvol.model.farm import DatastoreConfig, HostConfig, ProfileConfig, SocketConfig, VVolType
+from nbdvvol.model.farm import DatastoreConfig, HostConfig, ProfileConfig, QosConfig, SocketConfig, VVolType
 from nbdvvol.model.resources import (
     Binding,
     Datastore,
@@ -85,16 +85,23 @@ def _of(query: Select[Any], column: ColumnElement[str], rows: Sequence[Row[Any]]
     return query.where(column.in_([row.uuid for row in rows])) if len(rows) <= FEW else query
 
 
+def limits_of_profiles(tx: Tx) -> dict[str, QosConfig]:
+    """The limits of every profile that has some."""
+    found = {row.name: ProfileConfig.model_validate_json(row.spec).qos for row in tx.db.execute(select(s.profiles))}
+    return {name: qos for name, qos in found.items() if qos is not None}
+
+
 def vvol_views(tx: Tx, rows: Sequence[Row[Any]]) -> list[VVol]:
     """VVols as the API shows them."""
     found = leg_rows(tx, rows)
+    limits = limits_of_profiles(tx)
     bindings: dict[str, tuple[Binding, str]] = {}
     query = select(s.holders, s.hosts.c.run_dir).join(s.hosts, s.hosts.c.name == s.holders.c.host)
     for holder in tx.db.execute(_of(query.where(s.holders.c.state != "forced"), s.holders.c.vvol, rows)):
         if holder.vvol not in bindings or holder.state in HELD:
             binding = Binding(host=holder.host, epoch=holder.epoch, state=holder.state)
             bindings[holder.vvol] = binding, holder.run_dir
-    return [_vvol_view(row, found, bindings.get(row.uuid)) for row in rows]
+    return [_vvol_view(row, found, bindings.get(row.uuid), limits.get(row.profile)) for row in rows]
 
 
 def vvol_view(tx: Tx, row: Row[Any]) -> VVol:
@@ -102,7 +109,7 @@ def vvol_view(tx: Tx, row: Row[Any]) -> VVol:
     return vvol_views(tx, [row])[0]
 
 
-def _vvol_view(row: Row[Any], found: LegRows, bound: tuple[Binding, str] | None) -> VVol:
+def _vvol_view(row: Row[Any], found: LegRows, bound: tuple[Binding, str] | None, qos: QosConfig | None) -> VVol:
     legs = [
         Leg(
             id=leg.id,
@@ -126,6 +133,7 @@ def _vvol_view(row: Row[Any], found: LegRows, bound: tuple[Binding, str] | None)
         size=row.size,
         type=VVolType(row.type),
         profile=row.profile,
+        qos=qos,
         state=VVolState(row.state),
         read_only=row.read_only,
         description=row.description,
