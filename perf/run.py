@@ -201,13 +201,18 @@ def run_suite(options: Options, suite: Suite, progress: Progress, skipped: dict[
     progress.say(f"suite {suite.name}: {len(points)} points, {suite.backend}, {suite.transport}")
     samples: dict[str, list[Sample]] = {point: [] for point in points}
     try:
+        started = time.monotonic()
         with field_of(options, suite, progress.say, skipped) as servers:
+            progress.say(
+                f"  {len(servers.running)} servers and their files ready after {time.monotonic() - started:.0f} s"
+            )
             for turn in range(rounds_of(options, suite)):
                 for point in points:
                     started = time.monotonic()
                     samples[point] += measure(options, suite, point, turn, servers, progress.say)
                     took = time.monotonic() - started
-                    progress.step(suite.generator, took, f"{suite.name} {turn + 1} {point}: {_line(samples[point])}")
+                    what = f"{suite.name} {turn + 1} {point}: {_line(samples[point])}"
+                    progress.step(suite.generator, servers_of(options, suite), took, what)
     except NoRoomError as error:
         skipped[suite.name] = str(error)
         progress.say(f"  left out: {error}")
@@ -227,12 +232,18 @@ def _line(samples: list[Sample]) -> str:
     return ", ".join(f"{peer} {sample.iops:,.0f}" for peer, sample in latest.items())
 
 
-def _weights(options: Options, chosen: list[Suite]) -> dict[str, int]:
-    """Steps (a round of a point) by generator, for the time that is left; a step is as long as it has servers."""
-    steps: dict[str, int] = defaultdict(int)
+def servers_of(options: Options, suite: Suite) -> int:
+    """How many measurements a round of one point is."""
+    return len(wanted(options, suite)) + with_storage(options, suite)
+
+
+def measurements(options: Options, chosen: list[Suite]) -> dict[str, int]:
+    """How many a run makes, by generator."""
+    found: dict[str, int] = defaultdict(int)
     for suite in chosen:
-        steps[suite.generator] += len(points_of(options, suite)) * rounds_of(options, suite)
-    return dict(steps)
+        rounds = len(points_of(options, suite)) * rounds_of(options, suite)
+        found[suite.generator] += rounds * servers_of(options, suite)
+    return dict(found)
 
 
 def run(options: Options, say: Say) -> Result:
@@ -241,7 +252,8 @@ def run(options: Options, say: Say) -> Result:
     generators.build(options.build)
     options.disk.mkdir(parents=True, exist_ok=True)
     load_before, started, stolen = os.getloadavg()[0], datetime.now(UTC), machine.processor_ticks()
-    progress = Progress(_weights(options, chosen), say)
+    progress = Progress(measurements(options, chosen), say)
+    say(f"about {progress.left_s() / 60:.0f} min of measuring, and up to half a minute a suite to start servers")
     points: list[PointResult] = []
     skipped: dict[str, str] = {}
     for suite in chosen:

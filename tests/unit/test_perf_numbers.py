@@ -247,14 +247,14 @@ class TestSuites:
 
 
 class TestProgress:
-    def test_it_tells_what_is_left_by_the_steps_so_far(self) -> None:
+    def test_it_tells_what_is_left_by_what_was_measured(self) -> None:
         said: list[str] = []
-        made = progress.Progress({"loadgen": 10, "fio": 2}, said.append)
-        made.step("loadgen", 6.0, "core 1 a")
-        assert made.left_s() == 9 * 6.0 + 2 * 6.0
-        made.step("fio", 60.0, "fio 1 b")
-        assert made.left_s() == 9 * 6.0 + 60.0
-        assert said == ["  [1/12, 1 min left] core 1 a", "  [2/12, 2 min left] fio 1 b"]
+        made = progress.Progress({"loadgen": 100, "fio": 20}, said.append)
+        made.step("loadgen", 10, 60.0, "core 1 a")
+        assert made.left_s() == 90 * 6.0 + 20 * progress.GUESS_S
+        made.step("fio", 5, 300.0, "fio 1 b")
+        assert made.left_s() == 90 * 6.0 + 15 * 60.0
+        assert said == ["  [10/120, 9 min left] core 1 a", "  [15/120, 24 min left] fio 1 b"]
 
 
 def test_strace_s_summary_is_read_by_name() -> None:

@@ -140,6 +140,10 @@ class TestRuns:
         assert run.rounds_of(run.Options(rounds=5), self.suite(rounds_max=2)) == 2
         assert run.rounds_of(run.Options(rounds=1), self.suite(rounds_max=2)) == 1
 
+    def test_a_run_knows_how_much_it_measures(self) -> None:
+        options = run.Options(peers=[OURS, STORAGE], rounds=3)
+        assert run.measurements(options, [self.suite(storage=True), self.suite()]) == {"loadgen": 2 * 3 * 2 + 2 * 3}
+
     def test_a_run_of_everything_is_complete_and_no_other(self) -> None:
         assert run.Options().complete
         assert not run.Options(suites=["core"]).complete and not run.Options(peers=[OURS]).complete
