@@ -38,6 +38,7 @@ struct nv_plane {
     _Atomic uint32_t drained;       /* of them, those that have nothing left which starts pieces */
     bool threads;
     bool stopped;                   /* no reactor runs any more */
+    bool scattered;                 /* the simulator's wish: connections of mirrors live anywhere, as those by TLS do */
     uint32_t assigned[NV_REACTORS_MAX]; /* connections given to each reactor and not yet seen to end */
     struct nv_reactor *reactors;
 };

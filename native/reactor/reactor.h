@@ -49,6 +49,7 @@ struct nv_reactor {
     bool pool_freed;                        /* since the starving were last looked at */
     uint32_t jobs;                          /* object jobs under way */
     uint32_t syncs;                         /* syncs this reactor runs */
+    uint32_t mirrors;                       /* that it owns and that have not ended */
     struct nv_late *late, **late_tail;
     struct nv_ticker *tickers;
     struct nv_remote *remotes;              /* remote exports whose home this is */
