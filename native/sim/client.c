@@ -137,7 +137,7 @@ static void put_payload(struct client *client, const struct client_request *requ
     const struct client_rules *rules = client->rules;
     uint8_t *to = client->tx + client->tx_end;
 
-    if (request->expect) /* refused before it matters what is in it */
+    if (request->expect || request->late) /* refused before it matters what is in it */
         memset(to, 0xee, request->length);
     else
         check_fill(rules->check, request->write, request->offset / rules->cell_bytes,
@@ -220,7 +220,8 @@ static void announce(struct client *client, struct client_request *request)
     request->cookie = client->next_cookie++ * 0x9e3779b97f4a7c15ull + client->id;
     request->must_fail = must_fail(client->rules, request);
     request->clears = client->rules->clears;
-    if (request->expect)
+    request->late = client->deposed;
+    if (request->expect || request->late)
         return;
     switch (request->type) {
     case COMMAND_WRITE:
@@ -355,7 +356,7 @@ static void forget_requests(struct client *client)
         if (!request->used)
             continue;
         request->used = false;
-        if (!request->expect && (request->type == COMMAND_READ || request->type == COMMAND_STATUS))
+        if (!request->expect && !request->late && (request->type == COMMAND_READ || request->type == COMMAND_STATUS))
             check_read_over(client->rules->check, request->sent);
     }
 }
@@ -363,7 +364,7 @@ static void forget_requests(struct client *client)
 void client_saw_end(struct client *client)
 {
     uint32_t unanswered = client_unanswered(client);
-    bool sent_away = client->rules->closing || client->dismissed;
+    bool sent_away = client->rules->closing || client->dismissed || client->deposed;
 
     if (client->over)
         return;
@@ -392,6 +393,11 @@ void client_disconnect(struct client *client)
 void client_dismissed(struct client *client)
 {
     client->dismissed = true;
+}
+
+void client_deposed(struct client *client)
+{
+    client->deposed = true;
 }
 
 void client_shut(struct client *client)
