@@ -7,7 +7,7 @@
 
 #include "io/io_sim.h"
 
-#define HANDLES_MAX 4096
+#define HANDLES_MAX 8192
 
 enum handle_kind { HANDLE_FREE, HANDLE_FILE, HANDLE_SOCKET, HANDLE_CLOSED };
 

@@ -127,7 +127,7 @@ static void conclude(struct client *client, struct client_request *request, int 
     if (client->rules->trace)
         printf("connection %u <- cookie %llu error %d\n", client->id, (unsigned long long)request->cookie, error);
     request->used = false;
-    if (request->expect || request->late)
+    if (request->expect || request->late || request->stray)
         return;
     switch (request->type) {
     case COMMAND_WRITE:

@@ -32,6 +32,7 @@ enum {
 struct client_request {
     bool used;
     bool late;          /* sent to a deposed host */
+    bool stray;         /* a read that was under way when its host was deposed */
     bool must_fail;     /* asked for durability after a failed sync was reported, */
     uint32_t clears;    /* and the operator had cleared faults this often */
     bool has_status;    /* a BLOCK_STATUS chunk has come */

@@ -30,7 +30,7 @@ struct candidate {
     bool unsure; /* a failed sync may have lost it */
     bool answered_over; /* dead because a later write was answered, not only because of what reads saw */
     uint64_t dead;
-    uint64_t seen; /* image: when a read found it there; 0: not yet */
+    uint64_t seen; /* when a read found it there while nothing was being written; 0: not yet */
     uint32_t killer; /* the write that a read saw when this one died; NOBODY: none */
 };
 
@@ -320,16 +320,16 @@ static const char *name_word(const struct check *check, uint64_t word, uint64_t 
     return "of no write";
 }
 
-static void complain(const struct check *check, uint64_t index, uint64_t sent, uint64_t word)
+static void list_candidates(const struct check *check, uint64_t index, uint64_t word, char *text, size_t size)
 {
     const struct cell *cell = &check->table[index];
-    char text[1500];
     size_t used = 0;
 
-    for (uint32_t i = 0; i < cell->count && used < sizeof text - 120; i++) {
+    text[0] = 0;
+    for (uint32_t i = 0; i < cell->count && used + 160 < size; i++) {
         const struct candidate *c = &cell->candidates[i];
         const struct write *w = &check->writes[c->write];
-        used += (size_t)snprintf(text + used, sizeof text - used,
+        used += (size_t)snprintf(text + used, size - used,
                                  "\n  write %u (%s, connection %u) sent %llu answered %llu%s dead %lld%s%s%s%s", c->write,
                                  w->kind == CHECK_WRITE ? "data" : w->kind == CHECK_ZERO ? "zero" : "trim",
                                  w->connection, (unsigned long long)w->sent, (unsigned long long)w->answered,
@@ -337,6 +337,32 @@ static void complain(const struct check *check, uint64_t index, uint64_t sent, u
                                  c->image ? " image" : "", c->unsure ? " unsure" : "",
                                  word_of(check, c->write, index) == word ? "   <- what was read" : "");
     }
+}
+
+const char *check_name(const struct check *check, uint64_t cell, const uint8_t *bytes)
+{
+    uint64_t word;
+
+    memcpy(&word, bytes, 8);
+    return name_word(check, word, cell);
+}
+
+void check_explain(const struct check *check, uint64_t cell, const uint8_t *bytes)
+{
+    char text[1500];
+    uint64_t word;
+
+    memcpy(&word, bytes, 8);
+    list_candidates(check, cell, word, text, sizeof text);
+    fprintf(stderr, "cell %llu holds %#llx (%s); possible:%s\n", (unsigned long long)cell, (unsigned long long)word,
+            name_word(check, word, cell), text);
+}
+
+static void complain(const struct check *check, uint64_t index, uint64_t sent, uint64_t word)
+{
+    char text[1500];
+
+    list_candidates(check, index, word, text, sizeof text);
     nv_sim_violation("cell %llu (%u bytes each) reads %#llx (%s), which no possible write left there; read sent at "
                      "%llu, answered at %llu; possible:%s",
                      (unsigned long long)index, check->cell_bytes, (unsigned long long)word,
@@ -373,7 +399,7 @@ static void learn_from_read(struct check *check, struct cell *cell, uint64_t ind
     for (uint32_t i = 0; i < cell->count && settled; i++) {
         struct candidate *candidate = &cell->candidates[i];
         if (word_of(check, candidate->write, index) == word) {
-            if (image_only && candidate->image && !candidate->seen)
+            if (matches == 1 && candidate->write == match && !candidate->seen)
                 candidate->seen = check->time;
             continue;
         }
@@ -412,7 +438,7 @@ bool check_possible(const struct check *check, uint64_t index, const uint8_t *by
         if (memcmp(bytes + at, &word, 8) != 0)
             return false;
     for (uint32_t i = 0; i < cell->count; i++)
-        if (cell->candidates[i].dead == NEVER && word_of(check, cell->candidates[i].write, index) == word)
+        if (!cell->candidates[i].answered_over && word_of(check, cell->candidates[i].write, index) == word)
             return true;
     return false;
 }
@@ -432,12 +458,12 @@ uint64_t check_flush_sent(struct check *check)
     return ++check->time;
 }
 
-/* A read found this one there, and then all was made durable: the others of the last crash are out. */
-static void end_other_images(struct cell *cell, const struct candidate *found)
+/* A read found this one there, and then all was made durable: what else the cell might have held before is out. */
+static void end_others(const struct check *check, struct cell *cell, const struct candidate *found)
 {
     for (uint32_t i = 0; i < cell->count; i++)
-        cell->candidates[i].crash_dead |= cell->candidates[i].image && !cell->candidates[i].seen &&
-                                          &cell->candidates[i] != found;
+        cell->candidates[i].crash_dead |= &cell->candidates[i] != found &&
+                                          check->writes[cell->candidates[i].write].sent < found->seen;
 }
 
 void check_flush_answered(struct check *check, uint64_t sent)
@@ -452,8 +478,8 @@ void check_flush_answered(struct check *check, uint64_t sent)
             const struct write *write = &check->writes[candidate->write];
             if (certain(write) && write->answered < sent && !candidate->image && !candidate->unsure)
                 end_older(check, cell, candidate->write, false, true, false);
-            if (check->mirror && candidate->image && candidate->seen && candidate->seen < sent && !candidate->unsure)
-                end_other_images(cell, candidate);
+            if (check->mirror && candidate->seen && candidate->seen < sent && !candidate->unsure)
+                end_others(check, cell, candidate);
         }
         prune(check, cell);
         cell->dirty = cell->count > 1;
@@ -471,6 +497,24 @@ void check_fault_cleared(struct check *check)
             check->table[i].candidates[j].unsure = true; /* its answer may be on its way: it may be lost already */
 }
 
+/*
+ * Disks of a mirror live on, with what is not durable in their caches: after the death of a process alone, what was
+ * answered is there, and what it ended is dead to reads; a later power cut may still bring that back.
+ */
+static void survive_process(struct check *check, struct candidate *candidate)
+{
+    candidate->image |= !certain(&check->writes[candidate->write]);
+    candidate->killer = NOBODY;
+    candidate->seen = 0;
+    if (!candidate->answered_over)
+        candidate->dead = NEVER;
+}
+
+static void survive_power_cut(struct candidate *candidate)
+{
+    *candidate = (struct candidate){.write = candidate->write, .image = true, .dead = NEVER, .killer = NOBODY};
+}
+
 void check_crash(struct check *check, bool cache_survives)
 {
     check->time++;
@@ -482,16 +526,14 @@ void check_crash(struct check *check, bool cache_survives)
         struct cell *cell = &check->table[i];
         uint32_t kept = 0;
         for (uint32_t j = 0; j < cell->count; j++) {
-            const struct candidate *candidate = &cell->candidates[j];
-            const bool gone = check->mirror ? candidate->answered_over : candidate->dead != NEVER;
-            if (cache_survives ? gone || (check->mirror && candidate->crash_dead) : candidate->crash_dead)
+            struct candidate *candidate = &cell->candidates[j];
+            if (cache_survives && !check->mirror ? candidate->dead != NEVER : candidate->crash_dead)
                 continue;
-            cell->candidates[kept] = *candidate;
-            cell->candidates[kept].image = true;
-            cell->candidates[kept].unsure = cell->candidates[kept].answered_over = false;
-            cell->candidates[kept].seen = 0;
-            cell->candidates[kept].killer = NOBODY;
-            cell->candidates[kept++].dead = NEVER;
+            if (cache_survives && check->mirror)
+                survive_process(check, candidate);
+            else
+                survive_power_cut(candidate);
+            cell->candidates[kept++] = *candidate;
         }
         cell->count = kept;
         assert(kept > 0);

@@ -348,16 +348,20 @@ bool client_pump(struct client *client, bool all)
 
 /* ---- ends ---- */
 
+static bool under_judgement(const struct client_request *request)
+{
+    return request->used && !request->expect && !request->late && !request->stray &&
+           (request->type == COMMAND_READ || request->type == COMMAND_STATUS);
+}
+
 /* What is unanswered stays so: the judge has to live with both possibilities. */
 static void forget_requests(struct client *client)
 {
     for (unsigned i = 0; i < CLIENT_REQUESTS; i++) {
         struct client_request *request = &client->requests[i];
-        if (!request->used)
-            continue;
-        request->used = false;
-        if (!request->expect && !request->late && (request->type == COMMAND_READ || request->type == COMMAND_STATUS))
+        if (under_judgement(request))
             check_read_over(client->rules->check, request->sent);
+        request->used = false;
     }
 }
 
@@ -397,7 +401,16 @@ void client_dismissed(struct client *client)
 
 void client_deposed(struct client *client)
 {
+    if (client->deposed)
+        return;
     client->deposed = true;
+    for (unsigned i = 0; i < CLIENT_REQUESTS; i++) {
+        struct client_request *request = &client->requests[i];
+        if (!under_judgement(request))
+            continue;
+        check_read_over(client->rules->check, request->sent);
+        request->stray = true;
+    }
 }
 
 void client_shut(struct client *client)

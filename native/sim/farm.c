@@ -88,8 +88,11 @@ void farm_draw(struct farm *farm, uint64_t seed)
         farm->zero_to = farm->zero_from + 512;
     }
     draw_troubles(farm);
-    if (farm->must_serve)
+    if (farm->must_serve) { /* slow is not hung, and nobody gives up */
         farm->policy.hold_deadline_ms = NV_DEADLINE_MAX_MS;
+        farm->policy.op_deadline_ms = 20000;
+        farm->faults.stall = farm->jump = 0;
+    }
     for (uint32_t i = 0; i < 16; i++)
         farm->uuid[i] = (uint8_t)farm_below(farm, 256);
     for (uint32_t leg = 0; leg < farm->leg_count; leg++)
@@ -191,6 +194,8 @@ void farm_apply(struct farm *farm, const nv_legs_action *ask)
     }
     if (ask->generation != farm->registry.generation || !transition(farm, leg, ask))
         return;
+    if (farm->must_serve && ask->ask == NV_ASK_STALE && ask->leg == FARM_LEG_ID(farm->good))
+        nv_sim_violation("leg %u is called stale, and it never had a trouble", ask->leg);
     farm->registry.generation++;
     farm->commits++;
     if (farm->rules.trace)

@@ -38,6 +38,7 @@ struct farm_leg {
     uint64_t snapshot_epoch, snapshot_generation; /* and the stamp that the registry had of the leg then */
     bool gone, hung;                /* for every host */
     bool rebooted;                  /* what its cache held may be lost, and perhaps nobody has noticed yet */
+    bool suspect;                   /* control knows that a sync failed there: who opens it latches */
     bool spoiled;                   /* rolled back or blank: only a full resync makes it right */
 };
 
@@ -95,6 +96,8 @@ void farm_power_cut(struct farm *farm, uint32_t leg);
 void farm_take_snapshot(struct farm *farm, uint32_t leg);
 bool farm_roll_back(struct farm *farm, uint32_t leg); /* false: nothing would show that it was */
 void farm_inspect(struct farm *farm);
+/* The bytes of a leg's disk that are the volume's at the offset. */
+const uint8_t *farm_place(const struct farm *farm, uint32_t leg, uint64_t offset);
 /* All legs hold the same bytes, and no intent is set. */
 void farm_expect_equal(struct farm *farm);
 /* A change was acknowledged: each leg that the registry has in sync has it. */

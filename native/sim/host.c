@@ -10,6 +10,7 @@
 #include <string.h>
 
 #include "volume/meta.h"
+#include "volume/mirror_state.h"
 
 #define RECORD_BYTES 2048u
 #define TOKEN_LOOK 1000u
@@ -64,7 +65,9 @@ static void open_leg(struct host *host, uint32_t leg)
     assert(host->file_count < HOST_FILES);
     host->files[host->file_count++] = mine->file;
     mine->open = true;
-    mine->latched = false;
+    mine->latched = farm->legs[mine->path].suspect;
+    if (mine->latched)
+        (void)nv_object_latch_fault(host->plane, mine->object);
     set_trouble(host, leg);
 }
 
@@ -420,10 +423,20 @@ void host_clear_faults(struct host *host)
         if (!host->legs[leg].open || !host->legs[leg].latched)
             continue;
         check_fault_cleared(host->farm->check);
-        host->legs[leg].latched = false;
+        host->legs[leg].latched = host->farm->legs[host->legs[leg].path].suspect = false;
         if (nv_object_clear_fault(host->plane, host->legs[leg].object) != 0)
             nv_sim_violation("a fault does not clear: %s", nv_last_error());
     }
+}
+
+bool host_leg_in_sync(const struct host *host, uint32_t leg)
+{
+    const struct nv_volume *volume = nv_table_get(&host->plane->volumes, host->volume);
+
+    for (uint32_t lane = 0; volume && lane < NV_LEGS_MAX; lane++)
+        if (volume->mirror->lanes[lane].id == FARM_LEG_ID(leg))
+            return volume->mirror->lanes[lane].state == NV_LANE_IN_SYNC;
+    return false;
 }
 
 void host_verify(struct host *host)
@@ -607,6 +620,8 @@ void host_kill(struct host *host)
         nv_sim_settle(host->files[i], &host->farm->random);
         nv_sim_trouble(host->files[i])->gone = true;
     }
+    for (uint32_t leg = 0; leg < host->farm->leg_count; leg++) /* control heard of it, or hears from the next host */
+        host->farm->legs[leg].suspect |= sim_disk_has_lost(nv_sim_disk(host->farm->legs[leg].file));
     farm_cut(host->farm, host->index); /* its messages die with it */
     host->farm->cut_off[host->index] = false;
     end_clients(host, true);

@@ -67,6 +67,8 @@ void host_act(struct host *host);   /* a client does something */
 void host_leg_rebooted(struct host *host, uint32_t disk);
 void host_clear_faults(struct host *host);
 void host_close_volume(struct host *host);
+/* The plane has the leg in sync. */
+bool host_leg_in_sync(const struct host *host, uint32_t leg);
 /* Its files are fenced: whoever asks it from now on gets nothing. */
 void host_depose(struct host *host);
 /* The process dies; what is on its way to the disks has happened in part. */

@@ -12,7 +12,7 @@
 
 #define BITMAP_BYTES (2u * NV_META_PAGE)
 
-static const uint8_t *place(const struct farm *farm, uint32_t leg, uint64_t offset)
+const uint8_t *farm_place(const struct farm *farm, uint32_t leg, uint64_t offset)
 {
     const struct farm_leg *at = &farm->legs[leg];
     uint32_t run = 0;
@@ -70,7 +70,7 @@ static bool region_differs(const struct farm *farm, uint32_t a, uint32_t b, uint
 
     end = end < farm->size ? end : farm->size;
     for (uint64_t at = first; at < end; at += step)
-        if ((at < farm->zero_from || at >= farm->zero_to) && memcmp(place(farm, a, at), place(farm, b, at), step) != 0)
+        if ((at < farm->zero_from || at >= farm->zero_to) && memcmp(farm_place(farm, a, at), farm_place(farm, b, at), step) != 0)
             return true;
     return false;
 }
@@ -140,10 +140,12 @@ void farm_acknowledged(void *context, uint64_t first, uint64_t count)
             continue;
         for (uint64_t cell = first; cell < first + count; cell++) {
             const uint64_t at = cell * farm->cell_bytes;
-            if ((at < farm->zero_from || at >= farm->zero_to) &&
-                !check_possible(farm->check, cell, place(farm, leg, at)))
-                nv_sim_violation("a change of cell %llu was acknowledged; leg %u, which the registry has in sync, lacks it",
-                                 (unsigned long long)cell, FARM_LEG_ID(leg));
+            if ((at >= farm->zero_from && at < farm->zero_to) ||
+                check_possible(farm->check, cell, farm_place(farm, leg, at)))
+                continue;
+            check_explain(farm->check, cell, farm_place(farm, leg, at));
+            nv_sim_violation("a change of cell %llu was acknowledged; leg %u, which the registry has in sync, lacks it",
+                             (unsigned long long)cell, FARM_LEG_ID(leg));
         }
     }
 }

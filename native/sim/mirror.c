@@ -21,6 +21,7 @@ struct world {
 };
 
 static struct world *now;
+static int64_t followed = -1; /* a cell whose bytes on each leg are told when they change, for a person who looks for a bug */
 
 static uint64_t below(struct world *world, uint64_t bound)
 {
@@ -36,6 +37,24 @@ static void say(const struct world *world, const char *what, uint32_t which)
 {
     if (world->farm.rules.trace)
         printf("-- step %u: %s %u\n", world->step, what, which);
+}
+
+void mirror_follow(uint64_t cell)
+{
+    followed = (int64_t)cell;
+}
+
+static void follow(const struct world *world)
+{
+    static uint64_t seen[FARM_LEGS];
+
+    for (uint32_t leg = 0; followed >= 0 && leg < world->farm.leg_count; leg++) {
+        const uint8_t *bytes = farm_place(&world->farm, leg, (uint64_t)followed * world->farm.cell_bytes);
+        if (memcmp(bytes, &seen[leg], 8) != 0)
+            printf("-- step %u: leg %u cell %lld: %s\n", world->step, FARM_LEG_ID(leg), (long long)followed,
+                   check_name(world->farm.check, (uint64_t)followed, bytes));
+        memcpy(&seen[leg], bytes, 8);
+    }
 }
 
 /* ---- who serves ---- */
@@ -94,11 +113,13 @@ static void kill_all(struct world *world)
 /* Power goes, at some legs or at all. */
 static void outage(struct world *world, bool everywhere)
 {
+    say(world, "outage everywhere", everywhere);
     kill_all(world);
     for (uint32_t leg = 0; leg < world->farm.leg_count; leg++)
         if (everywhere || chance(world, 512))
             farm_power_cut(&world->farm, leg);
     check_crash(world->farm.check, !something_lost(world));
+    follow(world);
     farm_inspect(&world->farm);
 }
 
@@ -130,6 +151,18 @@ static void reboot_leg(struct world *world, uint32_t leg)
             host_leg_rebooted(&world->hosts[i], leg);
 }
 
+/* What it has not written down yet is also in another leg that lives and has lost nothing. */
+static bool can_lose_cache(struct world *world, uint32_t leg)
+{
+    const struct host *host = serving(world);
+
+    for (uint32_t other = 0; host && host->opened && other < world->farm.leg_count; other++)
+        if (other != leg && host_leg_in_sync(host, other) && farm_in_sync(&world->farm, other) &&
+            !world->farm.legs[other].rebooted && !host->legs[other].latched && !world->farm.legs[other].gone)
+            return true;
+    return !host;
+}
+
 static void trouble(struct world *world)
 {
     struct farm *farm = &world->farm;
@@ -143,7 +176,7 @@ static void trouble(struct world *world)
         farm->legs[leg].gone = true;
         say(world, "loss of leg", leg);
     }
-    if (leg < FARM_LEGS && chance(world, farm->reboot))
+    if (leg < FARM_LEGS && chance(world, farm->reboot) && can_lose_cache(world, leg))
         reboot_leg(world, leg);
     if (chance(world, farm->cut)) {
         const uint32_t host = (uint32_t)below(world, FARM_HOSTS);
@@ -334,6 +367,7 @@ static void move_all(struct world *world)
 {
     bool moved = nv_sim_step();
 
+    follow(world);
     for (uint32_t i = 0; i < FARM_HOSTS; i++)
         if (world->hosts[i].plane)
             moved |= host_move(&world->hosts[i]);
@@ -427,8 +461,10 @@ static void end(struct world *world)
 
 static void live(struct world *world, uint32_t steps)
 {
-    for (world->step = 0; world->step < steps; world->step++)
+    for (world->step = 0; world->step < steps; world->step++) {
         step(world);
+        follow(world);
+    }
     if (chance(world, 512))
         outage(world, chance(world, 512));
     else

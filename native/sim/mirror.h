@@ -9,6 +9,8 @@
 
 /* One seed; steps 0: as the seed has it. Answers judged. A violation ends the process. */
 uint64_t mirror_run(uint64_t seed, uint32_t steps, bool trace);
+/* Tell when the cell's bytes change on a leg. */
+void mirror_follow(uint64_t cell);
 /* What goes on, to stderr, for a violation. */
 void mirror_describe(void);
 

@@ -6,7 +6,7 @@
  *
  * With --mirror the seeds are those of a mirrored volume (mirror.c).
  *
- * usage: nvsim [--mirror] --seeds A..B [--steps N] [--trace]
+ * usage: nvsim [--mirror] --seeds A..B [--steps N] [--trace] [--follow CELL]
  */
 #include <assert.h>
 #include <stdio.h>
@@ -474,7 +474,7 @@ static uint64_t run_seed(uint64_t seed, bool trace)
 
 static int usage(const char *program)
 {
-    fprintf(stderr, "usage: %s [--mirror] --seeds A..B [--steps N] [--trace]\n", program);
+    fprintf(stderr, "usage: %s [--mirror] --seeds A..B [--steps N] [--trace] [--follow CELL]\n", program);
     return 2;
 }
 
@@ -491,6 +491,8 @@ int main(int argc, char **argv)
             where.steps_override = (uint32_t)strtoul(argv[++i], NULL, 10);
         else if (!strcmp(argv[i], "--trace"))
             trace = true;
+        else if (!strcmp(argv[i], "--follow") && i + 1 < argc)
+            mirror_follow(strtoull(argv[++i], NULL, 10));
         else if (!strcmp(argv[i], "--mirror"))
             where.mirror = true;
         else

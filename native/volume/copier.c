@@ -83,6 +83,17 @@ static void reconciled(struct nv_mirror *mirror, const struct nv_copy *copy)
     mirror->reads_due = true;
 }
 
+static void rewritten(struct nv_mirror *mirror, const struct nv_copy *copy)
+{
+    struct nv_intent *intent = &mirror->intent;
+
+    if (!copy->error && copy->keep && (intent->state[copy->region] & NV_REGION_REWRITE)) {
+        intent->state[copy->region] &= (uint8_t)~NV_REGION_REWRITE;
+        intent->rewrite_count--;
+    }
+    mirror->copier.stuck |= copy->error != 0;
+}
+
 static void resynced(struct nv_mirror *mirror, const struct nv_copy *copy)
 {
     mirror->copier.resyncing--;
@@ -118,6 +129,9 @@ static void copy_over(struct nv_copy *copy)
     case NV_COPY_RECONCILE:
         reconciled(mirror, copy);
         break;
+    case NV_COPY_REWRITE:
+        rewritten(mirror, copy);
+        break;
     case NV_COPY_RESYNC:
         resynced(mirror, copy);
         break;
@@ -152,8 +166,9 @@ static uint8_t targets_of(const struct nv_copy *copy)
     const struct nv_mirror *mirror = copy->mirror;
 
     switch (copy->kind) {
-    case NV_COPY_RECONCILE:
-        return nv_lanes_counted(mirror) & (uint8_t)~nv_lane_bit(copy->source);
+    case NV_COPY_RECONCILE: /* the source too: what a sync has lost there, before a crash, is still visible perhaps */
+    case NV_COPY_REWRITE:
+        return nv_lanes_counted(mirror);
     case NV_COPY_RESYNC:
         return copy->lanes & mirror->syncing;
     default:
@@ -165,13 +180,14 @@ static void written(struct nv_mio *mio)
 {
     struct nv_copy *copy = mio->context;
     struct nv_mirror *mirror = copy->mirror;
+    const uint8_t did = nv_mirror_judge(mio); /* who failed is lost, and with it what it should have got */
+    const bool last_failed = (copy->kind == NV_COPY_RECONCILE || copy->kind == NV_COPY_REWRITE) && !(did & mirror->in_sync);
 
-    nv_mirror_judge(mio); /* who failed is lost, and with it what it should have got; the last in-sync leg is no target */
     if (copy->kind == NV_COPY_REPAIR)
         nv_conflict_end(mirror, copy->at, copy->length);
     nv_mio_end(mio);
     mirror->reads_due = true;
-    piece_over(copy, 0);
+    piece_over(copy, last_failed ? -EIO : 0);
 }
 
 static void write_targets(struct nv_copy *copy, struct nv_mio *mio)
@@ -321,6 +337,8 @@ static bool is_idle(const struct nv_copy *copy)
         return true;
     if (copy->kind == NV_COPY_RECONCILE)
         return !(mirror->intent.state[copy->region] & NV_REGION_DOUBTFUL);
+    if (copy->kind == NV_COPY_REWRITE)
+        return !(mirror->intent.state[copy->region] & NV_REGION_REWRITE);
     return copy->kind != NV_COPY_VERIFY && !targets_of(copy);
 }
 
@@ -370,6 +388,7 @@ static void begin_region(struct nv_mirror *mirror, enum nv_copy_kind kind, uint3
     struct nv_copy *copy = begin(mirror, kind, (uint64_t)region << mirror->intent.shift, region_end(mirror, region));
 
     copy->lanes = lanes;
+    copy->keep = true;
     next_piece(copy);
 }
 
@@ -417,6 +436,22 @@ static bool begin_reconcile(struct nv_mirror *mirror)
     if (region >= 0)
         begin_region(mirror, NV_COPY_RECONCILE, (uint32_t)region, 0);
     return region >= 0;
+}
+
+static bool begin_rewrite(struct nv_mirror *mirror)
+{
+    struct nv_intent *intent = &mirror->intent;
+
+    for (uint32_t i = 0; i < intent->regions && intent->rewrite_count > 0 && !mirror->copier.stuck; i++) {
+        const uint32_t region = (mirror->copier.cursor + i) % intent->regions;
+        if (!(intent->state[region] & NV_REGION_REWRITE) || (intent->state[region] & NV_REGION_DOUBTFUL) ||
+            under_way(&mirror->copier, NV_COPY_REWRITE, region))
+            continue;
+        mirror->copier.cursor = (region + 1) % intent->regions;
+        begin_region(mirror, NV_COPY_REWRITE, region, 0);
+        return true;
+    }
+    return false;
 }
 
 static bool begin_repair(struct nv_mirror *mirror)
@@ -475,7 +510,8 @@ bool nv_copier_pump(struct nv_mirror *mirror)
     if (mirror->attaching || mirror->fenced || mirror->broken || mirror->end_wanted)
         return false;
     while (copier->busy < NV_COPY_DEPTH &&
-           (begin_repair(mirror) || begin_reconcile(mirror) || begin_verify(mirror) || begin_resync(mirror)))
+           (begin_repair(mirror) || begin_reconcile(mirror) || begin_rewrite(mirror) ||
+            begin_verify(mirror) || begin_resync(mirror)))
         any = true;
     if (mirror->checkpoint_due || !mirror->syncing)
         return any;
@@ -511,11 +547,18 @@ void nv_copier_missed(struct nv_mirror *mirror, uint32_t first, uint32_t last, u
         copier->exhausted = false;
 }
 
+void nv_copier_suspect(struct nv_mirror *mirror)
+{
+    for (unsigned i = 0; i < NV_COPY_DEPTH; i++)
+        mirror->copier.copies[i].keep = false;
+}
+
 bool nv_copier_has_work(const struct nv_mirror *mirror)
 {
     const struct nv_copier *copier = &mirror->copier;
 
-    return copier->busy || copier->repair_count || copier->verify || mirror->syncing || mirror->intent.doubtful_count;
+    return copier->busy || copier->repair_count || copier->verify || mirror->syncing || mirror->intent.doubtful_count ||
+           mirror->intent.rewrite_count;
 }
 
 void nv_copier_tick(struct nv_mirror *mirror, uint64_t elapsed_ms)

@@ -59,7 +59,7 @@ void nv_intent_reset(struct nv_intent *intent)
     memset(intent->dirty, 0, intent->regions);
     memset(intent->copied, 0, intent->regions);
     memset(intent->dirty_unsaved, 0, intent->dirty_page_count * sizeof *intent->dirty_unsaved);
-    intent->set_count = intent->doubtful_count = 0;
+    intent->set_count = intent->doubtful_count = intent->rewrite_count = 0;
 }
 
 void nv_intent_set_state(struct nv_intent *intent, uint32_t region, enum nv_region_state state)
@@ -158,6 +158,18 @@ void nv_intent_lost(struct nv_mirror *mirror, uint8_t lanes)
             set_dirty(intent, region, lanes);
     }
     nv_copier_missed(mirror, 0, intent->regions - 1, lanes);
+}
+
+void nv_intent_suspect(struct nv_intent *intent, uint64_t offset, uint64_t length)
+{
+    const uint32_t last = last_region(intent, offset, length);
+
+    for (uint32_t region = nv_region_of(intent, offset); region <= last; region++) {
+        if (nv_region_state(intent, region) == NV_REGION_CLEAN || (intent->state[region] & NV_REGION_REWRITE))
+            continue;
+        intent->state[region] |= NV_REGION_REWRITE;
+        intent->rewrite_count++;
+    }
 }
 
 void nv_intent_dirty_all(struct nv_mirror *mirror, uint8_t lanes)

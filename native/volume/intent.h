@@ -25,6 +25,7 @@ enum nv_region_state {
 #define NV_REGION_STATE 0x0fu
 #define NV_REGION_TOUCHED 0x10u     /* by a request since the last sweep */
 #define NV_REGION_DOUBTFUL 0x20u    /* in-sync legs may differ here: not reconciled yet */
+#define NV_REGION_REWRITE 0x40u     /* a failed sync may have lost what is visible here: to be written once more */
 
 struct nv_intent_page {
     uint64_t sequence;              /* of the newest copy on disk */
@@ -43,6 +44,7 @@ struct nv_intent {
     uint8_t *copied;                /* ... and have been copied, but not made durable */
     uint32_t set_count;             /* regions that are not CLEAN */
     uint32_t doubtful_count;
+    uint32_t rewrite_count;
     struct nv_intent_page *pages;
     uint32_t page_count;
     uint64_t *dirty_sequence;       /* per page of dirty maps: of the newest copy on disk */
@@ -66,6 +68,8 @@ void nv_intent_wait(struct nv_mirror *mirror, struct nv_mio *mio);
 void nv_intent_dirty(struct nv_mirror *mirror, uint64_t offset, uint64_t length, uint8_t lanes);
 /* The lanes are lost: they may lack whatever has its intent set, or is copied and not durable. */
 void nv_intent_lost(struct nv_mirror *mirror, uint8_t lanes);
+/* The regions of the range that are not CLEAN are to be written once more before their bits may be cleared. */
+void nv_intent_suspect(struct nv_intent *intent, uint64_t offset, uint64_t length);
 /* Every region, or none any more, is dirty for the lanes. */
 void nv_intent_dirty_all(struct nv_mirror *mirror, uint8_t lanes);
 void nv_intent_forget(struct nv_mirror *mirror, uint8_t lanes);

@@ -35,8 +35,12 @@ static void end_doubt(struct nv_mirror *mirror)
 
     if (intent->doubtful_count == 0 || (mirror->in_sync & (mirror->in_sync - 1)))
         return;
-    for (uint32_t region = 0; region < intent->regions; region++)
+    for (uint32_t region = 0; region < intent->regions; region++) {
+        if (!(intent->state[region] & NV_REGION_DOUBTFUL))
+            continue;
         intent->state[region] &= (uint8_t)~NV_REGION_DOUBTFUL;
+        nv_intent_suspect(intent, (uint64_t)region << intent->shift, 1);
+    }
     intent->doubtful_count = 0;
     mirror->reads_due = true;
 }
@@ -88,11 +92,36 @@ void nv_mirror_lose_syncing(struct nv_mirror *mirror, uint32_t lane, int error)
     nv_mirror_raise(mirror, &at->stopped);
 }
 
+bool nv_leg_latched(const struct nv_map_leg *leg)
+{
+    bool fault = leg && leg->meta && atomic_load(&leg->meta->sync.fault) != 0;
+
+    for (uint32_t i = 0; leg && i < leg->object_count; i++)
+        fault |= atomic_load(&leg->objects[i]->sync.fault) != 0;
+    return fault;
+}
+
+/* In-sync legs that have lost something, where others have not: those go first, or one with everything might. */
+static void lose_latched(struct nv_mirror *mirror)
+{
+    uint8_t latched = 0;
+
+    NV_EACH_LANE(lane, mirror->in_sync)
+        if (nv_leg_latched(nv_mirror_map(mirror)->by_lane[lane]))
+            latched |= nv_lane_bit(lane);
+    if (latched == mirror->in_sync)
+        return;
+    NV_EACH_LANE(lane, latched)
+        lose(mirror, lane, -EIO);
+}
+
 bool nv_mirror_fault(struct nv_mirror *mirror, uint32_t lane, int error)
 {
     const uint8_t bit = nv_lane_bit(lane);
 
     assert(error < 0);
+    if (mirror->in_sync & bit)
+        lose_latched(mirror);
     if (mirror->in_sync == bit)
         return false;
     if (mirror->syncing & bit)
@@ -104,13 +133,35 @@ bool nv_mirror_fault(struct nv_mirror *mirror, uint32_t lane, int error)
     return true;
 }
 
-bool nv_leg_latched(const struct nv_map_leg *leg)
+/*
+ * The last in-sync leg has lost something that reads may still see. Nobody else has it all: it is written once more, so
+ * that legs which are copied from it later do not have what it has lost.
+ */
+static void suspect(struct nv_mirror *mirror, const struct nv_mio *mio)
 {
-    bool fault = atomic_load(&leg->meta->sync.fault) != 0;
+    if (!mirror->suspected)
+        nv_intent_suspect(&mirror->intent, 0, nv_mirror_map(mirror)->size);
+    else if (mio->request && mio->length > 0)
+        nv_intent_suspect(&mirror->intent, mio->offset, mio->length);
+    if (!mirror->suspected)
+        nv_copier_suspect(mirror);
+    mirror->suspected = true;
+}
 
-    for (uint32_t i = 0; i < leg->object_count; i++)
-        fault |= atomic_load(&leg->objects[i]->sync.fault) != 0;
-    return fault;
+/* True: it may count. */
+static bool has_kept_all(struct nv_mio *mio, uint32_t lane)
+{
+    struct nv_mirror *mirror = mio->mirror;
+
+    if (!nv_leg_latched(mio->parts[lane].leg)) {
+        if (mirror->in_sync == nv_lane_bit(lane))
+            mirror->suspected = false;
+        return true;
+    }
+    if (nv_mirror_fault(mirror, lane, -EIO))
+        return false;
+    suspect(mirror, mio);
+    return true;
 }
 
 uint8_t nv_mirror_judge(struct nv_mio *mio)
@@ -122,10 +173,10 @@ uint8_t nv_mirror_judge(struct nv_mio *mio)
         const uint8_t bit = nv_lane_bit(lane);
         if (!(mio->sent & bit) || (mio->late & bit))
             continue;
-        if (part->result < 0)
-            nv_mirror_fault(mio->mirror, lane, (int)part->result);
-        else if (!nv_leg_latched(part->leg) || !nv_mirror_fault(mio->mirror, lane, -EIO))
+        if (has_kept_all(mio, lane) && part->result >= 0)
             did |= bit;
+        else if (part->result < 0)
+            nv_mirror_fault(mio->mirror, lane, (int)part->result);
     }
     return did;
 }
@@ -208,7 +259,7 @@ static void run(struct nv_mirror *mirror, struct nv_vreq *request)
     const int error = refusal(mirror);
 
     if (error && (!reads || mirror->fenced || mirror->broken || mirror->attaching))
-        nv_mirror_finish(request, error);
+        nv_mirror_finish(request, request->kind == NV_REQUEST_CACHE ? 0 : error); /* a hint never fails */
     else if (mirror->attaching || (!reads && nv_mirror_stopped(mirror)))
         nv_mirror_hold(&mirror->held, request);
     else if (reads)

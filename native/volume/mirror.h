@@ -62,7 +62,7 @@ void nv_mirror_look(struct nv_mirror *mirror, nv_mirror_status *out);
 /* Any thread: the reactor whose mirror it is. */
 struct nv_reactor *nv_mirror_owner(const struct nv_mirror *mirror);
 /* The owner's local half has a new map. */
-void nv_mirror_changed(struct nv_mirror *mirror, const struct nv_map *to);
+void nv_mirror_changed(struct nv_mirror *mirror, const struct nv_map *from, const struct nv_map *to);
 /* The volume is being closed: nothing is held any more, new requests are few. */
 void nv_mirror_closes(struct nv_mirror *mirror);
 /* Any reactor: no connection of the volume is left; the mirror ends, then VOLUME_CLOSED is raised. */

@@ -74,6 +74,8 @@ static void settle_intents(struct nv_mirror *mirror)
 
     nv_intent_forget(mirror, mirror->in_sync);
     nv_intent_lost(mirror, others);
+    if (!several) /* a sync may have failed before a crash that nobody has heard of */
+        nv_intent_suspect(intent, 0, nv_mirror_map(mirror)->size);
     for (uint32_t region = 0; several && region < intent->regions; region++) {
         if (nv_region_state(intent, region) != NV_REGION_SET)
             continue;

@@ -226,12 +226,26 @@ static void remove_leg(struct nv_mirror *mirror, uint32_t lane)
     mirror->reads_due = true;
 }
 
-void nv_mirror_changed(struct nv_mirror *mirror, const struct nv_map *to)
+static bool same_storage(const struct nv_map_leg *a, const struct nv_map_leg *b)
+{
+    return a->meta == b->meta && a->meta_offset == b->meta_offset && a->object_count == b->object_count &&
+           memcmp(a->objects, b->objects, a->object_count * sizeof *a->objects) == 0;
+}
+
+/* A leg that gets what is written keeps its objects: what is not durable yet is known to them. */
+static bool keeps_storage(const struct nv_mirror *mirror, const struct nv_map *from, const struct nv_map *to, uint32_t lane)
+{
+    if (!to->by_lane[lane]->meta)
+        return false;
+    return !(nv_lanes_live(mirror) & nv_lane_bit(lane)) || same_storage(from->by_lane[lane], to->by_lane[lane]);
+}
+
+void nv_mirror_changed(struct nv_mirror *mirror, const struct nv_map *from, const struct nv_map *to)
 {
     NV_EACH_LANE(lane, nv_lanes_used(mirror)) {
         if (!to->by_lane[lane])
             remove_leg(mirror, lane);
-        else if (!to->by_lane[lane]->meta && !nv_mirror_fault(mirror, lane, -ENODEV))
+        else if (!keeps_storage(mirror, from, to, lane) && !nv_mirror_fault(mirror, lane, -ENODEV))
             mirror->in_sync = 0; /* the last one is gone, and the front says so */
     }
     for (uint32_t lane = 0; lane < NV_LEGS_MAX; lane++) {

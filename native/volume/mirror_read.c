@@ -192,7 +192,7 @@ static void read_landed(struct nv_mio *mio)
     struct nv_mirror *mirror = mio->mirror;
     struct nv_vreq *request = mio->request;
     const uint32_t lane = (uint32_t)__builtin_ctz(mio->sent);
-    const bool late = mio->late, good = !late && is_good(mio, lane);
+    const bool late = mio->late, good = request->kind == NV_REQUEST_CACHE || (!late && is_good(mio, lane));
 
     if (mio->sampled_ns && !late)
         sample(mio, &mirror->lanes[lane]);
@@ -249,7 +249,7 @@ static void read_span(struct nv_vreq *request, uint64_t offset, uint64_t length)
         return;
     }
     if (!lanes) {
-        nv_mirror_finish(request, -EIO);
+        nv_mirror_finish(request, request->kind == NV_REQUEST_CACHE ? 0 : -EIO);
         return;
     }
     mio = nv_mio_get(mirror, request->map, request);
@@ -286,7 +286,7 @@ void nv_mirror_read(struct nv_vreq *request)
         const uint64_t offset = request->offset + request->done;
         uint64_t length = request->length - request->done;
         if (mirror->fenced || mirror->broken) {
-            nv_mirror_finish(request, -EIO);
+            nv_mirror_finish(request, request->kind == NV_REQUEST_CACHE ? 0 : -EIO); /* a hint never fails */
             return;
         }
         if (nv_mirror_span(request->map, offset, &length)) {

@@ -125,7 +125,7 @@ struct nv_task {                    /* one long operation at a time: mirror_task
     struct nv_mirror_command *command;
 };
 
-enum nv_copy_kind { NV_COPY_RECONCILE, NV_COPY_RESYNC, NV_COPY_REPAIR, NV_COPY_VERIFY };
+enum nv_copy_kind { NV_COPY_RECONCILE, NV_COPY_REWRITE, NV_COPY_RESYNC, NV_COPY_REPAIR, NV_COPY_VERIFY };
 
 struct nv_copy {                    /* one region, or one range to repair, piece by piece */
     bool busy;
@@ -136,6 +136,7 @@ struct nv_copy {                    /* one region, or one range to repair, piece
     uint8_t tried;                  /* sources that could not be read */
     uint8_t source;
     uint8_t compared;               /* VERIFY: lanes that were */
+    bool keep;                      /* REWRITE: no sync has failed meanwhile */
     int error;
     uint64_t begin, at, end;
     uint64_t length;                /* of the present piece */
@@ -179,6 +180,7 @@ struct nv_mirror {
     uint8_t committed;              /* of `failing`: the registry has them stale */
     bool attaching;                 /* nothing runs yet */
     bool expired;                   /* frozen for too long: EIO */
+    bool suspected;                 /* the last in-sync leg's sync has failed, and what it may have lost is marked */
     bool fenced, broken;            /* for good: EIO; broken: the last in-sync leg did not attach */
     bool closing, end_wanted, ended;
     uint32_t losses;                /* counts lanes that were lost */
@@ -339,6 +341,8 @@ void nv_copier_tick(struct nv_mirror *mirror, uint64_t elapsed_ms);
 void nv_copier_repair(struct nv_mirror *mirror, uint64_t offset, uint64_t length, uint32_t lane);
 /* A write to the range did not reach the lanes: what is being copied there does not count for them. */
 void nv_copier_missed(struct nv_mirror *mirror, uint32_t first, uint32_t last, uint8_t lanes);
+/* A sync has failed: what was written once more so far may be lost again. */
+void nv_copier_suspect(struct nv_mirror *mirror);
 bool nv_copier_has_work(const struct nv_mirror *mirror);
 
 #endif

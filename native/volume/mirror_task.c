@@ -477,7 +477,7 @@ static void begin_end(struct nv_mirror *mirror)
         return;
     }
     for (uint32_t region = 0; region < intent->regions; region++)
-        if (nv_region_state(intent, region) == NV_REGION_SET && !(intent->state[region] & NV_REGION_DOUBTFUL))
+        if ((intent->state[region] & ~NV_REGION_TOUCHED) == NV_REGION_SET)
             nv_intent_set_state(intent, region, NV_REGION_CLEANING);
     begin_clean(mirror);
 }
@@ -513,8 +513,9 @@ bool nv_mirror_next_task(struct nv_mirror *mirror)
     if (mirror->task.kind != NV_TASK_NONE || mirror->ended)
         return false;
     if (mirror->end_wanted) {
-        if (mirror->copier.busy == 0 && !mirror->active && !mirror->landed)
-            begin_end(mirror);
+        if (mirror->copier.busy > 0 || mirror->active || mirror->landed)
+            return false;
+        begin_end(mirror);
     } else if (mirror->broken || mirror->fenced) {
         return false;
     } else if (mirror->attaching) {

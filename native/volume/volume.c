@@ -375,7 +375,7 @@ void nv_volume_local_change(struct nv_reactor *reactor, struct nv_message *messa
     for (struct nv_conn *conn = local->connections; conn; conn = conn->volume_next)
         nv_conn_remap(conn);
     if (change->volume->mirror && nv_mirror_owner(change->volume->mirror) == reactor)
-        nv_mirror_changed(change->volume->mirror, change->to);
+        nv_mirror_changed(change->volume->mirror, change->from, change->to);
     user->retiring = true;
     if (user->in_flight == 0)
         change_drained(reactor, change);
