@@ -18,9 +18,10 @@
  * or writes the same bytes. (A server that goes on with requests of a connection that has ended may write the old copy
  * later still; no client of the protocol can prevent that.)
  *
- *   nbd_remote.c   the queue, the set, what is owed, syncs     nbd_front.c    the C API
- *   nbd_link.c     a connection's life                         nbd_send.c     requests to bytes
- *   nbd_receive.c  bytes to answers                            nbd_secure.c   through TLS
+ *   nbd_remote.c   the queue, what answers mean, syncs         nbd_front.c    the C API
+ *   nbd_set.c      which links serve, and what is owed         nbd_link.c     a connection's life
+ *   nbd_send.c     requests to bytes                           nbd_receive.c  bytes to answers
+ *   nbd_secure.c   through TLS
  */
 #ifndef NV_NBD_CLIENT_H
 #define NV_NBD_CLIENT_H
@@ -36,6 +37,9 @@
 
 struct nv_tls;
 struct nv_link;
+
+#define NV_PIECE_FLUSH 0x80         /* kinds of the remote's own: the object's sync, */
+#define NV_PIECE_PROBE 0x81         /* and a read of one block that nobody looks at */
 
 enum nv_ask_state {
     NV_ASK_FREE,
@@ -199,8 +203,7 @@ void nv_remote_opens(struct nv_reactor *reactor, struct nv_message *message);
 void nv_remote_gives_up(struct nv_remote *remote, bool yes);
 void nv_remote_stops(struct nv_remote *remote);
 void nv_remote_ends(struct nv_remote *remote);
-void nv_remote_link_came(struct nv_link *link);         /* in the transmission phase */
-void nv_remote_link_goes(struct nv_link *link, uint8_t to); /* LEAVING or LOST; asks come back by nv_remote_again() */
+void nv_remote_push_front(struct nv_remote *remote, struct nv_piece *piece); /* it was, or is, in a hurry */
 void nv_remote_concluded(struct nv_ask *ask);           /* answered and wholly sent */
 void nv_remote_again(struct nv_ask *ask);               /* not answered: to be sent on another link */
 void nv_remote_wants_turn(struct nv_remote *remote);    /* there may be room now */
@@ -209,6 +212,14 @@ struct nv_remote *nv_remote_create(struct nv_plane *plane, struct nv_reactor *ho
 void nv_remote_closes(struct nv_remote *remote);        /* its links have ended: the home forgets it */
 void nv_remote_free(struct nv_remote *remote);
 nv_sync_run nv_remote_sync;
+
+/* nbd_set.c, on the home */
+void nv_remote_link_came(struct nv_link *link);         /* in the transmission phase */
+void nv_remote_link_goes(struct nv_link *link, uint8_t to); /* LEAVING or LOST; asks come back by nv_remote_again() */
+void nv_remote_prove(struct nv_remote *remote, uint32_t stamp); /* a member has answered what was sent when so many came */
+void nv_remote_owe(struct nv_remote *remote);           /* a member acknowledged a change (or part may have happened) */
+bool nv_remote_owes(const struct nv_remote *remote);
+void nv_remote_settled(struct nv_remote *remote, uint64_t up_to); /* a FLUSH made these durable */
 
 /* nbd_link.c */
 struct nv_link *nv_link_create(struct nv_remote *remote, nv_handle handle);     /* front */

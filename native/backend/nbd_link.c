@@ -146,7 +146,10 @@ static void end(struct nv_link *link)
     nv_events_raise(&link->reactor->events, &link->ended); /* the front may free it from here on */
 }
 
-/* Lost, and the port holds nothing of it any more: what has no answer goes to another link, in the old order. */
+/*
+ * Lost, and the port holds nothing of it any more: what has no answer goes to another link, in the old order. So does
+ * what was done, if its owner has not heard of it yet: the server that did it may be gone, and another set have begun.
+ */
 static void give_back(struct nv_link *link)
 {
     struct nv_ask *newest = NULL;
@@ -159,7 +162,7 @@ static void give_back(struct nv_link *link)
             if (ask->state != NV_ASK_FREE && (!newest || (int32_t)(ask->serial - newest->serial) > 0))
                 newest = ask;
         }
-        if (newest && newest->piece && newest->answered)
+        if (newest && newest->piece && newest->answered && newest->error)
             nv_remote_concluded(newest);
         else if (newest && newest->piece)
             nv_remote_again(newest);

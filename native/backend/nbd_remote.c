@@ -1,7 +1,6 @@
 /*
- * A remote export on its home reactor: the queue of pieces, which link each goes to, what its answer means, the set of
- * links that lead to one running server, and what that server owes (nbd.h). Pieces are handed to links late in a turn,
- * so that all of a turn's requests leave in one send a link.
+ * A remote export on its home reactor: the queue of pieces, which link each goes to, and what its answer means (nbd.h).
+ * Pieces are handed to links late in a turn, so that all of a turn's requests leave in one send a link.
  *
  * Invariants: a piece is in the queue, in exactly one ask, or back with its owner; a piece has one request on the wire
  * at a time; whatever is acknowledged and not durable by itself is counted in `acked` before its owner hears of it.
@@ -13,9 +12,6 @@
 
 #include "backend/nbd.h"
 #include "reactor/plane.h"
-
-#define PIECE_FLUSH 0x80            /* kinds of the remote's own: the object's sync, */
-#define PIECE_PROBE 0x81            /* and a read of one block that nobody looks at */
 
 enum stage { STAGE_FIRST, STAGE_WRITE_ZEROS, STAGE_FLUSH };
 
@@ -44,8 +40,7 @@ static void push_back(struct nv_remote *remote, struct nv_piece *piece)
     nv_reactor_late(remote->home, &remote->late);
 }
 
-/* What was on the wire before goes before what was not. */
-static void push_front(struct nv_remote *remote, struct nv_piece *piece)
+void nv_remote_push_front(struct nv_remote *remote, struct nv_piece *piece)
 {
     piece->remote.next = remote->queue;
     if (!remote->queue)
@@ -129,37 +124,7 @@ static void finish(struct nv_remote *remote, struct nv_piece *piece, int64_t res
     }
 }
 
-/* ---- what is owed ---- */
-
-/* A change was acknowledged (or may have happened in part). */
-static void owe(struct nv_remote *remote)
-{
-    remote->acked++;
-    atomic_store_explicit(&remote->counters.owed, 1, memory_order_relaxed);
-    nv_sync_wrote(&remote->object.sync);
-}
-
-static bool owes(const struct nv_remote *remote)
-{
-    return remote->acked != remote->flushed;
-}
-
-static void settled(struct nv_remote *remote, uint64_t up_to)
-{
-    if (up_to <= remote->flushed)
-        return;
-    remote->flushed = up_to;
-    atomic_store_explicit(&remote->counters.owed, owes(remote), memory_order_relaxed);
-}
-
-static void lose_what_is_owed(struct nv_remote *remote)
-{
-    if (!owes(remote))
-        return;
-    settled(remote, remote->acked); /* the fault stands for them now */
-    remote->era++;
-    nv_sync_fail(&remote->object.sync, remote->home, -ESTALE);
-}
+/* ---- syncs ---- */
 
 static void sync_finished(struct nv_piece *piece, int64_t result)
 {
@@ -171,113 +136,8 @@ void nv_remote_sync(struct nv_sync *sync, struct nv_reactor *reactor)
     struct nv_object *object = (struct nv_object *)((char *)sync - offsetof(struct nv_object, sync));
     struct nv_piece *piece = &nv_remote_of(object)->sync_piece;
 
-    *piece = (struct nv_piece){.reactor = reactor, .object = object, .kind = PIECE_FLUSH, .finished = sync_finished};
+    *piece = (struct nv_piece){.reactor = reactor, .object = object, .kind = NV_PIECE_FLUSH, .finished = sync_finished};
     start(piece);
-}
-
-/* ---- the set ---- */
-
-static void probe(struct nv_remote *remote);
-
-static void probed(struct nv_piece *piece, int64_t result)
-{
-    struct nv_remote *remote = nv_remote_of(piece->object);
-
-    (void)result;
-    remote->probing = false;
-    probe(remote); /* for links that came after it had been sent */
-}
-
-/* Ask a member for a sign of life, so that the links that wait may join. */
-static void probe(struct nv_remote *remote)
-{
-    struct nv_piece *piece = &remote->probe;
-
-    if (remote->probing || remote->waiting_count == 0 || remote->serving_count == 0)
-        return;
-    remote->probing = true;
-    *piece = (struct nv_piece){.reactor = remote->home, .object = &remote->object, .kind = PIECE_PROBE,
-                               .length = remote->object.align, .data = remote->probe_data, .finished = probed};
-    push_front(remote, piece);
-}
-
-static void join(struct nv_link *link)
-{
-    struct nv_remote *remote = link->remote;
-
-    assert(link->state == NV_LINK_WAITING && remote->serving_count < NV_LINKS_PER_REMOTE);
-    link->state = NV_LINK_SERVING;
-    remote->waiting_count--;
-    remote->serving[remote->serving_count++] = link;
-    nv_count(&remote->counters.serving, 1);
-    remote->gave_up = false;
-    nv_remote_wants_turn(remote);
-}
-
-/* A member has answered what was sent when `stamp` links had come. */
-static void prove(struct nv_remote *remote, uint32_t stamp)
-{
-    for (struct nv_link *link = remote->links; link; link = link->next)
-        if (link->state == NV_LINK_WAITING && (int32_t)(stamp - link->arrival) >= 0)
-            join(link);
-}
-
-/* The set is empty: the first link that waits begins a new one. */
-static void begin_set(struct nv_remote *remote)
-{
-    assert(remote->serving_count == 0 && remote->acked == remote->flushed);
-    for (struct nv_link *link = remote->links; link; link = link->next)
-        if (link->state == NV_LINK_WAITING) {
-            join(link);
-            break;
-        }
-    probe(remote);
-}
-
-void nv_remote_link_came(struct nv_link *link)
-{
-    struct nv_remote *remote = link->remote;
-
-    link->arrival = ++remote->arrivals;
-    link->state = NV_LINK_WAITING;
-    remote->waiting_count++;
-    if (remote->serving_count == 0)
-        begin_set(remote);
-    else if (atomic_load(&remote->object.size) < remote->object.align)
-        join(link); /* an export without a block holds nothing to lose, and cannot be probed */
-    else
-        probe(remote);
-}
-
-static void leave_set(struct nv_remote *remote, const struct nv_link *link)
-{
-    uint32_t i = 0;
-
-    while (remote->serving[i] != link)
-        i++;
-    assert(i < remote->serving_count);
-    remote->serving[i] = remote->serving[--remote->serving_count];
-    remote->current = 0;
-    nv_count(&remote->counters.serving, (uint64_t)-1);
-    if (remote->serving_count > 0 || remote->ending)
-        return;
-    lose_what_is_owed(remote);
-    begin_set(remote);
-    nv_reactor_late(remote->home, &remote->late); /* who waits may have to hear that nobody comes, or of the fault */
-}
-
-void nv_remote_link_goes(struct nv_link *link, uint8_t to)
-{
-    const uint8_t was = link->state;
-
-    assert(to == NV_LINK_LEAVING || to == NV_LINK_LOST);
-    link->state = to;
-    if (was == NV_LINK_WAITING)
-        link->remote->waiting_count--;
-    else if (was == NV_LINK_SERVING)
-        leave_set(link->remote, link);
-    if (to == NV_LINK_LOST && was != NV_LINK_LEAVING)
-        nv_count(&link->remote->counters.lost, 1);
 }
 
 /* ---- which link, which request ---- */
@@ -315,14 +175,14 @@ static uint64_t at_most(uint64_t value, uint64_t limit)
 
 static uint64_t payload_of(const struct nv_piece *piece)
 {
-    const bool carries = piece->kind == NV_PIECE_READ || piece->kind == NV_PIECE_WRITE || piece->kind == PIECE_PROBE;
+    const bool carries = piece->kind == NV_PIECE_READ || piece->kind == NV_PIECE_WRITE || piece->kind == NV_PIECE_PROBE;
 
     return carries ? piece->length - piece->moved : 0;
 }
 
 static bool flushes(const struct nv_piece *piece)
 {
-    return piece->kind == PIECE_FLUSH || piece->stage == STAGE_FLUSH;
+    return piece->kind == NV_PIECE_FLUSH || piece->stage == STAGE_FLUSH;
 }
 
 static uint16_t fua(const struct nv_link *link, const struct nv_piece *piece)
@@ -366,7 +226,7 @@ static void ask_flush(struct nv_link *link, struct nv_piece *piece)
     else if (link->params.tflags & NBD_FLAG_SEND_FLUSH)
         ask(link, piece, NBD_CMD_FLUSH, 0, 0);
     else /* such a server is written to with FUA only, or not at all */
-        finish(link->remote, piece, owes(link->remote) ? -EIO : 0);
+        finish(link->remote, piece, nv_remote_owes(link->remote) ? -EIO : 0);
 }
 
 static void ask_zero(struct nv_link *link, struct nv_piece *piece)
@@ -401,9 +261,11 @@ static void dispatch(struct nv_link *link, struct nv_piece *piece)
         ask_flush(link, piece);
         return;
     }
+    if (piece->moved == 0)
+        piece->remote.era = remote->era;
     switch (piece->kind) {
     case NV_PIECE_READ:
-    case PIECE_PROBE:
+    case NV_PIECE_PROBE:
         ask(link, piece, NBD_CMD_READ, 0, link->params.payload_max);
         break;
     case NV_PIECE_WRITE:
@@ -442,7 +304,7 @@ static void fail_queue(struct nv_remote *remote)
     for (struct nv_piece *next; piece; piece = next) {
         next = piece->remote.next;
         nv_count(&remote->counters.waiting, (uint64_t)-1);
-        finish(remote, piece, -ENOTCONN);
+        finish(remote, piece, piece->kind == NV_PIECE_PREFETCH ? 0 : -ENOTCONN); /* that is a hint */
     }
 }
 
@@ -500,9 +362,8 @@ static void change_done(struct nv_remote *remote, struct nv_piece *piece, bool d
         finish(remote, piece, 0);
         return;
     }
-    piece->stage = STAGE_FLUSH;
-    piece->remote.era = remote->era;
-    push_front(remote, piece);
+    piece->stage = STAGE_FLUSH; /* of the era in which its first part was sent */
+    nv_remote_push_front(remote, piece);
 }
 
 static void change_failed(struct nv_remote *remote, struct nv_piece *piece, int error)
@@ -513,7 +374,7 @@ static void change_failed(struct nv_remote *remote, struct nv_piece *piece, int 
             return;
         }
         piece->stage = STAGE_WRITE_ZEROS; /* the protocol forbids this answer, but zeros there must be */
-        push_front(remote, piece);
+        nv_remote_push_front(remote, piece);
     } else if (piece->kind == NV_PIECE_TRIM && error != EIO) {
         finish(remote, piece, 0); /* a hint */
     } else {
@@ -543,7 +404,7 @@ static void step(struct nv_remote *remote, struct nv_piece *piece, const struct 
     if (piece->kind == NV_PIECE_EXTENTS)
         finish(remote, piece, ask->extents);
     else if (piece->moved < piece->length)
-        push_front(remote, piece);
+        nv_remote_push_front(remote, piece);
     else if (changes)
         change_done(remote, piece, ask->flags & NBD_CMD_FLAG_FUA);
     else
@@ -555,6 +416,7 @@ static void account(struct nv_remote *remote, const struct nv_ask *ask)
     const bool changes = ask->command == NBD_CMD_WRITE || ask->command == NBD_CMD_TRIM ||
                          ask->command == NBD_CMD_WRITE_ZEROES;
     const bool durable = ask->flags & NBD_CMD_FLAG_FUA;
+    const bool has_flush = ask->link->params.tflags & NBD_FLAG_SEND_FLUSH;
 
     nv_count(&remote->counters.answered, 1);
     nv_count(&remote->counters.in_flight, (uint64_t)-1);
@@ -564,12 +426,12 @@ static void account(struct nv_remote *remote, const struct nv_ask *ask)
         nv_count(&remote->counters.read_bytes, ask->length);
     else if (ask->command == NBD_CMD_WRITE)
         nv_count(&remote->counters.write_bytes, ask->length);
-    if (changes && (!durable || (ask->error && (ask->link->params.tflags & NBD_FLAG_SEND_FLUSH))))
-        owe(remote); /* also when it failed: part of it may have happened */
+    if (changes && ask->link->state == NV_LINK_SERVING && !(durable && (!ask->error || !has_flush)))
+        nv_remote_owe(remote); /* also when it failed: part of it may have happened */
     if (changes && durable && ask->error && ask->error != EOPNOTSUPP) /* as a file's failed DSYNC write */
         nv_sync_fail(&remote->object.sync, remote->home, errno_of(ask->error));
     if (ask->command == NBD_CMD_FLUSH && !ask->error && ask->piece->remote.era == remote->era)
-        settled(remote, ask->covers);
+        nv_remote_settled(remote, ask->covers);
 }
 
 void nv_remote_concluded(struct nv_ask *ask)
@@ -586,7 +448,7 @@ void nv_remote_concluded(struct nv_ask *ask)
     }
     account(remote, ask);
     if (link->state == NV_LINK_SERVING && remote->waiting_count > 0)
-        prove(remote, ask->stamp);
+        nv_remote_prove(remote, ask->stamp);
     step(remote, piece, ask);
     nv_ask_free(ask);
     nv_remote_wants_turn(remote);
@@ -600,7 +462,7 @@ void nv_remote_again(struct nv_ask *ask)
     nv_count(&remote->counters.in_flight, (uint64_t)-1);
     nv_count(&remote->counters.again, 1);
     nv_ask_free(ask);
-    push_front(remote, piece);
+    nv_remote_push_front(remote, piece);
 }
 
 /* ---- life ---- */

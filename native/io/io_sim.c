@@ -90,6 +90,11 @@ uint64_t nv_sim_timers_late_ns(void)
     return sim_world.timers_late_ns;
 }
 
+uint64_t nv_sim_time(void)
+{
+    return ++sim_world.time;
+}
+
 uint64_t nv_sim_syncs_failed(void)
 {
     return sim_world.syncs_failed;
@@ -583,6 +588,13 @@ bool nv_sim_client_ended(int socket)
     const struct sim_socket *at = socket_of(socket);
 
     return (at->server_closed || at->server_shut) && at->to_client.size == 0;
+}
+
+bool nv_sim_client_left(int socket)
+{
+    const struct sim_socket *at = socket_of(socket);
+
+    return at->server_closed || at->server_shut;
 }
 
 void nv_sim_client_shut(int socket)

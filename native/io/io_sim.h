@@ -44,6 +44,7 @@ bool nv_sim_step(void);
 bool nv_sim_advance(void);
 uint64_t nv_sim_clock_ns(void);
 uint64_t nv_sim_timers_late_ns(void); /* the latest so far: from its time until the user of the port heard of it */
+uint64_t nv_sim_time(void);          /* of a new effect, for whoever changes a disk by himself */
 uint64_t nv_sim_syncs_failed(void); /* whose failure was handed back to the user of the port */
 
 /* A file as a descriptor for nv_io_open_file(); the world owns the disk. With `align` > 1 it is open with O_DIRECT:
@@ -58,6 +59,7 @@ int nv_sim_socket(void);
 size_t nv_sim_client_send(int socket, const void *bytes, size_t size); /* bytes taken; 0: full or closed */
 size_t nv_sim_client_recv(int socket, void *out, size_t capacity);
 bool nv_sim_client_ended(int socket);    /* the server is gone and everything it sent was received */
+bool nv_sim_client_left(int socket);     /* the server has hung up, whatever may still be under way */
 void nv_sim_client_shut(int socket);     /* no more will be sent */
 void nv_sim_client_close(int socket, bool reset);
 

@@ -20,6 +20,7 @@ struct write {
     uint32_t connection;
     enum check_kind kind;
     bool ok;
+    bool shaky; /* under way when its storage was restarted: its answer may be older than that */
 };
 
 struct candidate {
@@ -47,6 +48,7 @@ struct check {
     uint32_t write_count, write_capacity;
     uint64_t *closed; /* per connection: when the client closed it, or 0 */
     uint32_t connections;
+    uint64_t rebooted; /* when storage was last restarted: reads sent before say nothing about what is there now */
     uint64_t *reads; /* times of the reads under way */
     uint32_t read_count, read_capacity;
 };
@@ -142,7 +144,7 @@ static bool before(const struct check *check, uint32_t a, uint32_t b)
 /* What it wrote is there for certain. */
 static bool certain(const struct write *write)
 {
-    return write->answered && write->ok && write->kind != CHECK_TRIM;
+    return write->answered && write->ok && write->kind != CHECK_TRIM && !write->shaky;
 }
 
 static void end_older(struct check *check, struct cell *cell, uint32_t write, bool for_reads, bool for_crash)
@@ -220,6 +222,7 @@ void check_write_answered(struct check *check, uint32_t number, bool ok, bool du
     if (!write->answered) /* else its connection has ended, and the answer was still on its way */
         write->answered = check->time;
     write->ok = ok;
+    write->shaky &= !durable; /* what is durable was not lost */
     if (!certain(write))
         return;
     for (uint64_t i = write->first; i < write->first + write->count; i++)
@@ -322,6 +325,8 @@ static void learn_from_read(struct check *check, struct cell *cell, uint64_t ind
     bool settled = quiet(check, cell, sent), image_only = settled;
     uint32_t matches = 0, match = 0;
 
+    if (sent < check->rebooted)
+        return;
     for (uint32_t i = 0; i < cell->count; i++) {
         const struct candidate *candidate = &cell->candidates[i];
         if (candidate->dead > sent && word_of(check, candidate->write, index) == word) {
@@ -405,6 +410,56 @@ void check_fault_cleared(struct check *check)
     for (uint64_t i = 0; i < check->cells; i++)
         for (uint32_t j = 0; j < check->table[i].count; j++)
             check->table[i].candidates[j].unsure = true; /* its answer may be on its way: it may be lost already */
+}
+
+/* Are all writes that may have left this word older than `told`? (A newer one may have written the same word again.) */
+static bool only_older(const struct check *check, const struct cell *cell, uint64_t index, uint64_t word, uint32_t told)
+{
+    bool older = false;
+
+    for (uint32_t i = 0; i < cell->count; i++) {
+        const uint32_t write = cell->candidates[i].write;
+        if (word_of(check, write, index) != word)
+            continue;
+        if (!before(check, write, told))
+            return false;
+        older = true;
+    }
+    return older;
+}
+
+bool check_owed(const struct check *check, uint64_t index, const uint8_t *durable)
+{
+    const struct cell *cell = &check->table[index];
+    uint64_t word;
+
+    memcpy(&word, durable, 8);
+    for (uint32_t i = 0; i < cell->count; i++) {
+        const struct candidate *told = &cell->candidates[i];
+        if (certain(&check->writes[told->write]) && !told->image && !told->unsure &&
+            word_of(check, told->write, index) != word && only_older(check, cell, index, word, told->write))
+            return true;
+    }
+    return false;
+}
+
+void check_rebooted(struct check *check, uint64_t first, uint64_t count)
+{
+    check->rebooted = ++check->time;
+    assert(first + count <= check->cells);
+    for (uint32_t i = 0; i < check->write_count; i++) {
+        struct write *write = &check->writes[i];
+        if (!write->answered && write->first < first + count && first < write->first + write->count)
+            write->shaky = true;
+    }
+    for (uint64_t i = first; i < first + count; i++)
+        for (uint32_t j = 0; j < check->table[i].count; j++) {
+            struct candidate *candidate = &check->table[i].candidates[j];
+            if (candidate->crash_dead)
+                continue;
+            candidate->dead = NEVER;
+            candidate->image |= check->writes[candidate->write].answered != 0;
+        }
 }
 
 void check_crash(struct check *check, bool cache_survives)

@@ -50,6 +50,13 @@ uint64_t check_flush_sent(struct check *check);
 void check_flush_answered(struct check *check, uint64_t sent);
 /* The operator accepted a failed sync: nothing sent so far becomes durable by a later flush. */
 void check_fault_cleared(struct check *check);
+/*
+ * The storage of these cells alone was restarted, and has lost of them what it liked of what was not durable; the server
+ * goes on. check_owed(), asked before: was there something that a client had been told is written, and of which these
+ * durable bytes of one cell are older?
+ */
+bool check_owed(const struct check *check, uint64_t cell, const uint8_t *durable);
+void check_rebooted(struct check *check, uint64_t first, uint64_t count);
 /* The server is gone: by a power cut, or alone (then nothing that was answered is lost). */
 void check_crash(struct check *check, bool cache_survives);
 

@@ -29,6 +29,8 @@ struct client_rules {           /* what the scenario allows, shared by its clien
     bool sync_errors;
     bool latched;               /* a failed sync was reported: FLUSH must fail until it is cleared */
     bool latched_all;           /* ... for every disk: so must FUA */
+    bool far_lost;              /* a remote server was restarted that owed something: so must FLUSH, reported or not */
+    bool far_through;           /* a remote server is written to so that each change is durable at once */
     uint32_t clears;            /* how often it was */
     bool closing;               /* ESHUTDOWN is a fair answer */
     bool growing;               /* the end may have moved already */

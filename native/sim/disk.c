@@ -196,3 +196,20 @@ void sim_disk_crash(const struct sim_disk *disk, struct sim_random *random, uint
             memcpy(image + sector * SIM_SECTOR, version->bytes, SIM_SECTOR);
     }
 }
+
+void sim_disk_durable(const struct sim_disk *disk, uint64_t offset, void *out, size_t size)
+{
+    assert(sim_disk_clip(disk, offset, size) == size);
+    memcpy(out, disk->durable + offset, size);
+}
+
+void sim_disk_reboot(struct sim_disk *disk, struct sim_random *random)
+{
+    sim_disk_crash(disk, random, disk->now);
+    memcpy(disk->durable, disk->now, disk->size);
+    for (size_t i = 0; i < disk->touched_count; i++) {
+        drop_versions(disk->versions[disk->touched[i]]);
+        disk->versions[disk->touched[i]] = NULL;
+    }
+    disk->touched_count = 0;
+}

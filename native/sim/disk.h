@@ -45,5 +45,9 @@ void sim_disk_sync(struct sim_disk *disk, uint64_t time, bool failed);
 uint64_t sim_disk_extent(const struct sim_disk *disk, uint64_t offset, uint64_t size, bool *hole);
 /* What a power cut leaves: drawn by chance into `image` (size bytes). */
 void sim_disk_crash(const struct sim_disk *disk, struct sim_random *random, uint8_t *image);
+/* What is durable of these bytes now. */
+void sim_disk_durable(const struct sim_disk *disk, uint64_t offset, void *out, size_t size);
+/* A power cut of this disk alone: it goes on with what is left. */
+void sim_disk_reboot(struct sim_disk *disk, struct sim_random *random);
 
 #endif

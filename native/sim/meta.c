@@ -41,6 +41,7 @@ void meta_act(struct meta *meta, struct sim_random *random, nv_plane *plane, uin
     if (meta->job == NV_JOB_WRITE)
         fill(meta, ++meta->sent);
     meta->covers = meta->acknowledged;
+    meta->shaken = false;
     if (nv_object_job(plane, object, meta->job, meta->buffer, meta->offset, META_BYTES, token) != 0)
         nv_sim_violation("a job on an object is refused: %s", nv_last_error());
 }
@@ -56,12 +57,19 @@ void meta_done(struct meta *meta, int result, bool errors)
             nv_sim_violation("a job on an object fails with %d for no reason", result);
         return;
     }
-    if (job == NV_JOB_WRITE)
+    if (job == NV_JOB_WRITE && !meta->shaken)
         meta->acknowledged = meta->sent;
     else if (job == NV_JOB_SYNC && meta->covers > meta->unsure)
         meta->durable = meta->covers;
     else if (job == NV_JOB_READ)
-        judge_block(meta, meta->buffer, meta->acknowledged, "as a job reads it");
+        judge_block(meta, meta->buffer, meta->shaken ? meta->durable : meta->acknowledged, "as a job reads it");
+}
+
+void meta_rebooted(struct meta *meta)
+{
+    meta->acknowledged = meta->durable;
+    meta->unsure = meta->sent;
+    meta->shaken = true;
 }
 
 void meta_fault_cleared(struct meta *meta)

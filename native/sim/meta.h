@@ -20,6 +20,7 @@ struct meta {
     uint64_t unsure;    /* numbers up to here may have been lost by a failed sync */
     uint64_t covers;    /* what the job under way makes durable, if it succeeds */
     uint32_t job;       /* under way: NV_JOB_*, or 0 */
+    bool shaken;        /* the storage was restarted meanwhile */
     uint8_t buffer[META_BYTES] __attribute__((aligned(4096)));
 };
 
@@ -28,6 +29,8 @@ void meta_act(struct meta *meta, struct sim_random *random, nv_plane *plane, uin
 /* Its event. `errors`: it may fail. */
 void meta_done(struct meta *meta, int result, bool errors);
 void meta_fault_cleared(struct meta *meta);
+/* The disk alone was restarted: what was not durable may be gone. */
+void meta_rebooted(struct meta *meta);
 /* What a dead process, or a power cut, has left: a number that is possible. */
 void meta_check_image(struct meta *meta, const uint8_t *image, bool cache_survives);
 

@@ -16,6 +16,7 @@
 #include "reactor/plane.h"
 #include "sim/check.h"
 #include "sim/client.h"
+#include "sim/far.h"
 #include "sim/scenario.h"
 
 #define CLIENTS 4u
@@ -38,6 +39,7 @@ struct life {
     bool over;              /* the images are taken: what still happens, happens to nobody */
     bool latched[SCENARIO_DISKS];
     uint64_t *next_id;      /* of connections, over all lives */
+    struct far *far;        /* the server of a disk that is remote, or NULL */
 };
 
 static struct {
@@ -53,6 +55,8 @@ static void tell_where(void)
     for (uint32_t i = 0; where.now && i < CLIENTS; i++)
         if (where.now->clients[i])
             client_describe(where.now->clients[i]);
+    if (where.now && where.now->far && where.now->plane)
+        far_describe(where.now->far);
     fprintf(stderr, "replay: %s --seeds %llu..%llu", where.program, (unsigned long long)where.seed,
             (unsigned long long)where.seed);
     if (where.steps_override)
@@ -83,9 +87,12 @@ static void boot(struct life *life)
     if (nv_plane_build(&config, false, &life->plane) != 0)
         nv_sim_violation("the plane does not start: %s", nv_last_error());
     for (uint32_t i = 0; i < SCENARIO_DISKS; i++) {
-        life->files[i] = nv_sim_file(sim_disk_create(scenario->image[i], scenario->disk_size[i]), scenario->align,
-                                     scenario->in_memory[i]);
-        if (nv_object_open(life->plane, life->files[i], scenario->align > 1 ? NV_OBJECT_DIRECT : 0, scenario->align,
+        struct sim_disk *disk = sim_disk_create(scenario->image[i], scenario->disk_size[i]);
+        life->files[i] = nv_sim_file(disk, scenario->align, scenario->in_memory[i]);
+        if (i + 1 == scenario->far) {
+            life->far = far_create(scenario, life->rules, life->plane, disk);
+            life->objects[i] = far_object(life->far);
+        } else if (nv_object_open(life->plane, life->files[i], scenario->align > 1 ? NV_OBJECT_DIRECT : 0, scenario->align,
                            scenario->disk_size[i], &life->objects[i]) != 0)
             nv_sim_violation("an object does not open: %s", nv_last_error());
     }
@@ -164,6 +171,9 @@ static void take_event(struct life *life, const nv_event *event)
     case NV_EVENT_VOLUME_CLOSED:
         life->volume_closed = true;
         break;
+    case NV_EVENT_LINK_LOST:
+        far_heard(life->far, event);
+        break;
     default:
         nv_sim_violation("event of kind %u", event->kind);
     }
@@ -227,6 +237,7 @@ static void clear_fault(struct life *life)
         puts("-- the operator clears the fault");
     check_fault_cleared(life->rules->check);
     life->rules->clears++;
+    life->rules->far_lost = false;
     for (uint32_t i = 0; i < SCENARIO_DISKS; i++) {
         if (life->latched[i] && nv_object_clear_fault(life->plane, life->objects[i]) != 0)
             nv_sim_violation("a fault does not clear: %s", nv_last_error());
@@ -297,6 +308,13 @@ static void step(struct life *life)
 
     if (where.step % LOOK_EVERY == 0)
         onlooker_act(life->rules->onlooker);
+    if (life->far && chance(life, 250)) {
+        if (chance(life, 120))
+            far_trouble(life->far);
+        else
+            far_step(life->far);
+        return;
+    }
     if (what < 300)
         act(life);
     else if (what < 640)
@@ -325,6 +343,8 @@ static bool settle_once(struct life *life)
     for (uint32_t i = 0; i < life->scenario->reactors; i++)
         moved |= nv_reactor_turn(nv_plane_reactor(life->plane, i));
     moved |= take_events(life);
+    if (life->far)
+        moved |= far_step(life->far);
     for (uint32_t i = 0; i < CLIENTS; i++)
         if (life->clients[i])
             moved |= client_pump(life->clients[i], true);
@@ -346,6 +366,8 @@ static void settle(struct life *life)
 
     calm.read_error = calm.write_error = calm.sync_error = calm.dsync_error = calm.punch_error = 0;
     nv_sim_set_faults(&calm);
+    if (life->far)
+        far_calm(life->far);
     for (uint32_t i = 0; !all_answered(life); i++) {
         if (!settle_once(life) || i > PATIENCE)
             nv_sim_violation("requests are never answered");
@@ -361,6 +383,8 @@ static void stop_plane(struct life *life)
 {
     bool finished = false;
 
+    if (life->far)
+        far_quit(life->far);
     nv_plane_stop(life->plane);
     for (uint32_t i = 0; !finished; i++) {
         settle_once(life);
@@ -395,6 +419,8 @@ static void end_abruptly(struct life *life, bool cache_survives)
             client_close(life->clients[i], true);
     check_crash(life->rules->check, cache_survives);
     life->rules->closing = true;
+    if (life->far)
+        far_end(life->far);
     stop_plane(life);
 }
 
@@ -439,7 +465,7 @@ static void live(struct life *life, bool last)
 
     where.now = life;
     where.step = 0;
-    life->rules->closing = life->rules->latched = life->rules->latched_all = false;
+    life->rules->closing = life->rules->latched = life->rules->latched_all = life->rules->far_lost = false;
     life->rules->read_only = last;
     life->rules->growing = life->rules->cells < scenario->cells_final; /* past the end may soon not be */
     boot(life);
@@ -450,6 +476,8 @@ static void live(struct life *life, bool last)
     if (last) {
         struct nv_sim_faults none = {.atom = 0};
         nv_sim_set_faults(&none);
+        if (life->far)
+            far_calm(life->far);
         read_everything(life);
     }
     for (; !last && where.step < steps; where.step++)
@@ -460,6 +488,8 @@ static void live(struct life *life, bool last)
         end_cleanly(life);
     else
         end_abruptly(life, chance(life, 300));
+    if (life->far)
+        far_destroy(life->far);
     nv_sim_end();
     for (uint32_t i = 0; i < CLIENTS; i++)
         if (life->clients[i])
@@ -485,7 +515,8 @@ static uint64_t run_seed(uint64_t seed, bool trace)
         .cells_max = 128,
         .io_errors = scenario.faults.read_error || scenario.faults.write_error || scenario.faults.punch_error,
         .sync_errors = scenario.faults.sync_error || scenario.faults.dsync_error ||
-                       scenario.faults.write_error, /* a FUA write that fails counts as a failed sync */
+                       scenario.faults.write_error || /* a FUA write that fails counts as a failed sync */
+                       scenario.far,                  /* and so does a server that goes while it owes */
         .trace = trace,
     };
     where.seed = seed;

@@ -104,8 +104,10 @@ void scenario_draw(struct scenario *scenario, uint64_t seed)
     scenario->align = 1;
     if (scenario->cell_bytes == 512 && chance(scenario, 300))
         scenario->align = scenario->block_min = 512;
+    if (chance(scenario, 450))
+        scenario->far = 1 + (uint32_t)below(scenario, SCENARIO_DISKS);
     for (uint32_t i = 0; i < SCENARIO_DISKS; i++)
-        scenario->in_memory[i] = scenario->align == 1 && chance(scenario, 512);
+        scenario->in_memory[i] = scenario->align == 1 && i + 1 != scenario->far && chance(scenario, 512);
     scenario->faults.bad_view = chance(scenario, 300) ? (uint16_t)below(scenario, 200) : 0;
     scenario->cells_final = 64 + below(scenario, 512);
     scenario->cells_first = scenario->cells_final;

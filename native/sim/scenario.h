@@ -30,6 +30,7 @@ struct scenario {
     uint32_t cell_bytes;        /* the judge's unit: all requests are multiples of it */
     uint32_t block_min;
     uint32_t align;             /* of the disks: 1, or what O_DIRECT asks */
+    uint32_t far;               /* the disk that is behind an NBD server, counted from 1; 0: none */
     bool in_memory[SCENARIO_DISKS]; /* the disk is a file in memory: reads may be sent from it */
     bool limited;               /* the volume's limits change now and then */
     uint64_t cells_first, cells_final; /* before and after growing */

@@ -22,6 +22,13 @@ MUTANTS = {
     6: "requests are parsed after the client hung up",
     7: "a write's memory is reused while it is under way",
     8: "a traced request keeps moments of an earlier one",
+    9: "a remote server's restart goes unnoticed",
+    10: "an answer is given to another request",
+    11: "a request whose link is lost counts as done",
+    12: "a link joins the set by an old sign of life",
+    13: "FUA is not passed on",
+    14: "a remote FLUSH that fails counts as done",
+    15: "a FLUSH settles what was written after it",
 }
 
 
