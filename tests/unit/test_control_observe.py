@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from nbdvvol.control import observe
 from nbdvvol.control.link import question_id
 from nbdvvol.control.metrics import FarmCollector
 from nbdvvol.control.observe import summary, times
+from nbdvvol.dataplane.types import ObjectStats, ReactorStats, VolumeStats
 from nbdvvol.model import link
 from nbdvvol.model.errors import Code, NvError
 from nbdvvol.model.observe import (
@@ -365,3 +367,10 @@ def test_the_commonest_command_comes_first() -> None:
     some = [request(0, command="write"), request(1), request(2), request(3, command="flush")]
     assert [one.command for one in summary(some)] == ["read", "flush", "write"]
     assert summary([]) == []
+
+
+def test_every_counter_of_the_data_plane_has_its_place() -> None:
+    """What the data plane counts goes over the link as it is: a field that is missing there would end the link."""
+    pairs = (VolumeStats, ExportCounters), (ReactorStats, ReactorCounters), (ObjectStats, DatastoreCounters)
+    for stats, counters in pairs:
+        assert {field.name for field in fields(stats)} <= set(counters.model_fields)
