@@ -1,8 +1,8 @@
 /*
  * The five moments of a request that a trace shows, as hooks of one line: received (the batch that holds its header
- * came), parsed (its header was read), submitted (its volume first asked the storage: what lies before is waiting for the
- * payload, for memory, for overlapping requests), completed (its reply is ready), sent (the kernel took the reply's last
- * byte; with TLS: it was encrypted). A read that the send takes from memory is ready as soon as it is allowed; the
+ * came), parsed (its header was read), submitted (its volume first asked the storage: what lies before is waiting for
+ * limits, the payload, memory, overlapping requests), completed (its reply is ready), sent (the kernel took the reply's
+ * last byte; with TLS: it was encrypted). A read that the send takes from memory is ready as soon as it is allowed; the
  * send then is the read. A request whose reply nobody took leaves no record.
  *
  * Without a trace of its reactor a hook is one load and a branch that is not taken.

@@ -30,8 +30,8 @@ def trace(
     """Record a VVol's next requests and print where their time goes; -o json and yaml have each single one.
 
     Stages: `parse` until a request that has arrived is read; `submit` until its storage is asked (it waits for its
-    payload, for memory, for requests that it overlaps); `complete` until the storage has answered; `send` until the
-    kernel has the reply."""
+    VVol's limits, its payload, memory, requests that it overlaps); `complete` until the storage has answered; `send`
+    until the kernel has the reply."""
     from nbdvvol.cli.client import Client
     from nbdvvol.cli.output import emit
 

@@ -114,7 +114,7 @@ def test_every_request_is_counted_once(farm: Farm, name: str, datastore: str) ->
     n = 2 * ROUNDS
     assert grown(after, before) == {
         "reads": n, "writes": n, "flushes": n, "trims": n, "zeroes": n, "others": n, "errors": n,
-        "read_bytes": n * length, "write_bytes": n * length, "in_flight": 0,
+        "read_bytes": n * length, "write_bytes": n * length, "in_flight": 0, "delayed": 0, "delay_ns": 0,
     }  # fmt: skip
     assert grown(store(farm, datastore), below) == {
         "objects": 0, "faults": 0, "reads": n, "writes": n, "zeroes": n, "trims": n, "others": n,
