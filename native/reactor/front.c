@@ -344,14 +344,15 @@ int nv_volume_stats(nv_plane *plane, uint32_t number, nv_volume_stats_t *out)
     *out = (nv_volume_stats_t){.connections = atomic_load(&volume->connections)};
     for (uint32_t i = 0; i < plane->config.reactors; i++) {
         struct nv_volume_counters *counters = &volume->locals[i].counters;
-        out->reads += atomic_load(&counters->reads);
-        out->writes += atomic_load(&counters->writes);
-        out->flushes += atomic_load(&counters->flushes);
-        out->trims += atomic_load(&counters->trims);
-        out->zeroes += atomic_load(&counters->zeroes);
-        out->others += atomic_load(&counters->others);
-        out->read_bytes += atomic_load(&counters->read_bytes);
-        out->write_bytes += atomic_load(&counters->write_bytes);
+        out->reads += atomic_load(&counters->kinds[NV_REQUEST_READ].requests);
+        out->writes += atomic_load(&counters->kinds[NV_REQUEST_WRITE].requests);
+        out->flushes += atomic_load(&counters->kinds[NV_REQUEST_FLUSH].requests);
+        out->trims += atomic_load(&counters->kinds[NV_REQUEST_TRIM].requests);
+        out->zeroes += atomic_load(&counters->kinds[NV_REQUEST_ZERO].requests);
+        out->others += atomic_load(&counters->kinds[NV_REQUEST_CACHE].requests) +
+                       atomic_load(&counters->kinds[NV_REQUEST_STATUS].requests);
+        out->read_bytes += atomic_load(&counters->kinds[NV_REQUEST_READ].bytes);
+        out->write_bytes += atomic_load(&counters->kinds[NV_REQUEST_WRITE].bytes);
         out->errors += atomic_load(&counters->errors);
         out->in_flight += atomic_load(&counters->in_flight);
         out->delayed += atomic_load(&counters->delayed);

@@ -76,17 +76,17 @@ void nv_volume_enter(struct nv_vreq *request)
     nv_range_enter(&request->volume->ranges, &request->range);
 }
 
-static void leave(struct nv_vreq *request)
+static void leave(struct nv_vreq *request, struct nv_volume_local *local)
 {
+    nv_count(&local->counters.in_flight, (uint64_t)-1);
     if (orders(request) && request->length > 0)
         nv_range_leave(&request->volume->ranges, &request->range);
-    nv_count(&local_of(request)->counters.in_flight, (uint64_t)-1);
     release_map(request);
 }
 
 void nv_volume_abandon(struct nv_vreq *request)
 {
-    leave(request);
+    leave(request, local_of(request));
 }
 
 void nv_volume_start(struct nv_vreq *request)
@@ -97,23 +97,15 @@ void nv_volume_start(struct nv_vreq *request)
         step(request);
 }
 
-static void count(struct nv_vreq *request)
+static void count(struct nv_vreq *request, struct nv_volume_local *local)
 {
-    struct nv_volume_counters *counters = &local_of(request)->counters;
-    _Atomic uint64_t *const by_kind[] = {
-        [NV_REQUEST_READ] = &counters->reads,   [NV_REQUEST_WRITE] = &counters->writes,
-        [NV_REQUEST_FLUSH] = &counters->flushes, [NV_REQUEST_TRIM] = &counters->trims,
-        [NV_REQUEST_ZERO] = &counters->zeroes,  [NV_REQUEST_CACHE] = &counters->others,
-        [NV_REQUEST_STATUS] = &counters->others,
-    };
+    struct nv_volume_counters *counters = &local->counters;
 
-    nv_count(by_kind[request->kind], 1);
-    if (request->error)
+    nv_count(&counters->kinds[request->kind].requests, 1);
+    if (__builtin_expect(request->error != 0, 0))
         nv_count(&counters->errors, 1);
-    else if (request->kind == NV_REQUEST_READ)
-        nv_count(&counters->read_bytes, request->length);
-    else if (request->kind == NV_REQUEST_WRITE)
-        nv_count(&counters->write_bytes, request->length);
+    else
+        nv_count(&counters->kinds[request->kind].bytes, request->length);
 }
 
 uint8_t *nv_volume_look(const struct nv_map *map, uint64_t offset, uint64_t length, struct nv_object **object)
@@ -143,10 +135,12 @@ int64_t nv_volume_copy(const struct nv_vreq *request, uint64_t from, void *to, u
 
 void nv_volume_served(struct nv_vreq *request)
 {
+    struct nv_volume_local *local = local_of(request);
+
     assert(request->kind == NV_REQUEST_READ && request->error == 0);
     nv_object_count(request->piece.object, request->reactor->index, NV_PIECE_READ, request->length);
-    count(request);
-    leave(request);
+    count(request, local);
+    leave(request, local);
 }
 
 void nv_volume_remap(struct nv_vreq *request)
@@ -159,10 +153,12 @@ void nv_volume_remap(struct nv_vreq *request)
 
 static void finish(struct nv_vreq *request, int error)
 {
+    struct nv_volume_local *local = local_of(request);
+
     assert(error <= 0);
     request->error = error;
-    count(request);
-    leave(request);
+    count(request, local);
+    leave(request, local);
     request->finished(request);
 }
 

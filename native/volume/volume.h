@@ -24,9 +24,22 @@
 struct nv_plane;
 struct nv_conn;
 
+enum nv_request_kind {
+    NV_REQUEST_READ,
+    NV_REQUEST_WRITE,
+    NV_REQUEST_FLUSH,
+    NV_REQUEST_TRIM,
+    NV_REQUEST_ZERO,
+    NV_REQUEST_CACHE,
+    NV_REQUEST_STATUS,
+    NV_REQUEST_KINDS,
+};
+
 struct nv_volume_counters {         /* one writer, the reactor; read by the front */
-    _Atomic uint64_t reads, writes, flushes, trims, zeroes, others;
-    _Atomic uint64_t read_bytes, write_bytes, errors, in_flight;
+    _Atomic uint64_t errors, in_flight;
+    struct {
+        _Atomic uint64_t requests, bytes; /* of those that ended well */
+    } kinds[NV_REQUEST_KINDS];
     _Atomic uint64_t delayed, delay_ns; /* by the limits */
 };
 
@@ -96,16 +109,6 @@ struct nv_qos_change {              /* new limits on their way to the reactors *
         struct nv_message message;
         struct nv_qos_change *change;
     } messages[];
-};
-
-enum nv_request_kind {
-    NV_REQUEST_READ,
-    NV_REQUEST_WRITE,
-    NV_REQUEST_FLUSH,
-    NV_REQUEST_TRIM,
-    NV_REQUEST_ZERO,
-    NV_REQUEST_CACHE,
-    NV_REQUEST_STATUS,
 };
 
 #define NV_REQUEST_FUA 1u
