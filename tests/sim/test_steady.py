@@ -12,8 +12,10 @@ import pytest
 
 from perf import callgrind
 
-LIMITS = {"read": 1300, "structured": 1330, "write": 1230}
-"""Instructions a request of 4 KiB in a full batch, -O2, assertions on."""
+LIMITS = {"read": 1310, "structured": 1340, "write": 1240}
+"""Instructions a request of 4 KiB in a full batch, -O2, assertions on.
+
+Ten more than at first: limits and shares, the trace's hooks and the counters of datastores cost that together."""
 
 
 @pytest.fixture(scope="module")
