@@ -1,4 +1,4 @@
-"""`python -m perf`: run, report, readme, compare, counts, profile, list."""
+"""`python -m perf`: run, qos, report, readme, compare, counts, profile, list."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import typer
 
 from perf import compare as comparing
 from perf import counts as counting
+from perf import qos as limiting
 from perf import readme as pages
 from perf import report as reporting
 from perf import results, sampling, suites
@@ -74,6 +75,25 @@ def run(
     print(path)
     for written in reporting.write(results.load(path), path):
         print(written)
+
+
+@app.command()
+def qos(
+    seconds: Annotated[float, typer.Option(min=0.2, help="Length of one measurement.")] = 10.0,
+    quick: Annotated[bool, typer.Option(help="Half a second each: does it run?")] = False,
+    out: Annotated[Path | None, typer.Option(help="Result file; perf/results/qos-TIME.json without it.")] = None,
+) -> None:
+    """Limits and shares with the real daemon: what gets through, and how long requests take."""
+    try:
+        result = limiting.run(running.Options(quick=quick), min(seconds, 0.5) if quick else seconds, say)
+    except (PointError, ServerError) as error:
+        raise _fail(str(error), 2) from error
+    path = out or results.FOLDER / f"qos-{datetime.now(UTC):%Y%m%dT%H%M%SZ}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(results.dump(result))
+    page = path.with_suffix(".md")
+    page.write_text(limiting.markdown(result))
+    print(f"{path}\n{page}")
 
 
 @app.command()

@@ -158,10 +158,10 @@ def _ours(place: Place) -> Plan:
     path.write_text(json.dumps(farm))
     folders = ["--state", str(place.folder / "state"), "--run", str(place.folder / "run")]
     command = [sys.executable, "-m", "nbdvvol", "up", "-f", str(path), *folders]
-    return Plan(command, export, environment={"PYTHONPATH": str(ROOT)}, find_pid=_filter_of, ready="\nready\n")
+    return Plan(command, export, environment={"PYTHONPATH": str(ROOT)}, find_pid=filter_of, ready="\nready\n")
 
 
-def _filter_of(pid: int) -> int:
+def filter_of(pid: int) -> int:
     """`up` runs control and a filter as children."""
     for child in children(pid):
         if b"filter" in Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0"):
