@@ -16,12 +16,20 @@ from typing import Any
 import pytest
 
 from nbdvvol.dataplane.errors import PlaneError
-from nbdvvol.dataplane.types import ConnectionParams, TlsAction, TlsConfig, TlsConnection, TlsContext, TlsOption
+from nbdvvol.dataplane.types import (
+    ConnectionParams,
+    TlsAction,
+    TlsConfig,
+    TlsConnection,
+    TlsContext,
+    TlsOption,
+    VolumeLimits,
+)
 from tests.lib import nbdwords as w
 from tests.lib.pki import client_context
 from tests.lib.rawio import Style, Transmission
 from tests.lib.rawnbd import Facts, Haggled, Stream, option_bytes
-from tests.unit.plane_rig import ALL_FLAGS, Rig, rig, running
+from tests.unit.plane_rig import ALL_FLAGS, Rig, eventually, rig, running
 
 __all__ = ["rig"]
 SIZE = 1 << 20
@@ -148,6 +156,20 @@ def test_transmission_through_tls(rig: Rig, server: TlsContext, pki: Path, style
     client.flush()
     client.disconnect()
     assert client.peer.end() == 0  # type: ignore[attr-defined]
+
+
+def test_limits_hold_back_what_comes_through_tls(rig: Rig, server: TlsContext, pki: Path) -> None:
+    """What is decrypted already and what is not yet, whole and in pieces, until the limits are gone."""
+    client = entered(rig, server, pki)
+    rig.wait(rig.plane.limit_volume(1, VolumeLimits(iops=1, burst_us=1000)))
+    data = [os.urandom(30_000 + 1000 * i) for i in range(4)]
+    cookies = [client.send(w.CMD_WRITE, 65536 * i, len(part), payload=part) for i, part in enumerate(data)]
+    eventually("one waits", lambda: rig.stats(1).delayed >= 1)
+    rig.wait(rig.plane.limit_volume(1, VolumeLimits()))
+    for cookie in cookies:
+        client.wait(cookie).check()
+    for i, part in enumerate(data):
+        assert client.read(65536 * i, len(part)) == part
 
 
 def test_bytes_behind_go_are_requests(rig: Rig, server: TlsContext, pki: Path) -> None:
