@@ -14,7 +14,7 @@ from pathlib import Path
 
 from perf.model import Backend, Transport
 
-START_LIMIT_S = 60.0
+START_LIMIT_S = 180.0
 STOP_LIMIT_S = 10.0
 PSK_IDENTITY = "bench"
 PSK_HEX = "6f1d9a3c5b7e8f00112233445566778899aabbccddeeff00a1b2c3d4e5f60718"
@@ -157,7 +157,7 @@ def _stop(process: subprocess.Popen[bytes], pid: int) -> None:
 
 def _ready(plan: Plan, place: Place, process: subprocess.Popen[bytes], log: Path) -> int | None:
     """The serving process's id once it answers."""
-    if not _greets(place) or plan.ready not in log.read_text(errors="replace"):
+    if plan.ready not in log.read_text(errors="replace") or not _greets(place):
         return None
     if plan.pid_file is not None:
         text = plan.pid_file.read_text().strip() if plan.pid_file.is_file() else ""
