@@ -20,6 +20,8 @@ FLOOR = 0.05
 """Below 5 % nothing is called a change, however quiet the rounds were."""
 SPREADS = 2.0
 """A change counts when it exceeds this many times the wider run's relative interquartile range."""
+ROUNDS_LEAST = 3
+"""Quartiles of fewer say nothing."""
 METRICS: tuple[tuple[str, Metric, bool], ...] = (
     ("IOPS", stats.iops, True),
     ("CPU per request", stats.cpu_us, False),
@@ -127,6 +129,8 @@ def warnings(old: Result, new: Result) -> list[str]:
     for name, result in (("first", old), ("second", new)):
         if result.quick:
             said.append(f"the {name} run was --quick: too short to judge by")
+        elif result.rounds < ROUNDS_LEAST:
+            said.append(f"the {name} run had {result.rounds} rounds: its noise is not known")
         if result.load_before > 0.5:
             said.append(f"the {name} run shared the machine: load {result.load_before:.1f} before it began")
     return said

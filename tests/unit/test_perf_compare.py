@@ -62,6 +62,11 @@ def test_runs_that_share_nothing_cannot_be_compared() -> None:
         compare.compare(run(1.0), counted(1.0))
 
 
+def test_a_run_of_few_rounds_is_said() -> None:
+    short = result([]).model_copy(update={"rounds": 2})
+    assert compare.warnings(result([]), short) == ["the second run had 2 rounds: its noise is not known"]
+
+
 def test_a_busy_machine_is_said() -> None:
     assert "load 3.0" in " ".join(compare.warnings(result([]), result([], load=3.0)))
 
