@@ -217,8 +217,8 @@ static void settle(struct nv_conn *conn)
     const bool begun = conn->tx_first > base || conn->tx_iov[base].iov_base != first->header;
 
     first->next = NULL;
+    requeue(conn, rest, false);
     if (first->memory == NV_MEMORY_VIEW && !spill(conn, first, &conn->tx_iov[end - 1])) {
-        requeue(conn, rest, false);
         if (begun) {
             nv_conn_kill(conn, -EIO); /* nothing else can be said in the middle of a reply */
             return;
@@ -227,7 +227,6 @@ static void settle(struct nv_conn *conn)
         start_again(first);
         return;
     }
-    requeue(conn, rest, false);
     conn->tx_count = end;
     conn->tx_views = false;
     nv_conn_submit_send(conn, &conn->tx_iov[conn->tx_first], end - conn->tx_first);

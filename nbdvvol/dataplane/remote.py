@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 from typing import Any
 
-from nbdvvol.dataplane.errors import PlaneError
-from nbdvvol.dataplane.ffi import check, ffi, last_error, lib
+from nbdvvol.dataplane.ffi import check, ffi, lib
+from nbdvvol.dataplane.tls import LoadedContext, c_path
 from nbdvvol.dataplane.types import LinkEnd, LinkParams, RemoteConfig, TlsClientConfig
 
 _REASON_BYTES = 256
@@ -32,38 +31,19 @@ def encode_params(params: LinkParams) -> Any:
     return out
 
 
-class ClientContext:
-    """What we trust and who we are, loaded."""
+class ClientContext(LoadedContext):
+    """Whom we trust and who we are, as a client."""
 
     def __init__(self, config: TlsClientConfig) -> None:
-        pointer = lib.nv_tls_client_create()
-        if pointer == ffi.NULL:
-            raise PlaneError(errno.ENOMEM, last_error())
-        try:
+        def load(pointer: Any) -> None:
             if config.psk_file is None or config.ca_file is not None:
-                names = (config.ca_file, config.cert_file, config.key_file)
-                files = [ffi.NULL if name is None else name.encode() for name in names]
+                files = [c_path(name) for name in (config.ca_file, config.cert_file, config.key_file)]
                 flags = 0 if config.verify else lib.NV_TLS_TRUST_ANYBODY
                 check(lib.nv_tls_client_x509(pointer, *files, flags))
             if config.psk_file is not None:
-                check(lib.nv_tls_client_psk(pointer, config.psk_file.encode(), (config.psk_identity or "").encode()))
-        except BaseException:
-            lib.nv_tls_context_free(pointer)
-            raise
-        self._pointer = pointer
+                check(lib.nv_tls_client_psk(pointer, c_path(config.psk_file), (config.psk_identity or "").encode()))
 
-    @property
-    def pointer(self) -> Any:
-        """The C context. Raises PlaneError after close()."""
-        if self._pointer is None:
-            raise PlaneError(errno.EBADF, "the TLS identity is closed")
-        return self._pointer
-
-    def close(self) -> None:
-        """Drop this reference; live links keep theirs."""
-        if self._pointer is not None:
-            lib.nv_tls_context_free(self._pointer)
-            self._pointer = None
+        super().__init__(lib.nv_tls_client_create(), load)
 
 
 class PlaneLink:

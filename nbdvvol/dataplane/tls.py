@@ -15,24 +15,20 @@ OPTION_MAX = 64 << 10
 """Longest option payload, bytes (native/include/limits.h)."""
 
 
-def _c_path(path: str | None) -> Any:
+def c_path(path: str | None) -> Any:
+    """A path as C takes it; None is NULL."""
     return ffi.NULL if path is None else path.encode()
 
 
-class Context:
-    """A loaded TLS identity."""
+class LoadedContext:
+    """A TLS identity in C, a server's or a client's; counted there, so that connections keep theirs."""
 
-    def __init__(self, config: TlsConfig) -> None:
-        pointer = lib.nv_tls_context_create()
+    def __init__(self, pointer: Any, load: Callable[[Any], None]) -> None:
+        """`load` fills it in; when that fails, nothing stays."""
         if pointer == ffi.NULL:
             raise PlaneError(errno.ENOMEM, last_error())
         try:
-            if config.cert_file is not None or config.key_file is not None or config.ca_file is not None:
-                flags = lib.NV_TLS_VERIFY_CLIENT if config.verify_client else 0
-                files = [_c_path(path) for path in (config.ca_file, config.cert_file, config.key_file)]
-                check(lib.nv_tls_context_x509(pointer, *files, flags))
-            if config.psk_file is not None:
-                check(lib.nv_tls_context_psk(pointer, _c_path(config.psk_file)))
+            load(pointer)
         except BaseException:
             lib.nv_tls_context_free(pointer)
             raise
@@ -50,6 +46,21 @@ class Context:
         if self._pointer is not None:
             lib.nv_tls_context_free(self._pointer)
             self._pointer = None
+
+
+class Context(LoadedContext):
+    """Who we are as a server."""
+
+    def __init__(self, config: TlsConfig) -> None:
+        def load(pointer: Any) -> None:
+            if config.cert_file is not None or config.key_file is not None or config.ca_file is not None:
+                flags = lib.NV_TLS_VERIFY_CLIENT if config.verify_client else 0
+                files = [c_path(path) for path in (config.ca_file, config.cert_file, config.key_file)]
+                check(lib.nv_tls_context_x509(pointer, *files, flags))
+            if config.psk_file is not None:
+                check(lib.nv_tls_context_psk(pointer, c_path(config.psk_file)))
+
+        super().__init__(lib.nv_tls_context_create(), load)
 
 
 class Connection:
