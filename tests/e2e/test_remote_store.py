@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
 from tests.lib.farm import Farm
 from tests.lib.nbdwords import MiB
 from tests.lib.pattern import difference, pattern
-from tests.lib.peers import Peer, nbdkit, our_farm, qemu_nbd
+from tests.lib.peers import Peer, closed_peers, nbdkit, our_farm, qemu_nbd
 from tests.lib.procs import wait_until
 from tests.lib.rawio import NbdError
 
+__all__ = ["closed_peers"]
 pytestmark = pytest.mark.timeout(180)
 MakeFarm = Callable[..., Farm]
 SIZE = 64 * MiB
-
-
-@pytest.fixture
-def peers() -> Iterator[list[Peer]]:
-    started: list[Peer] = []
-    yield started
-    for one in started:
-        one.close()
 
 
 def spec_of(peer: Peer, vvols: dict[str, object] | None = None, **store: object) -> dict[str, object]:

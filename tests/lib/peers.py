@@ -6,9 +6,11 @@ import contextlib
 import os
 import shutil
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import pytest
 
 from tests.lib.farm import Farm, free_port
 from tests.lib.procs import Process, need, run, short_dir, wait_until
@@ -167,3 +169,12 @@ PEERS: dict[str, Callable[[int], Peer]] = {
     "nbd-server": nbd_server,
     "nbdvvol": our_farm,
 }
+
+
+@pytest.fixture(name="peers")
+def closed_peers() -> Iterator[list[Peer]]:
+    """What a test puts in here is closed at its end."""
+    started: list[Peer] = []
+    yield started
+    for one in started:
+        one.close()

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from nbdvvol.control.registry import Registry, farm, tasks, views
 from nbdvvol.control.registry.vvols import begin_create
@@ -102,3 +105,12 @@ class TestFarm:
     def begun(self, what: str) -> list[dict[str, Any]]:
         """Args of the orders of a kind that some filter began."""
         return [args for _, kind, args in self.disks.log if kind == what]
+
+
+@pytest.fixture(name="farm")
+async def running_farm(tmp_path: Path) -> AsyncIterator[TestFarm]:
+    """A farm whose control has started, with nothing applied."""
+    it = TestFarm(tmp_path / "state")
+    await it.start()
+    yield it
+    await it.end()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,9 +10,10 @@ from nbdvvol.control.registry import bindings, stores, views, vvols
 from nbdvvol.model import link
 from nbdvvol.model.errors import NvError
 from nbdvvol.model.resources import BindVVol, TaskRef, TaskState
-from tests.unit.control_farm import MIB, TestFarm
+from tests.unit.control_farm import MIB, TestFarm, running_farm
 from tests.unit.fake_filter import FakeFilter
 
+__all__ = ["running_farm"]
 pytestmark = pytest.mark.timeout(30)
 TWO: dict[str, Any] = {
     "hosts": {"a": {}, "b": {}},
@@ -24,14 +23,6 @@ TWO: dict[str, Any] = {
         "vm2": {"host": "b", "vvols": {"root": {"size": "1MiB", "datastore": "s"}}},
     },
 }
-
-
-@pytest.fixture
-async def farm(tmp_path: Path) -> AsyncIterator[TestFarm]:
-    it = TestFarm(tmp_path / "state")
-    await it.start()
-    yield it
-    await it.end()
 
 
 async def two_hosts(farm: TestFarm) -> tuple[FakeFilter, FakeFilter]:

@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from pathlib import Path
-
 import pytest
 
 from nbdvvol.control.registry import views, vvols
 from nbdvvol.datastores import format as disk
 from nbdvvol.model.errors import Code, NvError
 from nbdvvol.model.resources import BindVVol, ResizeVVol, TaskState, VVolState
-from tests.unit.control_farm import MIB, PLAIN, TestFarm
+from tests.unit.control_farm import MIB, PLAIN, TestFarm, running_farm
 
+__all__ = ["running_farm"]
 pytestmark = pytest.mark.timeout(30)
-
-
-@pytest.fixture
-async def farm(tmp_path: Path) -> AsyncIterator[TestFarm]:
-    it = TestFarm(tmp_path / "state")
-    await it.start()
-    yield it
-    await it.end()
 
 
 async def test_apply_makes_a_served_vvol(farm: TestFarm) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from pathlib import Path
 
 import pytest
 
@@ -12,19 +10,12 @@ from nbdvvol.control.registry import bindings, tasks, views, vvols
 from nbdvvol.model import link
 from nbdvvol.model.errors import Code, NvError
 from nbdvvol.model.resources import BindVVol, CreateVVol, ResizeVVol, TaskState, VVolState
-from tests.unit.control_farm import MIB, PLAIN, TestFarm
+from tests.unit.control_farm import MIB, PLAIN, TestFarm, running_farm
 from tests.unit.fake_filter import FakeFilter
 
+__all__ = ["running_farm"]
 pytestmark = pytest.mark.timeout(60)
 EMPTY = PLAIN | {"vms": {"vm1": {"vvols": {}}}}
-
-
-@pytest.fixture
-async def farm(tmp_path: Path) -> AsyncIterator[TestFarm]:
-    it = TestFarm(tmp_path / "state")
-    await it.start()
-    yield it
-    await it.end()
 
 
 async def _restart(farm: TestFarm) -> None:

@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from nbdvvol.control.registry import views, vvols
 from nbdvvol.model.resources import TaskState, VVolState
-from tests.unit.control_farm import MIB, PLAIN, TestFarm
+from tests.unit.control_farm import MIB, PLAIN, TestFarm, running_farm
 from tests.unit.fake_filter import FakeFilter
 
+__all__ = ["running_farm"]
 pytestmark = pytest.mark.timeout(30)
-
-
-@pytest.fixture
-async def farm(tmp_path: Path) -> AsyncIterator[TestFarm]:
-    it = TestFarm(tmp_path / "state")
-    await it.start()
-    yield it
-    await it.end()
 
 
 async def begin(farm: TestFarm) -> FakeFilter:

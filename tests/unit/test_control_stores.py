@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,17 +12,10 @@ from nbdvvol.datastores import format as disk
 from nbdvvol.model.errors import Code, NvError
 from nbdvvol.model.farm import AdoptConfig
 from nbdvvol.model.resources import BindVVol, CreateVVol, ResizeVVol, Task, TaskState
-from tests.unit.control_farm import MIB, TestFarm
+from tests.unit.control_farm import MIB, TestFarm, running_farm
 
+__all__ = ["running_farm"]
 pytestmark = pytest.mark.timeout(30)
-
-
-@pytest.fixture
-async def farm(tmp_path: Path) -> AsyncIterator[TestFarm]:
-    it = TestFarm(tmp_path / "state")
-    await it.start()
-    yield it
-    await it.end()
 
 
 def _spec(vvols: dict[str, Any] | None = None, **store: Any) -> dict[str, Any]:

@@ -13,23 +13,16 @@ import pytest
 
 from tests.lib import nbdwords as w
 from tests.lib.cutproxy import CutProxy
-from tests.lib.peers import PEERS, Peer, nbdkit, qemu_nbd
+from tests.lib.peers import PEERS, Peer, closed_peers, nbdkit, qemu_nbd
 from tests.lib.procs import wait_until
 from tests.lib.rawio import NbdError
 from tests.unit.plane_rig import Client
 from tests.wire.remote import Far, using
 
+__all__ = ["closed_peers"]
 pytestmark = pytest.mark.timeout(180)
 SIZE = 8 << 20
 BLOCK = 4096
-
-
-@pytest.fixture
-def peers() -> Iterator[list[Peer]]:
-    started: list[Peer] = []
-    yield started
-    for one in started:
-        one.close()
 
 
 @pytest.fixture

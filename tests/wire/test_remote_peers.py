@@ -8,11 +8,12 @@ import pytest
 
 from nbdvvol.model.errors import Code, NvError
 from tests.lib import nbdwords as w
-from tests.lib.peers import PEERS, Peer, nbd_server, nbdkit, qemu_nbd
+from tests.lib.peers import PEERS, Peer, closed_peers, nbd_server, nbdkit, qemu_nbd
 from tests.lib.procs import wait_until
 from tests.unit.test_plane_data import Model
 from tests.wire.remote import using
 
+__all__ = ["closed_peers"]
 pytestmark = pytest.mark.timeout(120)
 SIZE = 8 << 20
 
@@ -23,14 +24,6 @@ def peer(request: pytest.FixtureRequest) -> Iterator[Peer]:
     try:
         yield one.start()
     finally:
-        one.close()
-
-
-@pytest.fixture
-def peers() -> Iterator[list[Peer]]:
-    started: list[Peer] = []
-    yield started
-    for one in started:
         one.close()
 
 

@@ -13,11 +13,12 @@ import pytest
 from nbdvvol.model.errors import Code, NvError
 from tests.lib import nbdwords as w
 from tests.lib.farm import Farm, free_port, tls_spec
-from tests.lib.peers import Peer
+from tests.lib.peers import Peer, closed_peers
 from tests.lib.procs import need, short_dir, wait_until
 from tests.unit.test_plane_data import Model
 from tests.wire.remote import using
 
+__all__ = ["closed_peers"]
 pytestmark = pytest.mark.timeout(120)
 SIZE = 8 << 20
 
@@ -76,14 +77,6 @@ def only_ca(pki: Path) -> Path:
     folder.mkdir(exist_ok=True)
     shutil.copy(pki / "ca-cert.pem", folder)
     return folder
-
-
-@pytest.fixture
-def peers() -> Iterator[list[Peer]]:
-    started: list[Peer] = []
-    yield started
-    for one in started:
-        one.close()
 
 
 @pytest.mark.parametrize("name", MAKES)
