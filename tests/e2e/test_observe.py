@@ -176,7 +176,7 @@ def test_counters_go_on_over_a_restart_of_control_and_begin_anew_with_a_filter(f
         kill_control(farm)
         nbd.write(0, bytes(4096))
         farm.start_control()
-        wait_until("the filter is connected", lambda: connected(farm))
+        wait_until("the filter is connected and answers", lambda: connected(farm) and farm.api("GET", "/v1/counters"))
         after = host(farm)
         assert after["instance"] == before["instance"] and after["uptime_s"] > before["uptime_s"]
         assert export(farm, "root")["writes"] == writes + 1
@@ -185,7 +185,7 @@ def test_counters_go_on_over_a_restart_of_control_and_begin_anew_with_a_filter(f
     wait_until("control has noticed", lambda: not connected(farm))
     assert farm.api("GET", "/v1/counters") == []
     farm.start_filter()
-    wait_until("the filter is connected", lambda: connected(farm))
+    wait_until("the filter is connected and answers", lambda: connected(farm) and farm.api("GET", "/v1/counters"))
     farm.wait_bound("vm1/root")
     assert host(farm)["instance"] != before["instance"] and export(farm, "root")["writes"] == 0
 
