@@ -148,8 +148,7 @@ struct nv_link {
 };
 
 struct nv_remote_counters {         /* one writer, the home; read by the front */
-    _Atomic uint64_t asked, answered, errors, again, lost, read_bytes, write_bytes, in_flight, waiting, serving,
-        owed;
+    _Atomic uint64_t asked, answered, errors, again, lost, read_bytes, write_bytes, waiting, serving, owed;
 };
 
 struct nv_remote {

@@ -96,18 +96,22 @@ int nv_remote_stats(nv_plane *plane, uint32_t number, nv_remote_stats_t *out)
 {
     struct nv_object *object = nv_table_get(&plane->objects, number);
     const struct nv_remote_counters *counters;
+    uint64_t answered, again, asked;
 
     if (!object || object->kind != NV_KIND_NBD)
         return nv_fail(ENOENT, "object %u is no open remote export", number);
     counters = &nv_remote_of(object)->counters;
+    answered = atomic_load(&counters->answered); /* before `asked`: each of them was asked first, so none is missing there */
+    again = atomic_load(&counters->again);
+    asked = atomic_load(&counters->asked);
     *out = (nv_remote_stats_t){
         .links = atomic_load(&counters->serving),
-        .in_flight = atomic_load(&counters->in_flight),
+        .in_flight = asked - answered - again,
         .waiting = atomic_load(&counters->waiting),
-        .asked = atomic_load(&counters->asked),
-        .answered = atomic_load(&counters->answered),
+        .asked = asked,
+        .answered = answered,
         .errors = atomic_load(&counters->errors),
-        .again = atomic_load(&counters->again),
+        .again = again,
         .lost = atomic_load(&counters->lost),
         .read_bytes = atomic_load(&counters->read_bytes),
         .write_bytes = atomic_load(&counters->write_bytes),

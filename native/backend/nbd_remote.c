@@ -362,7 +362,6 @@ static void ask(struct nv_link *link, struct nv_piece *piece, uint16_t command, 
     if (command == NBD_CMD_READ || command == NBD_CMD_WRITE)
         link->bytes += ask->length;
     nv_count(&remote->counters.asked, 1);
-    nv_count(&remote->counters.in_flight, 1);
     nv_link_queue(ask);
 }
 
@@ -567,7 +566,6 @@ static void account(struct nv_remote *remote, const struct nv_ask *ask)
     const bool durable = ask->flags & NBD_CMD_FLAG_FUA;
 
     nv_count(&remote->counters.answered, 1);
-    nv_count(&remote->counters.in_flight, (uint64_t)-1);
     if (ask->error)
         nv_count(&remote->counters.errors, 1);
     else if (ask->command == NBD_CMD_READ)
@@ -609,7 +607,6 @@ void nv_remote_again(struct nv_ask *ask)
     struct nv_remote *remote = ask->link->remote;
     struct nv_piece *piece = ask->piece;
 
-    nv_count(&remote->counters.in_flight, (uint64_t)-1);
     nv_count(&remote->counters.again, 1);
     nv_ask_free(ask);
     push_front(remote, piece);

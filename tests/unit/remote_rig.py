@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from concurrent.futures import Future
 
 from nbdvvol.dataplane.remote import PlaneLink
 from nbdvvol.dataplane.types import LinkEnd, LinkParams, RemoteConfig, RemoteStats, Run
 from tests.lib.fakeserver import CONTEXT, FakeServer
-from tests.unit.plane_rig import Rig
+from tests.unit.plane_rig import Rig, eventually
+
+
+def at_rest(look: Callable[[], RemoteStats]) -> RemoteStats:
+    """The counters of one moment at which nothing waited for an answer: links ask for signs of life when they like."""
+    found: list[RemoteStats] = []
+
+    def rests() -> bool:
+        found.append(look())
+        return found[-1].in_flight == found[-1].waiting == 0
+
+    eventually("nothing waits", rests, 20)
+    return found[-1]
 
 
 class Remote:

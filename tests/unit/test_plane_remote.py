@@ -10,7 +10,7 @@ from tests.lib import nbdwords as w
 from tests.lib.fakeserver import ALL_FLAGS, Asked, FakeServer, Wire
 from tests.lib.rawio import STYLES, NbdError, Style
 from tests.unit.plane_rig import Rig, eventually, rig
-from tests.unit.remote_rig import Remote
+from tests.unit.remote_rig import Remote, at_rest
 from tests.unit.test_plane_data import Model
 
 __all__ = ["rig"]
@@ -37,8 +37,8 @@ def test_random_operations(rig: Rig, servers: list[FakeServer], style: Style, li
     server = served(servers, size=SIZE, style=style)
     remote = Remote(rig, server, links=links)
     Model(rig.connect(remote.volume(), SIZE, "structured"), SIZE, 1, seed=links).run(150)
-    assert remote.stats.in_flight == remote.stats.waiting == 0 and remote.stats.asked == remote.stats.answered
-    assert len(server.asked) == remote.stats.asked
+    quiet = at_rest(lambda: remote.stats)
+    assert quiet.asked == quiet.answered == len(server.asked)
 
 
 @pytest.mark.parametrize("style", ["structured", "extended"])
@@ -167,7 +167,7 @@ def test_more_requests_than_a_link_takes(rig: Rig, servers: list[FakeServer]) ->
     cookies = [client.send(w.CMD_READ, at * 4096, 4096) for at in range(200)]
     for cookie in cookies:
         assert client.wait(cookie).check().data == bytes(4096)
-    eventually("nothing waits", lambda: remote.stats.in_flight == remote.stats.waiting == 0)
+    assert at_rest(lambda: remote.stats).again == 0
 
 
 def test_jobs_run_on_remote_objects(rig: Rig, servers: list[FakeServer]) -> None:
