@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nbdvvol.model.check import remote_findings
+from nbdvvol.model.check import MIRROR_BUILT, remote_findings
 from nbdvvol.model.errors import Code, NvError
 from nbdvvol.model.farm import DatastoreConfig, DatastoreKind, IoMode, ProfileConfig
 from nbdvvol.model.units import format_size
@@ -14,7 +14,7 @@ SIZE_MAX = 1 << 62
 def check_profile(name: str, profile: ProfileConfig) -> None:
     """Raise UNSUPPORTED, by name, for what is not built yet."""
     asks = {
-        "mirror": profile.mirror is not None,
+        "mirror": profile.mirror is not None and not MIRROR_BUILT,
         "cache": profile.cache is not None and profile.cache.mode != "none",
     }
     for what, asked in asks.items():

@@ -20,12 +20,13 @@ Directory: pages of 4096 bytes, each 64 entries of 64 bytes; an entry of zeros i
 Metadata region of a leg: whole extents, reserved when the leg is made
     0        label, slot 0 (4096)            4096     label, slot 1 (4096)
     8192     map copy, slot 0 (65536)        73728    map copy, slot 1 (65536)
-    139264   intent bitmap, then the dirty bitmap: each half of what is left, rounded down to 4096;
-             one bit covers the smallest power of two of bytes, from 64 KiB up, that makes the VVol fit
+    139264   intents, then dirty maps: each half of what is left, rounded down to 4096; docs/mirror.md has their pages.
+             A region is the smallest power of two of bytes, from 4 MiB up, whose dirty pages fit their half
 Label
     0    8   magic `NVLABEL\\0`               8    4   version (1)      12   4   leg id
     16   16  VVol UUID                       32   8   epoch            40   8   generation
     48   8   size of the VVol                56   8   sequence; the slot is sequence mod 2
+    64   4   0: in sync when it was written; 1: not (being copied to, or new)
     4092 4   checksum of bytes 0..4091
 Map copy
     0    8   magic `NVMAPCPY`                8    4   version (1)      12   4   leg id
@@ -63,11 +64,13 @@ ENTRY_BYTES = 64
 ENTRIES_A_PAGE = PAGE // ENTRY_BYTES
 MAP_SLOT_BYTES = 64 << 10
 BITMAP_OFFSET = 2 * PAGE + 2 * MAP_SLOT_BYTES
-CHUNK_MIN = 64 << 10
+REGION_SHIFT_MIN = 22
+DIRTY_A_PAGE = PAGE - 128
+"""Regions whose bytes of dirty lanes fit a page behind its head."""
 
 _HEADER = struct.Struct("<8sII16s16sQQQQQQ")
 _ENTRY = struct.Struct("<16sIIQQ")
-_LABEL = struct.Struct("<8sII16sQQQQ")
+_LABEL = struct.Struct("<8sII16sQQQQI")
 _MAP = struct.Struct("<8sII16sQQI")
 _RUN = struct.Struct("<QQQII")
 _CRC = struct.Struct("<I")
@@ -115,6 +118,8 @@ class Label:
     generation: int
     size: int
     sequence: int
+    syncing: bool = False
+    """The leg was not in sync when this was written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +152,8 @@ class RegionLayout:
     intent: int
     dirty: int
     bitmap_bytes: int
-    chunk: int
+    region_shift: int
+    """A region of the VVol is 1 << region_shift bytes."""
 
 
 def round_up(value: int, step: int) -> int:
@@ -297,19 +303,19 @@ def decode_page(raw: bytes, page: int) -> tuple[dict[int, Entry], list[int]]:
 
 def region_bytes(size: int, extent_size: int) -> int:
     """Length of the metadata region to reserve for a leg of `size` bytes."""
-    bitmap = round_up(-(-size // (CHUNK_MIN * 8)), PAGE)
-    return round_up(BITMAP_OFFSET + 2 * bitmap, extent_size)
+    pages = -(-size // (DIRTY_A_PAGE << REGION_SHIFT_MIN))
+    return round_up(BITMAP_OFFSET + 2 * 2 * PAGE * pages, extent_size)
 
 
 def region_layout(region_length: int, size: int) -> RegionLayout:
-    """The layout of a region for a VVol of `size` bytes; it grows by covering more bytes with each bit."""
+    """The layout of a region for a VVol of `size` bytes; it grows by larger regions."""
     bitmap = (region_length - BITMAP_OFFSET) // 2 // PAGE * PAGE
-    assert bitmap >= PAGE, "a region is made by region_bytes()"
-    chunk = CHUNK_MIN
-    while -(-size // chunk) > bitmap * 8:
-        chunk *= 2
+    assert bitmap >= 2 * PAGE, "a region is made by region_bytes()"
+    pages, shift = bitmap // (2 * PAGE), REGION_SHIFT_MIN
+    while -(-size // (DIRTY_A_PAGE << shift)) > pages:
+        shift += 1
     maps = (2 * PAGE, 2 * PAGE + MAP_SLOT_BYTES)
-    return RegionLayout((0, PAGE), maps, BITMAP_OFFSET, BITMAP_OFFSET + bitmap, bitmap, chunk)
+    return RegionLayout((0, PAGE), maps, BITMAP_OFFSET, BITMAP_OFFSET + bitmap, bitmap, shift)
 
 
 def encode_label(label: Label) -> bytes:
@@ -324,6 +330,7 @@ def encode_label(label: Label) -> bytes:
             label.generation,
             label.size,
             label.sequence,
+            int(label.syncing),
         )
     )
 
@@ -334,8 +341,8 @@ def decode_label(raw: bytes) -> Label:
     for at in (0, PAGE):
         slot = raw[at : at + PAGE]
         if _unseal(slot, _LABEL_MAGIC, "the leg's label"):
-            _, _, leg, vvol, epoch, generation, size, sequence = _LABEL.unpack_from(slot)
-            found.append(Label(UUID(bytes=vvol), leg, epoch, generation, size, sequence))
+            _, _, leg, vvol, epoch, generation, size, sequence, flag = _LABEL.unpack_from(slot)
+            found.append(Label(UUID(bytes=vvol), leg, epoch, generation, size, sequence, bool(flag)))
     if not found:
         raise NvError(Code.INVALID, "no valid label in either slot of the leg's metadata region", "nothing was changed")
     return max(found, key=lambda label: label.sequence)

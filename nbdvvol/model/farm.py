@@ -166,12 +166,31 @@ class DatastoreConfig(Model):
     """`blank`: only a device whose bytes are all zero where the header goes is formatted; `force`: any."""
 
 
-class MirrorConfig(Model):
-    """Comes with its own issue; refused by name until then."""
+LEGS_MAX = 8
 
-    legs: list[Name] = Field(min_length=1, max_length=8)
+
+class MirrorConfig(Model):
+    """Several copies of every VVol of the profile, one on each of these datastores."""
+
+    legs: list[Name] = Field(min_length=1, max_length=LEGS_MAX)
+    """The first one is preferred where one has to be: reads by `primary`, the source of copies."""
     read: Literal["least-outstanding", "primary", "nearest"] = "least-outstanding"
-    write_deadline: Duration = Field(default=30.0, alias="write-deadline")
+    write_deadline: Annotated[Duration, Field(ge=0.1, le=600)] = Field(default=30.0, alias="write-deadline")
+    """A leg that has not ended an operation after so long has failed."""
+    hold: Annotated[Duration, Field(ge=0.1, le=3600)] = 60.0
+    """How long what a failed leg missed waits for control to write that down, before clients get errors."""
+    spares: list[Name] = Field(default_factory=list, max_length=LEGS_MAX)
+    """Datastores that take the place of a leg that is lost."""
+    spare_after: Annotated[Duration, Field(ge=0, le=7 * 86400)] = Field(default=600.0, alias="spare-after")
+    """... for longer than this."""
+    resync_rate: Annotated[Rate, Field(ge=64 << 10, le=1 << 40)] | None = Field(default=None, alias="resync-rate")
+    """Bytes a second that copying to a leg takes at most while clients have something to do; left out, no limit."""
+    intent_idle: Annotated[Duration, Field(ge=0.1, le=3600)] = Field(default=5.0, alias="intent-idle")
+    """A region that nobody wrote to for so long counts as equal on all legs, and need not be copied after a crash."""
+    verify: Literal["report", "repair"] = "repair"
+    """What `mirror verify` does with pieces that differ: tell, or make them what the first in-sync leg has."""
+    lease: Annotated[Duration, Field(ge=5, le=3600)] | None = None
+    """A filter without control's word for so long stops serving, so that another host may take over."""
 
 
 class CacheLog(Model):

@@ -9,11 +9,15 @@ Ordering rules:
 - control sends changes in revision order; the filter applies them in that order and then says `applied`.
 - a volume is served only while the last snapshot or change names it with that epoch.
 - `released` is sent once the data plane has drained a volume and nothing of it is in flight any more.
+- `leg_released` likewise for a leg that a change took away, once operations that were late on it have ended too; its
+  extents are scrubbed and reused from then on.
 - `fault` goes before the `released` of a VVol whose last sync failed, and again at every connect, until a snapshot or
   change lists it: then it is control's to remember, and the filter clears the fault once it is listed no more.
 - `stopped` is a filter's last word; control writes it down, then closes the link.
 - `work` is at-least-once and idempotent by its id; the filter answers each with `work_done`.
 - `look` and `trace` are questions: asked once, answered once, forgotten with the connection.
+- `leg_change` and `renew` are the filter's questions, answered in the order of asking and forgotten with the
+  connection: it asks again when it is back. Their words are in `model/mirror.py`.
 """
 
 from __future__ import annotations
@@ -36,9 +40,20 @@ from nbdvvol.model.farm import (
     TlsFiles,
     VVolType,
 )
+from nbdvvol.model.mirror import (
+    Leased,
+    LegChange,
+    LegRecord,
+    LegState,
+    MirrorReport,
+    MirrorSpec,
+    Renew,
+    ResyncWish,
+    Stamp,
+)
 from nbdvvol.model.observe import HostCounters, TraceCount, TraceEvery, TraceReport, TraceSeconds
 
-PROTOCOL = 2
+PROTOCOL = 3
 MESSAGE_BYTES_MAX = 64 << 20
 
 
@@ -55,11 +70,21 @@ class LegSpec(Model):
     """A leg as the filter needs it."""
 
     id: int
+    """Of the VVol's legs; never given to another one."""
     datastore: str
-    state: Literal["in-sync", "stale", "syncing"]
+    state: LegState
     object: str = ""
     adopted: bool = False
     runs: list[RunSpec]
+    stamp: Stamp = Stamp()
+    """Confirmed: the newest label that is known to be on it."""
+    meta_offset: int = 0
+    """Of its metadata region in the object (datastores/format.py) ..."""
+    meta_length: int = 0
+    """... 0: it has none."""
+    resync: ResyncWish = "auto"
+    asked: int = 0
+    """Counts the operator's wishes: a change is a new one, to be tried at once."""
 
 
 class RemoteSpec(Model):
@@ -116,6 +141,8 @@ class VVolSpec(Model):
     legs: list[LegSpec]
     qos: QosConfig | None = None
     """None: no limits, and the usual shares."""
+    mirror: MirrorSpec | None = None
+    """None: one leg, without intents. It changes from or to None only while the VVol is bound to no host."""
 
 
 class VmSpec(Model):
@@ -146,6 +173,8 @@ class Held(Model):
     epoch: int
     generation: int
     map_version: int
+    legs: list[int] = Field(default_factory=list)
+    """Ids of the legs on which it has, or may still have, operations under way; empty for a VVol without a mirror."""
 
 
 # ---- filter → control ----
@@ -189,6 +218,9 @@ class ExportReport(Model):
     block_max: int
     error: str = ""
     """Why it is not served, when it is not."""
+    why: Literal["", "old-registry", "no-leg", "unfenced", "lease"] = ""
+    """Reasons that the status has advice for: a label is newer than the registry; no in-sync leg has a valid label; a
+    leg could not be fenced; the lease has run out."""
 
 
 class Exports(Model):
@@ -204,6 +236,15 @@ class Released(Model):
     kind: Literal["released"] = "released"
     uuid: str
     epoch: int
+
+
+class LegReleased(Model):
+    """A leg that the last change took from a VVol: nothing of it is in flight on this host, and nothing will be."""
+
+    kind: Literal["leg_released"] = "leg_released"
+    uuid: str
+    epoch: int
+    leg: int
 
 
 class Stopped(Model):
@@ -286,6 +327,7 @@ FromFilter = Annotated[
     | Applied
     | Exports
     | Released
+    | LegReleased
     | Stopped
     | Fault
     | Notice
@@ -293,7 +335,10 @@ FromFilter = Annotated[
     | WorkProgress
     | Query
     | Counters
-    | Traced,
+    | Traced
+    | LegChange
+    | MirrorReport
+    | Renew,
     Field(discriminator="kind"),
 ]
 from_filter: TypeAdapter[FromFilter] = TypeAdapter(FromFilter)
@@ -348,12 +393,16 @@ class Work(Model):
 
     kinds and their args (all sizes and offsets in bytes; `store` is a DatastoreSpec):
     - probe {store, create_size?}: open (create a missing kind-file to create_size, grow to it); result
-      {size, block_size, header: hex of the first 8 KiB, blank: bool, direct_ok: bool}
+      {size, block_size, header: hex of the first 8 KiB, blank: bool, direct_ok: bool, fences?: bool: the server
+      drops hosts of older epochs (`x-nbdvvol:epoch`)}
     - write_meta {store, object?, offset, data: hex}: write and sync metadata, at most 1 MiB
     - read_meta {store, object?, offset, length}: result {data: hex}
     - scrub {store, object?, ranges: [[offset, length], …]}: write zeros and flush; progress is reported
     - file_create {store, object, size}: a fully allocated zero-filled file in a `dir`; idempotent
     - file_grow {store, object, size}; file_remove {store, object}; file_stat {store, object}: result {size}
+    - dir_list {store}: result {files: [{name, size}, …]} of a `dir`
+    - verify {vvol, epoch, repair}: compare the in-sync legs of a mirrored VVol that this host serves; result is a
+      VerifyResult; progress is reported. It has no `store`
     """
 
     kind: Literal["work"] = "work"
@@ -367,6 +416,8 @@ class Work(Model):
         "file_grow",
         "file_remove",
         "file_stat",
+        "dir_list",
+        "verify",
     ]
     args: dict[str, Any]
 
@@ -436,7 +487,7 @@ class Refused(Model):
 
 
 FromControl = Annotated[
-    Welcome | Snapshot | Resumed | Delta | Work | Answer | Look | TraceOrder | Forget | Refused,
+    Welcome | Snapshot | Resumed | Delta | Work | Answer | Look | TraceOrder | Forget | LegRecord | Leased | Refused,
     Field(discriminator="kind"),
 ]
 from_control: TypeAdapter[FromControl] = TypeAdapter(FromControl)

@@ -222,7 +222,7 @@ def test_names_that_fail_elsewhere_are_not_called_undeclared() -> None:
 @pytest.mark.parametrize(
     ("profile", "feature"),
     [
-        ("mirror: {legs: [local, local]}", "mirror"),
+        ("mirror: {legs: [local]}", "mirror"),
         ("cache: {mode: read}", "cache mode read"),
     ],
 )

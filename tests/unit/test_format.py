@@ -155,6 +155,13 @@ def test_labels_take_turns_and_the_newer_valid_one_counts() -> None:
         disk.decode_label(_newer(disk.encode_label(new)) + bytes(4096))
 
 
+@pytest.mark.parametrize("syncing", [False, True])
+def test_a_label_says_whether_its_leg_was_in_sync(syncing: bool) -> None:
+    raw = disk.encode_label(disk.Label(VVOL, 1, 3, 9, MIB, 6, syncing))
+    assert raw[64:68] == bytes([syncing, 0, 0, 0])
+    assert disk.decode_label(raw + bytes(4096)).syncing is syncing
+
+
 def test_map_copies() -> None:
     runs = tuple(disk.MapRun(n * MIB, MIB, (9 + 2 * n) * MIB) for n in range(5))
     old, new = disk.MapCopy(VVOL, 0, 6, 5 * MIB, runs[:3]), disk.MapCopy(VVOL, 0, 7, 5 * MIB, runs)
@@ -178,8 +185,9 @@ def test_bitmaps_fit_their_region_also_after_growing(size: int, extent: int, tim
     length = disk.region_bytes(size, extent)
     assert length % extent == 0
     layout = disk.region_layout(length, size)
-    assert layout.chunk == disk.CHUNK_MIN, "a region is reserved for the finest bitmaps of its VVol"
+    assert layout.region_shift == disk.REGION_SHIFT_MIN, "what is reserved does for the finest regions of its VVol"
     grown = disk.region_layout(length, size * times)
-    assert grown.bitmap_bytes * 8 * grown.chunk >= size * times
+    pages = -(-size * times // (disk.DIRTY_A_PAGE << grown.region_shift))
+    assert 2 * disk.PAGE * pages <= grown.bitmap_bytes, "each page of the dirty maps has two slots"
     assert grown.dirty + grown.bitmap_bytes <= length
     assert grown.maps[1] + disk.MAP_SLOT_BYTES <= grown.intent
