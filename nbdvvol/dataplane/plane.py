@@ -129,6 +129,7 @@ class Plane:
         self._waiting: dict[int, asyncio.Future[Any]] = {}
         self._buffers: dict[int, Any] = {}
         self._connections: set[int] = set()
+        self._numbers: dict[asyncio.Future[ConnectionEnd], int] = {}
         self._tls: dict[int, Connection] = {}
         self._links: dict[int, PlaneLink] = {}
         self._events = ffi.new("nv_event[]", _EVENTS_AT_ONCE)
@@ -384,7 +385,16 @@ class Plane:
         if result < 0:
             os.close(copy)
         self._started(token, result)
+        self._numbers[future] = int(number[0])
+        future.add_done_callback(lambda _: self._numbers.pop(future, None))
         return future
+
+    def close_connection(self, end: asyncio.Future[ConnectionEnd]) -> None:
+        """End a connection by its future, once what is in flight is done; harmless when it has ended."""
+        number = self._numbers.get(end)
+        if number is not None and not end.done():
+            result = lib.nv_connection_close(self._live, number)
+            check(0 if result == -errno.ENOENT else result)  # its last event is on its way
 
     def load_tls(self, config: TlsConfig) -> TlsContext:
         """Load certificates and keys. Raises PlaneError that names the bad file."""

@@ -428,6 +428,9 @@ class DataPlane(Protocol):
 
         The future completes when the connection has ended and nothing of it is in flight."""
 
+    def close_connection(self, end: asyncio.Future[ConnectionEnd]) -> None:
+        """End a connection by its future, once what is in flight is done; harmless when it has ended."""
+
     def load_tls(self, config: TlsConfig) -> TlsContext:
         """Load certificates and keys. Raises PlaneError that names the bad file."""
 

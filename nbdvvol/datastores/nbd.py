@@ -36,7 +36,8 @@ from nbdvvol.model.errors import Code, NvError
 from nbdvvol.model.farm import RemoteTls
 from nbdvvol.model.link import DatastoreSpec, RemoteSpec
 from nbdvvol.model.uri import NbdUri, parse_uri
-from nbdvvol.nbd.client import ExportInfo, Haggle, Wants, haggle
+from nbdvvol.nbd.claims import Claim
+from nbdvvol.nbd.client import ExportInfo, Haggle, Outclaimed, Wants, haggle
 from nbdvvol.nbd.constants import TransmissionFlag
 from nbdvvol.nbd.dial import DIAL_LIMIT_S, SocketWire, Wire, dial, drive
 from nbdvvol.nbd.reconnect import Action, Dial, Reconnector
@@ -46,6 +47,8 @@ _LINGER_NOT = struct.pack("ii", 1, 0)
 
 Tell = Callable[[bool, str], None]
 """Called with whether the server is connected, and a sentence, each time that changes."""
+OnOutclaimed = Callable[[str], None]
+"""Called once with the server's words, when it no longer takes our claim: another host has the leg."""
 
 
 class NbdStore(SingleStore):
@@ -89,8 +92,9 @@ class _SecureWire:
 class _Dialler:
     """Connects to one export: to look at it, or to hand a link to the data plane."""
 
-    def __init__(self, plane: DataPlane, spec: DatastoreSpec) -> None:
+    def __init__(self, plane: DataPlane, spec: DatastoreSpec, claim: Claim | None = None) -> None:
         assert spec.remote is not None, "control gives every datastore of kind nbd its settings"
+        self._claim = claim
         self._plane = plane
         self._spec = spec
         self.uri: NbdUri = parse_uri(spec.path)
@@ -132,7 +136,7 @@ class _Dialler:
         return await dial(self.uri, act)
 
     def _haggle(self) -> Haggle:
-        return haggle(self.uri.name, enter=True, wants=Wants(tls=self.uri.tls, structured=True))
+        return haggle(self.uri.name, enter=True, wants=Wants(self.uri.tls, structured=True, claim=self._claim))
 
     async def _secure(self, obj: int, sock: socket.socket) -> tuple[SecureLink, ExportInfo]:
         links: list[SecureLink] = []
@@ -207,11 +211,12 @@ async def inspect(plane: DataPlane, spec: DatastoreSpec) -> ExportInfo:
 
 
 class RemoteExport:
-    """One remote export in use by this filter."""
+    """One remote export in use by this filter; with a claim, by one leg of one mirror."""
 
     def __init__(
         self, plane: DataPlane, dialler: _Dialler, number: int, spec: ObjectSpec, info: ExportInfo, tell: Tell
     ) -> None:
+        self.on_outclaimed: OnOutclaimed | None = None
         self.number = number
         self.spec = spec
         self._plane = plane
@@ -229,9 +234,11 @@ class RemoteExport:
         self._closing = False
 
     @classmethod
-    async def open(cls, plane: DataPlane, spec: DatastoreSpec, tell: Tell, *, may_read_only: bool) -> RemoteExport:
-        """Look at the export, make its object, connect. Raises NvError."""
-        dialler = _Dialler(plane, spec)
+    async def open(
+        cls, plane: DataPlane, spec: DatastoreSpec, tell: Tell, *, may_read_only: bool, claim: Claim | None = None
+    ) -> RemoteExport:
+        """Look at the export, make its object, connect. Raises NvError; Outclaimed when there is a newer claim."""
+        dialler = _Dialler(plane, spec, claim)
         info = await dialler.inspect()
         write_through = dialler.remote.write_through or not info.flags & TransmissionFlag.SEND_FLUSH
         read_only = bool(info.flags & TransmissionFlag.READ_ONLY)
@@ -262,6 +269,11 @@ class RemoteExport:
             raise
         return export
 
+    @property
+    def fences(self) -> bool:
+        """The server keeps hosts with older epochs away; with a claim: it holds ours."""
+        return self._info.fences
+
     async def refresh(self) -> int:
         """The export's size now, bytes. Raises NvError when the server cannot be asked."""
         size = (await self._dialler.inspect()).size
@@ -284,7 +296,7 @@ class RemoteExport:
         self._closing = True
         if self._timer is not None:
             self._timer.cancel()
-        for task in self._tasks:
+        for task in self._tasks - {asyncio.current_task(self._loop)}:
             task.cancel()
         self._plane.give_up_remote(self.number, yes=True)
 
@@ -320,6 +332,9 @@ class RemoteExport:
             link, info = await self._dialler.connect(self.number, self._check)
         except (NvError, OSError) as error:
             message = error.message if isinstance(error, NvError) else str(error)
+            if isinstance(error, Outclaimed) and self._first.done():
+                self._outclaimed(error.message)
+                return
             if not self._first.done():
                 failure = error if isinstance(error, NvError) else NvError(Code.UNAVAILABLE, message)
                 self._first.set_exception(failure)
@@ -331,6 +346,15 @@ class RemoteExport:
         if not self._first.done():
             self._first.set_result(None)
         self._act(self._machine.up(place, self._loop.time()))
+
+    def _outclaimed(self, message: str) -> None:
+        """Another host has the leg: there is nothing to wait for."""
+        if self._closing:
+            return
+        _log.error("fenced: the server refuses our claim", uri=self.spec.path, reason=message)
+        self.quit()
+        if self.on_outclaimed is not None:
+            self.on_outclaimed(message)
 
     def _on_end(self, place: int, end: LinkEnd) -> None:
         if self._closing:
@@ -348,6 +372,8 @@ class RemoteExport:
             why = f"wants blocks of {info.block_min} bytes now, not of {self._info.block_min}"
         elif info.flags & TransmissionFlag.READ_ONLY and not self.spec.read_only:
             why = "is read-only now"
+        elif self._info.fences and not info.fences:
+            why = "no longer keeps other hosts away (its meta context for epochs is gone)"
         elif lost:
             why = f"no longer offers {TransmissionFlag(lost).name}"
         else:

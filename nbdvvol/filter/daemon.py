@@ -1,7 +1,8 @@
 """The filter daemon: puts link, exports, listeners, work and data plane together; starts and stops them in order.
 
 After a kill and a restart control says again what to serve, under fresh epochs, and the sockets are replaced. It
-keeps nothing on disk but failed syncs that control has not heard of. One filter a run directory.
+keeps nothing on disk but failed syncs that control has not heard of, and the epochs that clients claimed. One filter
+a run directory.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import structlog
 
 from nbdvvol.dataplane.types import DataPlane, PlaneConfig
 from nbdvvol.filter.activation import take_sockets
+from nbdvvol.filter.claims import ClaimBook
 from nbdvvol.filter.exports import Export, ExportTable
 from nbdvvol.filter.link import ControlLink, LinkOptions, Question
 from nbdvvol.filter.listener import Listeners
@@ -59,7 +61,7 @@ class FilterOptions:
 class Filter:
     """One running filter over a data plane. Implements the link's Handler."""
 
-    def __init__(self, options: FilterOptions, plane: DataPlane, faults: FaultBook) -> None:
+    def __init__(self, options: FilterOptions, plane: DataPlane, faults: FaultBook, claims: ClaimBook) -> None:
         self._plane = plane
         self._faults = faults
         self._link = ControlLink(
@@ -75,7 +77,7 @@ class Filter:
             self,
         )
         self._objects = ObjectTable(plane, self._faults)
-        self._table = ExportTable(plane, self._objects, self._link)
+        self._table = ExportTable(plane, self._objects, self._link, claims)
         self._work = WorkShop(plane, self._objects, self._link.send)
         self._observer = Observer(options.host, self._link.instance, plane, self._table, self._objects, self._link.send)
         self._listeners = Listeners(
@@ -186,10 +188,10 @@ async def run_filter(options: FilterOptions) -> None:
         loop.add_signal_handler(number, stop.set)
     options.run_dir.mkdir(parents=True, exist_ok=True)
     with locked(options.run_dir):
-        faults = FaultBook(options.run_dir.absolute())
+        faults, claims = FaultBook(options.run_dir.absolute()), ClaimBook(options.run_dir.absolute())
         plane = Plane(PlaneConfig(reactors=options.reactors, spin_us=options.spin_us, cpu_first=options.first_cpu))
         _log.info("filter starts", host=options.host, control=options.control, pid=os.getpid())
-        await Filter(options, plane, faults).run(stop)
+        await Filter(options, plane, faults, claims).run(stop)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from typing import Protocol
 import structlog
 
 from nbdvvol.dataplane.types import DataPlane
+from nbdvvol.filter.claims import ClaimBook, ExportGate
 from nbdvvol.filter.objects import HeldObject, ObjectTable
 from nbdvvol.filter.reconcile import Step, decide, describe, limits, touched, transmission_flags
 from nbdvvol.model.errors import Code, NvError
@@ -55,6 +56,7 @@ class Export:
     """One VVol on this host."""
 
     uuid: str
+    gate: ExportGate
     wanted: VVolSpec | None = None
     running: _Running | None = None
     error: str = ""
@@ -85,6 +87,7 @@ class Export:
             block_min=self.running.block_min,
             block_preferred=max(BLOCK_PREFERRED_BYTES, self.running.block_min),
             block_max=PAYLOAD_BYTES_MAX,
+            claimed=self.gate.claimed,
         )
 
     def report(self) -> ExportReport | None:
@@ -108,12 +111,13 @@ class Export:
 class ExportTable:
     """Every VVol of this host."""
 
-    def __init__(self, plane: DataPlane, objects: ObjectTable, reporter: Reporter) -> None:
+    def __init__(self, plane: DataPlane, objects: ObjectTable, reporter: Reporter, claims: ClaimBook) -> None:
         self.state: HostState | None = None
         """What control wants; None until it has said so."""
         self._plane = plane
         self._objects = objects
         self._reporter = reporter
+        self._claims = claims
         self._exports: dict[str, Export] = {}
         self._highest: dict[str, int] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -191,7 +195,8 @@ class ExportTable:
     def _poke(self, uuid: str, wanted: VVolSpec | None) -> Export:
         export = self._exports.get(uuid)
         if export is None:
-            export = self._exports[uuid] = Export(uuid, highest_epoch=self._highest.get(uuid, 0))
+            gate = ExportGate(uuid, self._claims)
+            export = self._exports[uuid] = Export(uuid, gate, highest_epoch=self._highest.get(uuid, 0))
             task = asyncio.get_running_loop().create_task(self._keep(export))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)

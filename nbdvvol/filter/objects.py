@@ -1,6 +1,8 @@
 """Open datastore objects, shared by VVols and work orders and counted: one object, one I/O mode, one opening.
 
 Files and devices are opened by path; a remote export is an object with connections of its own (datastores/nbd.py).
+A leg of a mirror on a remote export has an object to itself: its connections claim that leg, and what its server owes
+is owed to it alone.
 
 An object whose sync failed is latched: every FLUSH on it fails, also after it was closed and opened again, until
 the operator clears it (syncfaults.py remembers). Each datastore has a thread of its own for calls that block, so that
@@ -28,10 +30,11 @@ from nbdvvol.filter.syncfaults import FaultBook
 from nbdvvol.model.errors import Code, NvError
 from nbdvvol.model.link import DatastoreSpec, Fault
 from nbdvvol.model.observe import DatastoreCounters
+from nbdvvol.nbd.claims import Claim
 
 T = TypeVar("T")
-Key = tuple[str, str]
-"""(path of the datastore, name of the object in it)."""
+Key = tuple[str, str, str]
+"""(path of the datastore, name of the object in it, the claim of the mirror's leg that has it to itself, or "")."""
 
 
 @dataclass(eq=False, slots=True)
@@ -69,13 +72,19 @@ class ObjectTable:
         self._locks: defaultdict[Key, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._threads: dict[str, ThreadPoolExecutor] = {}
 
-    async def acquire(self, spec: DatastoreSpec, name: str, *, may_read_only: bool = False) -> HeldObject:
-        """Open an object, or share it. Raises NvError; every success needs a `release`."""
-        key = spec.path, name
+    async def acquire(
+        self, spec: DatastoreSpec, name: str, *, may_read_only: bool = False, claim: Claim | None = None
+    ) -> HeldObject:
+        """Open an object, or share it. Raises NvError; every success needs a `release`.
+
+        A claim is made where the datastore is a remote export; `held.remote.fences` tells whether it was taken."""
+        if spec.remote is None:
+            claim = None
+        key = spec.path, name, str(claim or "")
         async with self._locks[key]:
             held = self._held.get(key)
             if held is None:
-                held = await self._open(spec, key, may_read_only)
+                held = await self._open(spec, key, may_read_only, claim)
                 self._held[key] = held
             elif held.spec.direct != spec.direct:
                 modes = "direct" if held.spec.direct else "buffered", "direct" if spec.direct else "buffered"
@@ -175,8 +184,11 @@ class ObjectTable:
         for thread in self._threads.values():
             thread.shutdown(wait=False, cancel_futures=True)
 
-    async def _open(self, spec: DatastoreSpec, key: Key, may_read_only: bool) -> HeldObject:
-        held = await (self._open_remote if spec.remote is not None else self._open_path)(spec, key, may_read_only)
+    async def _open(self, spec: DatastoreSpec, key: Key, may_read_only: bool, claim: Claim | None) -> HeldObject:
+        if spec.remote is not None:
+            held = await self._open_remote(spec, key, may_read_only, claim)
+        else:
+            held = await self._open_path(spec, key, may_read_only)
         if spec.uuid and not key[1]:
             try:
                 await self._check_header(spec, held.number, held.spec.path)
@@ -188,14 +200,14 @@ class ObjectTable:
             self._plane.latch_fault(held.number)
         return held
 
-    async def _open_remote(self, spec: DatastoreSpec, key: Key, may_read_only: bool) -> HeldObject:
+    async def _open_remote(self, spec: DatastoreSpec, key: Key, may_read_only: bool, claim: Claim | None) -> HeldObject:
         no_name(spec, key[1])
 
         def tell(connected: bool, sentence: str) -> None:
             if self.on_remote is not None:
                 self.on_remote(spec.name, connected, sentence)
 
-        remote = await RemoteExport.open(self._plane, spec, tell, may_read_only=may_read_only)
+        remote = await RemoteExport.open(self._plane, spec, tell, may_read_only=may_read_only, claim=claim)
         return HeldObject(key, spec.name, remote.number, remote.spec, remote)
 
     async def _open_path(self, spec: DatastoreSpec, key: Key, may_read_only: bool) -> HeldObject:

@@ -80,7 +80,7 @@ class View:
             raise self._unknown(name)
         if export.volume is None:
             raise _not_served(name, export.error or "control has not confirmed it yet; try again")
-        return Opened(export.facts(self._name(export)), export.volume)
+        return Opened(export.facts(self._name(export)), export.volume, export.gate)
 
     def _name(self, export: Export) -> str:
         """The canonical name on this client's socket."""

@@ -13,6 +13,7 @@ from collections.abc import Generator
 from dataclasses import dataclass, replace
 
 from nbdvvol.model.errors import Code, NvError
+from nbdvvol.nbd.claims import EPOCH_CONTEXT, Claim
 from nbdvvol.nbd.constants import (
     BASE_ALLOCATION,
     BLOCK_PREFERRED_BYTES,
@@ -61,6 +62,12 @@ class ExportInfo:
     extended: bool = False
     allocation: int | None = None
     """The id of base:allocation, when it was selected."""
+    fences: bool = False
+    """The server knows claims, and holds the one that was made, if any."""
+
+
+class Outclaimed(NvError):
+    """The server refuses the claim: another host serves that leg, under a newer epoch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +76,9 @@ class Wants:
 
     tls: bool = False
     structured: bool = False
-    """Structured replies, extended headers and base:allocation."""
+    """Structured replies, extended headers, base:allocation, and to say that we know of claims."""
+    claim: Claim | None = None
+    """What is claimed, if the server knows that (`fences` tells)."""
 
 
 class StartTls:
@@ -85,7 +94,7 @@ def haggle(name: str, *, enter: bool, wants: Wants | None = None) -> Haggle:
 
     Without `enter` the option is INFO, followed by ABORT, and the caller closes the socket.
     Raises NvError: NOT_FOUND, DENIED, UNAVAILABLE, UNSUPPORTED by the server's refusal, INVALID when the peer
-    does not speak the protocol."""
+    does not speak the protocol; Outclaimed."""
     wants = wants or Wants()
     magic, second, offered = HELLO.unpack((yield HELLO.size))
     if magic != INIT_PASSWD or second != IHAVEOPT:
@@ -102,6 +111,7 @@ def haggle(name: str, *, enter: bool, wants: Wants | None = None) -> Haggle:
         greeting = b""
     extended = structured = False
     allocation: int | None = None
+    fences = False
     if wants.structured:
         reply, _ = yield from _ask(Option.EXTENDED_HEADERS, b"", greeting)
         extended, greeting = reply == Reply.ACK, b""
@@ -110,14 +120,15 @@ def haggle(name: str, *, enter: bool, wants: Wants | None = None) -> Haggle:
             structured = reply == Reply.ACK
     encoded = _string(name)
     if extended or structured:
-        allocation = yield from _select_allocation(encoded)
+        allocation, fences = yield from _select_contexts(encoded, wants.claim)
     option = Option.GO if enter else Option.INFO
     payload = encoded + struct.pack(">HH", 1, Info.BLOCK_SIZE)
     yield greeting + OPTION.pack(IHAVEOPT, option, len(payload)) + payload
     infos = yield from _infos(option, name)
     if not enter:
         yield OPTION.pack(IHAVEOPT, Option.ABORT, 0)
-    return replace(_facts(infos), structured=structured, extended=extended, allocation=allocation)
+    facts = _facts(infos)
+    return replace(facts, structured=structured, extended=extended, allocation=allocation, fences=fences)
 
 
 def _string(text: str) -> bytes:
@@ -131,21 +142,41 @@ def _ask(option: Option, payload: bytes, greeting: bytes = b"") -> Generator[byt
     return (yield from _reply(option))
 
 
-def _select_allocation(name: bytes) -> Generator[bytes | int, bytes, int | None]:
-    """Select base:allocation; its id, or None when the server does not have it."""
-    payload = name + struct.pack(">I", 1) + _string(BASE_ALLOCATION)
+def _select_contexts(name: bytes, claim: Claim | None) -> Generator[bytes | int, bytes, tuple[int | None, bool]]:
+    """Select base:allocation and what is ours: its id, or None, and whether the server holds our claim."""
+    ours = [EPOCH_CONTEXT] if claim is None else [EPOCH_CONTEXT, str(claim)]
+    found = yield from _set_contexts(name, [BASE_ALLOCATION, *ours])
+    if isinstance(found, _Refusal) and claim is not None and found.reply == Reply.ERR_POLICY:
+        raise Outclaimed(Code.STALE, f"the server refuses the claim: {found.text}")
+    if isinstance(found, _Refusal) and found.reply != Reply.ERR_UNSUP:  # it minds what it does not know
+        found = yield from _set_contexts(name, [BASE_ALLOCATION])
+    if isinstance(found, _Refusal):
+        return None, False
+    return found.get(BASE_ALLOCATION), all(context in found for context in ours)
+
+
+@dataclass(frozen=True, slots=True)
+class _Refusal:
+    reply: int
+    text: str
+
+
+def _set_contexts(name: bytes, queries: list[str]) -> Generator[bytes | int, bytes, dict[str, int] | _Refusal]:
+    """Ids of the contexts that the server selected, or its refusal."""
+    payload = name + struct.pack(">I", len(queries)) + b"".join(map(_string, queries))
     yield OPTION.pack(IHAVEOPT, Option.SET_META_CONTEXT, len(payload)) + payload
-    found: int | None = None
+    found: dict[str, int] = {}
     for _ in range(REPLIES_MAX):
         reply, body = yield from _reply(Option.SET_META_CONTEXT)
-        if reply == Reply.META_CONTEXT and body[CONTEXT_ID.size :] == BASE_ALLOCATION.encode():
-            (found,) = CONTEXT_ID.unpack_from(body)
-        elif reply == Reply.META_CONTEXT:
-            raise _broken("it selected a meta context that was not asked for")
+        if reply == Reply.META_CONTEXT:
+            context = body[CONTEXT_ID.size :].decode(errors="replace")
+            if context not in queries:
+                raise _broken("it selected a meta context that was not asked for")
+            (found[context],) = CONTEXT_ID.unpack_from(body)
         elif reply == Reply.ACK:
             return found
         elif reply & REPLY_ERROR_BIT:
-            return None
+            return _Refusal(reply, body.decode(errors="replace"))
     raise _broken(f"it sent more than {REPLIES_MAX} replies to one option")
 
 

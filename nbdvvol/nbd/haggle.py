@@ -4,9 +4,9 @@ A driver owns the socket and the clock. It sends `hello()`, gives the client's f
 options with `parse_header()` and gives each to `option()`, which returns the bytes to send and what to do next.
 The only thing awaited in here is the Provider. `Drop` means: close now, send nothing.
 
-Invariants: a meta context set lives only until the next SET_META_CONTEXT (also a failed one), STARTTLS, or GO of
-another export; nothing agreed before STARTTLS survives it; after ENTER, CLOSE or START_TLS no option is taken
-(START_TLS: until `started_tls()`).
+Invariants: a meta context set, and what the client claims with it (claims.py), lives only until the next
+SET_META_CONTEXT (also a failed one), STARTTLS, or GO of another export; nothing agreed before STARTTLS survives it;
+after ENTER, CLOSE or START_TLS no option is taken (START_TLS: until `started_tls()`).
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from __future__ import annotations
 import enum
 import struct
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nbdvvol.dataplane.types import ConnectionParams, ContextId
 from nbdvvol.nbd import constants as c
 from nbdvvol.nbd import options as o
+from nbdvvol.nbd.claims import EPOCH_CONTEXT, sort_out
 from nbdvvol.nbd.constants import HandshakeFlag, Option, Reply, TransmissionFlag
-from nbdvvol.nbd.provider import Facts, Opened, Provider, ReplyError, match_contexts
+from nbdvvol.nbd.provider import Claims, Facts, Opened, Provider, ReplyError, match_contexts
 
 SERVER_FLAGS = HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES
 _TLS_WANTED = "this listener serves encrypted clients only; use TLS (nbds:// or STARTTLS)"
@@ -49,6 +50,7 @@ class Enter:
 
     opened: Opened
     params: ConnectionParams
+    claims: Claims = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +74,9 @@ def parse_header(header: bytes) -> tuple[int, int]:
     if length > c.OPTION_BYTES_MAX:
         raise Drop(f"option {option} has {length} bytes; the limit is {c.OPTION_BYTES_MAX}")
     return option, length
+
+
+_READ_ONLY_NEVER = TransmissionFlag.SEND_TRIM | TransmissionFlag.SEND_WRITE_ZEROES | TransmissionFlag.SEND_FAST_ZERO
 
 
 def connection_flags(flags: int, *, structured: bool, extended: bool) -> int:
@@ -102,6 +107,7 @@ class Haggle:
         self._extended = False
         self._contexts: tuple[ContextId, ...] = ()
         self._contexts_of = ""
+        self._claims: Claims = None
         self._handlers: dict[int, Callable[[bytes], Awaitable[Answer]]] = {
             Option.EXPORT_NAME: self._export_name,
             Option.ABORT: self._abort,
@@ -179,6 +185,7 @@ class Haggle:
     def _forget_contexts(self) -> None:
         self._contexts = ()
         self._contexts_of = ""
+        self._claims = None
 
     # ---- the options ----
 
@@ -213,20 +220,20 @@ class Haggle:
 
     async def _info(self, payload: bytes) -> Answer:
         request = o.parse_info(payload)
-        facts = await self._provider.info(request.name)
+        facts = self._as_seen(await self._provider.info(request.name))
         answers = o.info_replies(Option.INFO, request, facts, self._flags(facts))
         return Answer(answers + o.reply(Option.INFO, Reply.ACK))
 
     async def _go(self, payload: bytes) -> Answer:
         request = o.parse_info(payload)
-        opened = await self._provider.open(request.name)
+        opened = await self._open(request.name)
         answers = o.info_replies(Option.GO, request, opened.facts, self._flags(opened.facts))
         return Answer(answers + o.reply(Option.GO, Reply.ACK), Then.ENTER, self._enter(opened))
 
     async def _export_name(self, payload: bytes) -> Answer:
         if self._extended:
             raise Drop("EXPORT_NAME after extended headers were agreed")
-        opened = await self._provider.open(o.parse_string(payload, "the export name"))
+        opened = await self._open(o.parse_string(payload, "the export name"))
         data = o.export_name_reply(opened.facts, self._flags(opened.facts), padded=not self._no_zeroes)
         return Answer(data, Then.ENTER, self._enter(opened))
 
@@ -241,13 +248,25 @@ class Haggle:
         self._forget_contexts()
         self._want_structured()
         request = o.parse_meta(payload)
-        facts = (await self._provider.open(request.name)).facts
+        try:
+            asked = sort_out(request.queries)
+        except ValueError as error:
+            raise o.BadOption(str(error)) from None
+        opened = await self._provider.open(request.name)
+        facts = opened.facts
         # Here a bare namespace selects nothing, and no query selects nothing.
-        exact = [query for query in request.queries if not query.endswith(":")]
+        exact = [query for query in asked.rest if not query.endswith(":")]
         names = match_contexts(exact, facts.contexts) if exact else []
         self._contexts = tuple(ContextId(number, name) for number, name in enumerate(names, start=1))
         self._contexts_of = facts.name
-        lines = [o.meta_reply(Option.SET_META_CONTEXT, context.id, context.name) for context in self._contexts]
+        chosen = list(self._contexts)
+        if asked.aware and opened.gate is not None:
+            await opened.gate.claim(asked.claims)
+            self._claims = asked.claims
+            told = [EPOCH_CONTEXT] if EPOCH_CONTEXT in request.queries else []
+            for name in told + [str(claim) for claim in asked.claims]:
+                chosen.append(ContextId(len(chosen) + 1, name))
+        lines = [o.meta_reply(Option.SET_META_CONTEXT, context.id, context.name) for context in chosen]
         return Answer(b"".join(lines) + o.reply(Option.SET_META_CONTEXT, Reply.ACK))
 
     def _want_structured(self) -> None:
@@ -255,6 +274,26 @@ class Haggle:
             raise ReplyError(Reply.ERR_INVALID, "meta contexts need structured replies or extended headers first")
 
     # ---- what was agreed ----
+
+    async def _open(self, name: str) -> Opened:
+        """The export, as this client may enter it."""
+        opened = await self._provider.open(name)
+        seen = replace(opened, facts=self._as_seen(opened.facts))
+        if opened.gate is not None:
+            read_only = bool(seen.facts.flags & TransmissionFlag.READ_ONLY)
+            opened.gate.admit(self._claims_on(opened.facts), read_only=read_only)
+        return seen
+
+    def _claims_on(self, facts: Facts) -> Claims:
+        """Claims are of the export they were made on."""
+        return self._claims if self._contexts_of == facts.name else None
+
+    def _as_seen(self, facts: Facts) -> Facts:
+        """Whoever knows nothing of claims may look at a leg of a mirror, and write nothing."""
+        if not facts.claimed or self._claims_on(facts) is not None:
+            return facts
+        flags = TransmissionFlag(facts.flags) & ~_READ_ONLY_NEVER | TransmissionFlag.READ_ONLY
+        return replace(facts, flags=int(flags))
 
     def _flags(self, facts: Facts) -> int:
         return connection_flags(facts.flags, structured=self._structured, extended=self._extended)
@@ -270,7 +309,7 @@ class Haggle:
             payload_max=facts.block_max,
             contexts=self._contexts if self._contexts_of == facts.name else (),
         )
-        return Enter(opened, params)
+        return Enter(opened, params, self._claims_on(facts))
 
 
 def _no_payload(payload: bytes) -> None:

@@ -6,10 +6,13 @@ target answers the first three and refuses the rest. This module knows neither.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from nbdvvol.dataplane.types import ConnectionEnd
+from nbdvvol.nbd.claims import Claim
 from nbdvvol.nbd.constants import BASE_ALLOCATION, BLOCK_PREFERRED_BYTES, PAYLOAD_BYTES_MAX, Reply
 
 
@@ -45,14 +48,36 @@ class Facts:
     block_preferred: int = BLOCK_PREFERRED_BYTES
     block_max: int = PAYLOAD_BYTES_MAX
     contexts: tuple[str, ...] = (BASE_ALLOCATION,)
+    claimed: bool = False
+    """It is a leg of somebody's mirror: a client that knows nothing of claims may only read it."""
+
+
+Claims = tuple[Claim, ...] | None
+"""What a connection claims; None: its client knows nothing of claims."""
+
+
+class Gate(Protocol):
+    """Who may write to an export that legs of mirrors lie on."""
+
+    async def claim(self, claims: tuple[Claim, ...]) -> None:
+        """Let no connection with a lower epoch in any more, and drain those that are. Raises ReplyError."""
+
+    def admit(self, claims: Claims, *, read_only: bool) -> None:
+        """Raises ReplyError when a connection must not enter (any more)."""
+
+    def entered(
+        self, claims: Claims, end: asyncio.Future[ConnectionEnd], hang_up: Callable[[], None], *, read_only: bool
+    ) -> None:
+        """It was admitted and is in transmission now; `hang_up` ends it once what is in flight is done."""
 
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """An export that may be entered: its facts and the data plane's volume."""
+    """An export that may be entered: its facts, the data plane's volume, and its gate where claims are known."""
 
     facts: Facts
     volume: int
+    gate: Gate | None = None
 
 
 class Provider(Protocol):

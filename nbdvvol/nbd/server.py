@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 import structlog
 
 from nbdvvol.dataplane.types import ConnectionEnd, DataPlane, TlsAction, TlsConnection, TlsContext
-from nbdvvol.nbd.haggle import Answer, Drop, Haggle, Then, TlsRule, parse_header
+from nbdvvol.nbd.haggle import Answer, Drop, Enter, Haggle, Then, TlsRule, parse_header
 from nbdvvol.nbd.options import HEADER
-from nbdvvol.nbd.provider import Provider
+from nbdvvol.nbd.provider import Provider, ReplyError
 
 _log = structlog.get_logger("nbd")
 _ACCEPT_PAUSE_S = 0.2
@@ -195,8 +195,12 @@ class Server:
 
     def _enter(self, sock: socket.socket, answer: Answer) -> asyncio.Future[ConnectionEnd]:
         assert self.plane is not None and answer.enter is not None
+        plane, enter = self.plane, answer.enter
+        _admit(enter)
         sock.setblocking(True)  # io_uring waits by itself; O_NONBLOCK would make it give up
-        return self.plane.open_connection(sock.fileno(), answer.enter.opened.volume, answer.enter.params)
+        end = plane.open_connection(sock.fileno(), enter.opened.volume, enter.params)
+        _entered(enter, end, lambda: plane.close_connection(end))
+        return end
 
     async def _encrypted(self, stream: _Stream, answer: Answer, talk: _Conversation, visit: Visit) -> None:
         """The data plane does TLS from here on; the haggling goes on over its decrypted options."""
@@ -218,13 +222,29 @@ class Server:
             raise
 
 
+def _admit(enter: Enter) -> None:
+    """The answer took its time: a newer claim may have come. From here to the data plane nothing is awaited."""
+    try:
+        if enter.opened.gate is not None:
+            enter.opened.gate.admit(enter.claims, read_only=enter.params.read_only)
+    except ReplyError as error:
+        raise Drop(error.message) from None
+
+
+def _entered(enter: Enter, end: asyncio.Future[ConnectionEnd], hang_up: Callable[[], None]) -> None:
+    if enter.opened.gate is not None:
+        enter.opened.gate.entered(enter.claims, end, hang_up, read_only=enter.params.read_only)
+
+
 async def _haggle_encrypted(tls: TlsConnection, haggle: Haggle) -> None:
     while True:
         option = await tls.option()
         answer = await haggle.option(option.option, option.payload)
         if answer.enter is not None:
             enter = answer.enter
+            _admit(enter)
             tls.reply(answer.data, TlsAction.ENTER, volume=enter.opened.volume, params=enter.params)
+            _entered(enter, tls.closed, tls.hang_up)
             return
         if answer.then is not Then.CONTINUE:
             tls.reply(answer.data, TlsAction.CLOSE)

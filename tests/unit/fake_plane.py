@@ -207,6 +207,11 @@ class FakePlane(DataPlane):
         self.connections.append(FakeConnection(sock, volume, params, end))
         return end
 
+    def close_connection(self, end: asyncio.Future[ConnectionEnd]) -> None:
+        for connection in self.connections:
+            if connection.end is end and not end.done():
+                self.hang_up(connection)
+
     def load_tls(self, config: TlsConfig) -> TlsContext:
         self.configs.append(config)
         return FakeContext()

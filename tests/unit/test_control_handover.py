@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from nbdvvol.filter.claims import ClaimBook
 from nbdvvol.filter.exports import ExportTable
 from nbdvvol.filter.objects import ObjectTable
 from nbdvvol.filter.syncfaults import FaultBook
@@ -25,7 +26,7 @@ class Bench:
         self.reports = Reports()
         self.objects = ObjectTable(self.plane, FaultBook(path.parent))
         self.objects.farm = "farm"
-        self.table = ExportTable(self.plane, self.objects, self.reports)
+        self.table = ExportTable(self.plane, self.objects, self.reports, ClaimBook(path.parent))
 
     def want(self, epoch: int | None) -> None:
         """Control names VVol 1 under this epoch, or takes it away; nothing of it is done yet."""

@@ -17,6 +17,7 @@ import pytest
 
 import nbdvvol.filter.link as link_module
 import nbdvvol.filter.view as view_module
+from nbdvvol.filter.claims import ClaimBook
 from nbdvvol.filter.daemon import Filter, FilterOptions, locked
 from nbdvvol.filter.syncfaults import FaultBook
 from nbdvvol.model.errors import Code, NvError
@@ -70,7 +71,9 @@ class Bench:
 
     def start(self) -> None:
         self.task = asyncio.create_task(
-            Filter(self.options, self.plane, FaultBook(self.options.run_dir)).run(self.stop)
+            Filter(self.options, self.plane, FaultBook(self.options.run_dir), ClaimBook(self.options.run_dir)).run(
+                self.stop
+            )
         )
 
     async def end(self) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 import nbdvvol.filter.exports as exports_module
 from nbdvvol.dataplane.types import VolumeLimits
+from nbdvvol.filter.claims import ClaimBook
 from nbdvvol.filter.exports import ExportTable
 from nbdvvol.filter.objects import ObjectTable
 from nbdvvol.filter.syncfaults import FaultBook
@@ -29,7 +30,7 @@ class Bench:
         self.faults = FaultBook(run_dir)
         self.objects = ObjectTable(self.plane, self.faults)
         self.objects.farm = "farm"
-        self.table = ExportTable(self.plane, self.objects, self.reports)
+        self.table = ExportTable(self.plane, self.objects, self.reports, ClaimBook(run_dir))
 
     async def take(self, *parts: object) -> None:
         for export in self.table.take(host_state(*parts)):  # type: ignore[arg-type]
