@@ -19,6 +19,23 @@
 #define NV_BLOCK_MIN_MAX 65536u
 #define NV_SIZE_MAX (1ull << 62)
 
+/* mirrors */
+#define NV_REGION_SHIFT_MIN 9u
+#define NV_REGION_SHIFT_MAX 40u
+#define NV_REGIONS_MAX (1u << 24)
+#define NV_META_PAGE 4096u                     /* the on-disk structures' unit: datastores/format.py */
+#define NV_META_BITMAPS 139264u                /* where the intents begin in a leg's metadata region */
+#define NV_INTENTS_A_PAGE 31744u               /* regions in one intent page */
+#define NV_DIRTY_A_PAGE 3968u                  /* ... in one page of dirty maps */
+#define NV_DEADLINE_MAX_MS 3600000u
+#define NV_MIRROR_IOS 256u                     /* requests of one mirror that are under way at once */
+#define NV_MIRROR_SPAN (64ull << 20)           /* longest piece of one request that goes to the legs at once */
+#define NV_MIRROR_TICK_MS 250u
+#define NV_COPY_PIECE (1u << 20)               /* resync, reconciliation, verify */
+#define NV_COPY_DEPTH 4u                       /* ... pieces under way at once */
+#define NV_COPY_CHECKPOINT (1ull << 30)        /* bytes copied between two saved dirty maps */
+#define NV_REPAIRS_MAX 16u                     /* places waiting to be rewritten after a read error */
+
 /* protocol */
 #define NV_PAYLOAD_MAX (32u << 20)             /* served; a longer one ends the connection */
 #define NV_DF_ALWAYS_SERVED (64u << 10)        /* nbd.md 1.15.11 */

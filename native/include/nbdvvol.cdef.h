@@ -24,6 +24,14 @@
 #define NV_EVENT_LINK_HEARD 11       /* haggling through TLS: what nv_link_say() wanted is there; token = the link's */
 #define NV_EVENT_MAP_FAULT 9         /* reserved: token completes it; args = vvol offset, length, map version */
 #define NV_EVENT_VOLUME_QOS 12       /* every reactor goes by the new limits */
+#define NV_EVENT_VOLUME_ATTACHED 13  /* a mirror: requests run (0), or why not; args[0] = regions to reconcile */
+#define NV_EVENT_LEG_FAILED 14       /* fenced here, acknowledgements are held: args = leg, generation; result = why */
+#define NV_EVENT_LEG_STOPPED 15      /* a syncing leg is stale again, nothing is held: args[0] = leg; result = why */
+#define NV_EVENT_RESYNC_DONE 16      /* promoting: args = leg, epoch and generation of its label */
+#define NV_EVENT_LEG_CHANGED 17      /* a nv_leg_* call is through: token, result; args = leg, epoch, generation */
+#define NV_EVENT_READ_REPAIRED 18    /* args = leg, offset, length, count so far; result 0 or -errno */
+#define NV_EVENT_VERIFY_DONE 19      /* token, result; args = bytes compared, pieces that differed, pieces repaired */
+#define NV_EVENT_VOLUME_FENCED 20    /* a leg's label is newer: nothing is served any more; args[0] = its epoch */
 
 typedef struct {
     uint32_t kind;
@@ -166,6 +174,7 @@ int nv_object_stats(nv_plane *plane, uint32_t object, nv_object_stats_t *out);
 #define NV_DESC_VERSION 1
 #define NV_VOLUME_READ_ONLY 1
 #define NV_VOLUME_ROTATIONAL 2
+#define NV_VOLUME_MIRROR 4           /* has labels, intents and dirty maps; required for more than one leg */
 #define NV_LEG_IN_SYNC 0
 #define NV_LEG_STALE 1
 #define NV_LEG_SYNCING 2
@@ -185,15 +194,36 @@ typedef struct {
     uint64_t map_to;                 /* the map version it leads to */
     uint32_t flags;
     uint32_t block_min;
-    uint32_t leg_count;              /* 1 until mirrors are built */
+    uint32_t leg_count;              /* 1..NV_LEGS_MAX; 1 without NV_VOLUME_MIRROR */
     uint32_t reserved[7];
-} nv_desc_header;                    /* 112 bytes; legs follow, then the runs of leg 0, of leg 1, ... */
+} nv_desc_header;                    /* 112 bytes; legs, mirror and metas (if any), runs of leg 0, of leg 1, ... */
 
 typedef struct {
     uint32_t id;
     uint32_t state;
     uint64_t run_count;
 } nv_desc_leg;
+
+#define NV_READ_LEAST_OUTSTANDING 0
+#define NV_READ_PRIMARY 1
+#define NV_READ_NEAREST 2
+
+typedef struct {                     /* with NV_VOLUME_MIRROR: once, behind the legs */
+    uint32_t region_shift;           /* an intent bit covers 1 << region_shift bytes */
+    uint32_t read_policy;            /* NV_READ_* */
+    uint32_t op_deadline_ms;         /* a leg with an older operation has failed */
+    uint32_t hold_deadline_ms;       /* how long acknowledgements wait for the registry before EIO */
+    uint32_t intent_idle_ms;         /* a region without requests for so long loses its intent bit */
+    uint32_t reserved;
+    uint64_t resync_rate;            /* bytes a second while clients are served; 0: no limit */
+} nv_desc_mirror;                    /* 32 bytes */
+
+typedef struct {                     /* with NV_VOLUME_MIRROR: one a leg, behind nv_desc_mirror */
+    uint64_t offset;                 /* of the leg's metadata region in the object */
+    uint64_t bitmap_bytes;           /* of each half: intents, dirty maps (datastores/format.py) */
+    uint32_t object;                 /* 0: the leg is absent, it has no runs and is stale */
+    uint32_t reserved;
+} nv_desc_meta;                      /* 24 bytes */
 
 typedef struct {                     /* sorted by offset, gapless, covering [0, size) */
     uint64_t offset;                 /* in the VVol */
@@ -267,6 +297,130 @@ int nv_trace_begin(nv_plane *plane, uint32_t volume, uint32_t every, uint64_t *n
 int nv_trace_read(nv_plane *plane, uint32_t reactor, nv_trace_record *out, int max, nv_trace_state *state);
 /* End it; what was not read is gone. */
 int nv_trace_end(nv_plane *plane);
+
+/* ---- mirrors (docs/mirror.md): each nv_leg_* call ends with LEG_CHANGED and its token ---- */
+#define NV_LANE_UNUSED 0
+#define NV_LANE_STALE 1
+#define NV_LANE_SYNCING 2
+#define NV_LANE_PROMOTING 3          /* copied; the registry is being asked */
+#define NV_LANE_IN_SYNC 4
+#define NV_LANE_FAILING 5            /* fenced here; the registry is being asked */
+
+#define NV_MIRROR_ATTACHING 1
+#define NV_MIRROR_FROZEN 2           /* acknowledgements are held */
+#define NV_MIRROR_EXPIRED 4          /* held for too long: EIO */
+#define NV_MIRROR_FENCED 8
+
+typedef struct {
+    uint32_t id;
+    uint32_t state;                  /* NV_LANE_* */
+    uint32_t outstanding;            /* operations that have not completed, late ones included */
+    uint32_t reserved;
+    uint64_t dirty_regions;          /* not copied yet */
+    uint64_t reads;
+    uint64_t latency_ns;             /* of a read, smoothed */
+} nv_leg_status;
+
+typedef struct {
+    uint32_t flags;                  /* NV_MIRROR_* */
+    uint32_t leg_count;
+    uint64_t regions;
+    uint64_t intents;                /* regions with their bit set */
+    uint64_t doubtful;               /* regions an unclean attach has not reconciled yet */
+    uint64_t copied_bytes;           /* by resync and reconciliation since open */
+    uint64_t repairs;
+    nv_leg_status legs[8];
+} nv_mirror_status;
+
+int nv_leg_fail(nv_plane *plane, uint32_t volume, uint32_t leg, uint64_t token);
+int nv_leg_release(nv_plane *plane, uint32_t volume, uint32_t leg, uint64_t generation, uint64_t token);
+int nv_leg_resync(nv_plane *plane, uint32_t volume, uint32_t leg, uint32_t full, uint64_t generation,
+                  uint64_t token);
+int nv_leg_stop(nv_plane *plane, uint32_t volume, uint32_t leg, uint64_t token);
+int nv_leg_promote(nv_plane *plane, uint32_t volume, uint32_t leg, uint64_t generation, uint64_t token);
+int nv_volume_fence(nv_plane *plane, uint32_t volume);
+int nv_volume_verify(nv_plane *plane, uint32_t volume, uint32_t repair, uint64_t token);
+int nv_volume_mirror(nv_plane *plane, uint32_t volume, nv_mirror_status *out);
+
+/* ---- the leg machine (docs/mirror.md section 3): no I/O, no clock; one a mirror, for one epoch ---- */
+#define NV_LOOK_ABSENT 0             /* the leg cannot be reached */
+#define NV_LOOK_FOREIGN 1            /* a label of another VVol or leg: never touched */
+#define NV_LOOK_NO_LABEL 2           /* none is valid: only touched on the operator's word */
+#define NV_LOOK_LABEL 3
+
+typedef struct {
+    uint32_t look;                   /* NV_LOOK_* */
+    uint32_t syncing;                /* the label says "not in sync" */
+    uint64_t epoch;
+    uint64_t generation;
+} nv_leg_look;
+
+typedef struct {                     /* a leg as the registry has it */
+    uint32_t id;
+    uint32_t state;                  /* NV_LEG_* */
+    uint64_t stamp_epoch;            /* the newest label that is known to be on it */
+    uint64_t stamp_generation;
+} nv_leg_record;
+
+typedef struct {
+    uint64_t epoch;
+    uint64_t generation;
+    uint32_t leg_count;
+    uint32_t reserved;
+    nv_leg_record legs[8];
+} nv_legs_record;
+
+#define NV_ASK_STALE 1
+#define NV_ASK_SYNCING 2
+#define NV_ASK_IN_SYNC 3
+#define NV_ASK_CONFIRM 4             /* raise the leg's stamp; no compare-and-swap on the generation */
+
+#define NV_ACT_ASK 1                 /* ask the registry; its answer is the record, by nv_legs_told() */
+#define NV_ACT_OPEN 2                /* open the volume with the legs as the record has them; syncing is stale */
+#define NV_ACT_FAIL 3                /* nv_leg_fail */
+#define NV_ACT_RELEASE 4             /* nv_leg_release */
+#define NV_ACT_RESYNC 5              /* nv_leg_resync */
+#define NV_ACT_PROMOTE 6             /* nv_leg_promote */
+#define NV_ACT_FENCE 7               /* nv_volume_fence: for good */
+#define NV_ACT_REFUSE 8              /* do not open; `why` is one of NV_WHY_* */
+
+#define NV_WHY_OLD_REGISTRY 1        /* a label is newer than the record */
+#define NV_WHY_NO_LEG 2              /* no in-sync leg of the record is there with a valid label */
+#define NV_WHY_EPOCH 3               /* the record is not of our epoch */
+#define NV_WHY_LAST_LEG 4            /* the registry knows no other in-sync leg than the one that failed */
+
+typedef struct {
+    uint32_t kind;                   /* NV_ACT_* */
+    uint32_t leg;
+    uint32_t ask;                    /* ASK: NV_ASK_* */
+    uint32_t full;                   /* RESYNC: its dirty map is worth nothing */
+    uint32_t why;                    /* REFUSE */
+    uint32_t reserved;
+    uint64_t token;                  /* of the call into the plane: LEG_CHANGED brings it back */
+    uint64_t epoch;                  /* ASK: ours */
+    uint64_t generation;             /* ASK: expected; RELEASE, RESYNC, PROMOTE: the record's */
+    uint64_t stamp_epoch;            /* ASK IN_SYNC, CONFIRM */
+    uint64_t stamp_generation;
+} nv_legs_action;
+
+typedef struct nv_legs nv_legs;
+
+nv_legs *nv_legs_create(uint64_t epoch);
+void nv_legs_free(nv_legs *legs);
+/* Every leg of the record has been looked at: begin. looks[i] belongs to record->legs[i]. */
+void nv_legs_begin(nv_legs *legs, const nv_legs_record *record, const nv_leg_look *looks);
+/* The registry's record came: an answer, or by itself. Older ones do no harm. */
+void nv_legs_told(nv_legs *legs, const nv_legs_record *record);
+/* What was asked may be lost (the link is back, or a while has passed): ask again. */
+void nv_legs_ask_again(nv_legs *legs);
+/* An event of the mirror's volume. */
+void nv_legs_event(nv_legs *legs, const nv_event *event);
+/* A stale leg was looked at (again). */
+void nv_legs_looked(nv_legs *legs, uint32_t leg, const nv_leg_look *look);
+/* Resync the leg as soon as that is possible; full: the operator's word, or it is new. */
+void nv_legs_want_resync(nv_legs *legs, uint32_t leg, uint32_t full);
+/* 1 and the next thing to do, or 0. Call it after each of the above until it says 0. */
+int nv_legs_next(nv_legs *legs, nv_legs_action *out);
 
 /* ---- connections: from GO / EXPORT_NAME on ---- */
 #define NV_CONN_STRUCTURED 1

@@ -120,6 +120,41 @@ int nv_sim_file(struct sim_disk *disk, uint32_t align, bool in_memory)
         .kind = HANDLE_FILE, .disk = disk, .align = align, .in_memory = in_memory, .owner = true});
 }
 
+int nv_sim_file_again(int file)
+{
+    struct handle again = *sim_handle_of(file, HANDLE_FILE);
+
+    again.owner = false;
+    again.operations = 0;
+    again.trouble = (struct nv_sim_trouble){.hung = false};
+    return sim_add_handle(again);
+}
+
+struct nv_sim_trouble *nv_sim_trouble(int file)
+{
+    return &sim_handle_of(file, HANDLE_FILE)->trouble;
+}
+
+struct sim_disk *nv_sim_disk(int file)
+{
+    return sim_handle_of(file, HANDLE_FILE)->disk;
+}
+
+void nv_sim_jump(uint64_t ns)
+{
+    sim_world.clock_ns += ns;
+}
+
+const struct nv_sim_trouble *sim_trouble_of(const struct nv_op *op)
+{
+    static const struct nv_sim_trouble none;
+    const struct handle *handle = op->kind == NV_OP_TIMER ? NULL : &sim_world.handles[op->handle];
+
+    if (!handle || handle->kind != HANDLE_FILE)
+        return &none;
+    return handle->origin ? &sim_world.handles[handle->origin].trouble : &handle->trouble;
+}
+
 int nv_sim_socket(void)
 {
     struct sim_socket *socket = calloc(1, sizeof *socket);
@@ -356,7 +391,7 @@ static bool do_write(struct nv_op *op, struct sim_disk *disk)
 
 static bool do_sync(struct nv_op *op, struct sim_disk *disk)
 {
-    bool fails = sim_random_chance(&sim_world.random, sim_world.faults.sync_error);
+    bool fails = sim_random_chance(&sim_world.random, sim_world.faults.sync_error + sim_trouble_of(op)->sync_error);
 
     sim_disk_sync(disk, sim_state_of(op)->entered_at, fails);
     return finish(op, fails ? -EIO : 0);
@@ -445,6 +480,12 @@ int64_t sim_send(struct sim_socket *socket, struct iovec *iov, unsigned count)
 
 static bool can_go_on(struct nv_op *op)
 {
+    const struct nv_sim_trouble *trouble = sim_trouble_of(op);
+
+    if (trouble->hung && !trouble->gone && !trouble->fenced)
+        return false;
+    if (sim_state_of(op)->settled)
+        return true;
     if (sim_state_of(op)->not_before_ns > sim_world.clock_ns)
         return false;
     if (op->kind != NV_OP_RECV && op->kind != NV_OP_SEND)
@@ -455,11 +496,29 @@ static bool can_go_on(struct nv_op *op)
     return socket->to_client.size < socket->to_client.capacity || socket->client_closed || socket->server_shut;
 }
 
+/* The file's own troubles: 0, or the error that the operation ends with. */
+static int troubled(struct nv_op *op)
+{
+    const struct nv_sim_trouble *trouble = sim_trouble_of(op);
+    uint16_t chance = op->kind == NV_OP_READ ? trouble->read_error : trouble->write_error;
+
+    if (trouble->fenced)
+        return -ESTALE;
+    if (trouble->gone || sim_state_of(op)->settled)
+        return -EIO;
+    if (op->kind == NV_OP_SYNC) /* its failure loses what it should have saved */
+        return 0;
+    return sim_random_chance(&sim_world.random, chance) ? -EIO : 0;
+}
+
 bool sim_perform(struct nv_op *op)
 {
     struct handle *handle = op->kind == NV_OP_TIMER ? NULL : &sim_world.handles[op->handle];
+    int error = troubled(op);
 
     sim_world.time++;
+    if (error)
+        return finish(op, error);
     switch (op->kind) {
     case NV_OP_READ:
         return do_read(op, handle->disk);
@@ -537,6 +596,30 @@ static void tear(struct nv_op *op, struct sim_disk *disk, struct sim_random *ran
     }
 }
 
+/* What an operation that is cut off has done: all of it, some, or nothing. */
+static void do_in_part(struct nv_op *op, struct sim_disk *disk, struct sim_random *random)
+{
+    if (op->kind == NV_OP_WRITE)
+        tear(op, disk, random);
+    else if ((op->kind == NV_OP_ZERO || op->kind == NV_OP_PUNCH) && sim_random_chance(random, 512))
+        sim_disk_write(disk, op->offset, NULL, (size_t)part_of(random, op->length), sim_world.time, SIM_WRITE_CACHED);
+}
+
+void nv_sim_settle(int file, struct sim_random *random)
+{
+    struct sim_disk *disk = sim_handle_of(file, HANDLE_FILE)->disk;
+
+    sim_world.time++;
+    for (size_t i = 0; i < sim_world.pending.count; i++) {
+        struct nv_op *op = sim_world.pending.items[i];
+        const struct handle *handle = op->kind == NV_OP_TIMER ? NULL : &sim_world.handles[op->handle];
+        if (!handle || handle->disk != disk || handle->origin != file || sim_state_of(op)->settled)
+            continue;
+        do_in_part(op, disk, random);
+        sim_state_of(op)->settled = true;
+    }
+}
+
 void nv_sim_crash(int file, bool cache_survives, struct sim_random *random, uint8_t *image)
 {
     struct sim_disk *disk = sim_handle_of(file, HANDLE_FILE)->disk;
@@ -545,11 +628,7 @@ void nv_sim_crash(int file, bool cache_survives, struct sim_random *random, uint
         struct nv_op *op = sim_world.pending.items[i];
         if (op->kind == NV_OP_TIMER || sim_world.handles[op->handle].disk != disk)
             continue;
-        if (op->kind == NV_OP_WRITE)
-            tear(op, disk, random);
-        else if ((op->kind == NV_OP_ZERO || op->kind == NV_OP_PUNCH) && sim_random_chance(random, 512))
-            sim_disk_write(disk, op->offset, NULL, (size_t)part_of(random, op->length), sim_world.time,
-                           SIM_WRITE_CACHED);
+        do_in_part(op, disk, random);
     }
     if (cache_survives)
         sim_disk_read(disk, 0, image, sim_disk_size(disk));

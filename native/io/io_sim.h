@@ -49,6 +49,23 @@ uint64_t nv_sim_syncs_failed(void); /* whose failure was handed back to the user
 /* A file as a descriptor for nv_io_open_file(); the world owns the disk. With `align` > 1 it is open with O_DIRECT:
  * offsets, lengths and memory that are no multiples of it are violations. A file in memory has a view, too. */
 int nv_sim_file(struct sim_disk *disk, uint32_t align, bool in_memory);
+/*
+ * Another descriptor of the same disk, as another machine has it: its troubles are its own. A file's troubles are those of
+ * every handle that was opened through it.
+ */
+int nv_sim_file_again(int file);
+struct nv_sim_trouble {
+    bool hung;                  /* nothing completes */
+    bool gone;                  /* everything fails with -EIO, without effect */
+    bool fenced;                /* ... with -ESTALE */
+    uint16_t read_error, write_error, sync_error; /* chances in 1024, beside the world's */
+};
+struct nv_sim_trouble *nv_sim_trouble(int file);
+/* What is on its way through the file to its disk has its effect now, in part or not at all, and fails. */
+void nv_sim_settle(int file, struct sim_random *random);
+struct sim_disk *nv_sim_disk(int file);
+/* The clock jumps forward. */
+void nv_sim_jump(uint64_t ns);
 /* What a power cut at this moment leaves, or with `cache_survives` the death of the process alone: operations in
  * flight may have happened in part. */
 void nv_sim_crash(int file, bool cache_survives, struct sim_random *random, uint8_t *image);

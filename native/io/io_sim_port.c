@@ -77,7 +77,7 @@ void nv_io_submit(struct nv_io *io, struct nv_op *op)
     if (sim_incoming(op))
         sim_scribble(op);
     io->submissions++;
-    if (op->kind == NV_OP_READ && (op->flags & NV_OP_TRY_NOW) && sim_random_chance(&sim_world.random, 512)) {
+    if (op->kind == NV_OP_READ && (op->flags & NV_OP_TRY_NOW) && !sim_trouble_of(op)->hung && sim_random_chance(&sim_world.random, 512)) {
         if (sim_random_chance(&sim_world.random, 64))
             op->flags |= NV_OP_NOW_UNSUPPORTED;
         sim_perform(op);
@@ -205,7 +205,7 @@ nv_handle nv_io_open_file(int fd)
     const struct handle *file = sim_handle_of(fd, HANDLE_FILE);
 
     return sim_add_handle((struct handle){
-        .kind = HANDLE_FILE, .disk = file->disk, .align = file->align, .in_memory = file->in_memory});
+        .kind = HANDLE_FILE, .disk = file->disk, .align = file->align, .in_memory = file->in_memory, .origin = fd});
 }
 
 bool nv_io_in_memory(nv_handle handle)

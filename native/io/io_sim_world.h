@@ -7,7 +7,7 @@
 
 #include "io/io_sim.h"
 
-#define HANDLES_MAX 4096
+#define HANDLES_MAX 8192
 
 enum handle_kind { HANDLE_FREE, HANDLE_FILE, HANDLE_SOCKET, HANDLE_CLOSED };
 
@@ -27,6 +27,8 @@ struct handle {
     struct sim_disk *disk;
     uint32_t align;
     bool in_memory;
+    int origin;                 /* of a file: the one whose troubles it has; 0: its own */
+    struct nv_sim_trouble trouble;
     struct sim_socket *socket;
     bool owner; /* frees the disk or socket at the end of the world */
     unsigned operations;
@@ -39,6 +41,7 @@ struct op_state {
     uint64_t moved;
     uint64_t not_before_ns;
     uint64_t entered_at; /* world time: what a sync covers */
+    bool settled;        /* its effect is over: it only has to complete */
 };
 _Static_assert(sizeof(struct op_state) <= sizeof(((struct nv_op *)0)->port), "the state must fit in an operation");
 
@@ -85,6 +88,8 @@ void sim_scribble(struct nv_op *op);
 void sim_check_stable(struct nv_op *op);
 /* The operation's effect, or a part of it; true when it has completed. */
 bool sim_perform(struct nv_op *op);
+/* The troubles of an operation's file. */
+const struct nv_sim_trouble *sim_trouble_of(const struct nv_op *op);
 /* A send that happens at once, outside of any operation. */
 int64_t sim_send(struct sim_socket *socket, struct iovec *iov, unsigned count);
 void sim_make_ready(struct nv_op *op);

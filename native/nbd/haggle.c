@@ -159,7 +159,7 @@ int nv_tls_open(nv_plane *plane, int fd, nv_tls_context *context, uint32_t timeo
     if (!haggle || !tls || !haggle->payload)
         error = nv_fail(ENOMEM, "no memory for a TLS connection");
     else
-        error = nv_connection_new(plane, fd, token, &conn);
+        error = nv_connection_new(plane, NULL, fd, token, &conn);
     if (error) {
         nv_haggle_free(haggle);
         if (tls)

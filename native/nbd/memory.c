@@ -4,6 +4,7 @@
  * waits while another one of the same connection is in flight, so it is always woken by a release.
  */
 #include <assert.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "nbd/session.h"
@@ -80,10 +81,48 @@ static void unpin(struct nv_conn *conn, struct nv_chunk *chunk)
         nv_chunk_return(conn, chunk);
 }
 
+void nv_request_keep(struct nv_vreq *v)
+{
+    struct nv_request *request = (struct nv_request *)v;
+
+    if (request->memory != NV_MEMORY_KEPT) {
+        request->kept_memory = request->memory;
+        request->kept_buffer = request->buffer;
+        request->memory = NV_MEMORY_KEPT;
+        request->over = false;
+    }
+    if (v->rescue)
+        request->buffer = v->rescue;
+}
+
+/* False: a late operation still uses the memory; the last one's end comes here again. */
+static bool take_kept(struct nv_request *request)
+{
+    request->over = true;
+    if (request->v.pins > 0)
+        return false;
+    free(request->v.rescue);
+    request->v.rescue = NULL;
+    request->memory = request->kept_memory;
+    request->buffer = request->kept_buffer;
+    return true;
+}
+
+void nv_request_unpin(struct nv_vreq *v)
+{
+    struct nv_request *request = (struct nv_request *)v;
+
+    assert(v->pins > 0 && request->memory == NV_MEMORY_KEPT);
+    if (--v->pins == 0 && request->over)
+        nv_request_release(request);
+}
+
 void nv_request_release(struct nv_request *request)
 {
     struct nv_conn *conn = request->conn;
 
+    if (request->memory == NV_MEMORY_KEPT && !take_kept(request))
+        return;
     if (request->memory == NV_MEMORY_POOL)
         give_pool(conn, request->buffer, request->pool_cost);
     else if (request->memory == NV_MEMORY_PRIVATE)

@@ -31,6 +31,7 @@ enum nv_memory {
     NV_MEMORY_CHUNK,                /* inside request->chunk, which is pinned */
     NV_MEMORY_VIEW,                 /* a READ whose bytes stand in an object's view; it holds its place in the volume */
     NV_MEMORY_SPILL,                /* the end of such a read, in the connection's spill memory */
+    NV_MEMORY_KEPT,                 /* kept_memory, which a fenced leg's late operation still uses, or did */
 };
 
 struct nv_chunk {                   /* receive memory; the bytes follow the struct */
@@ -52,6 +53,9 @@ struct nv_request {
     uint8_t memory;                 /* enum nv_memory */
     uint8_t pieces;                 /* of the reply, while a send has it */
     bool encoded;                   /* BLOCK_STATUS: the extents have their wire form already */
+    bool over;                      /* KEPT: answered; it is released with the last late operation */
+    uint8_t kept_memory;            /* KEPT: what it was */
+    uint8_t *kept_buffer;
     int32_t status;                 /* 0 or the wire error */
     uint64_t pool_cost;
     uint8_t *buffer;
@@ -160,8 +164,9 @@ void nv_conn_free(struct nv_conn *conn);
 void nv_conn_set_params(struct nv_conn *conn, struct nv_volume *volume, const nv_connection_params *params);
 /* Front, before open: bytes that were read past the handshake (at most NV_RX_CHUNK / 2). */
 void nv_conn_preload(struct nv_conn *conn, const void *bytes, uint32_t length);
-/* Front, shared with the TLS entries (reactor/front.c): a connection in the table, its start, its volume. */
-int nv_connection_new(nv_plane *plane, int fd, uint64_t token, struct nv_conn **out);
+/* Front, shared with the TLS entries (reactor/front.c): a connection in the table (reactor NULL: where there is least
+ * to do), its start, its volume. */
+int nv_connection_new(nv_plane *plane, struct nv_reactor *reactor, int fd, uint64_t token, struct nv_conn **out);
 void nv_connection_launch(nv_plane *plane, struct nv_conn *conn);
 int nv_connection_aim(nv_plane *plane, struct nv_conn *conn, uint32_t volume_number,
                       const nv_connection_params *params, struct nv_volume **volume);
@@ -193,6 +198,9 @@ bool nv_conn_between_requests(const struct nv_conn *conn); /* the stream may end
 struct nv_request *nv_request_take(struct nv_conn *conn);
 void nv_request_release(struct nv_request *request);    /* memory, slot; wakes what waited for them */
 bool nv_request_buffer(struct nv_request *request, uint32_t size); /* false: none now */
+/* For mirrors: while v->pins, or in place of v->rescue, the memory outlives the answer. Before `finished`, any thread. */
+void nv_request_keep(struct nv_vreq *v);
+void nv_request_unpin(struct nv_vreq *v);
 void nv_request_pin(struct nv_request *request, uint8_t *payload); /* payload inside the current chunk */
 void nv_chunk_return(struct nv_conn *conn, struct nv_chunk *chunk); /* an unused one, to the pool */
 bool nv_chunk_room(struct nv_conn *conn, uint32_t need); /* `need` bytes from rx_start on fit, and one more byte */

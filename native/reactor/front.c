@@ -17,6 +17,7 @@
 #include "reactor/job.h"
 #include "reactor/plane.h"
 #include "volume/desc.h"
+#include "volume/mirror.h"
 
 /* --- objects --- */
 
@@ -211,7 +212,18 @@ int nv_volume_open(nv_plane *plane, const void *desc, uint64_t length, uint32_t 
         volume->locals[i].volume = volume;
         volume->locals[i].share.weight = NV_SHARES_USUAL;
     }
+    if (map->legs && nv_mirror_create(volume, map, nv_plane_reactor(plane, volume->id % reactors)) != 0) {
+        nv_table_remove(&plane->volumes, volume->id);
+        nv_range_table_free(&volume->ranges);
+        free(volume);
+        nv_object_unuse(map);
+        return nv_fail(ENOMEM, "no memory for a mirror");
+    }
     *number = volume->id;
+    if (volume->mirror) {
+        atomic_store(&volume->open_locals, reactors + 1);
+        nv_mirror_send_open(volume->mirror);
+    }
     return 0;
 }
 
@@ -226,6 +238,7 @@ static struct nv_volume_change *make_change(struct nv_volume *volume, struct nv_
     change->from = volume->latest;
     change->to = to;
     atomic_store(&change->left, reactors);
+    change->owners_turn = reactors == 1;
     change->changed.event = (nv_event){
         .kind = NV_EVENT_VOLUME_CHANGED, .token = token, .volume = volume->id, .args = {to->version}};
     change->changed.subject = change;
@@ -247,6 +260,14 @@ int nv_volume_change(nv_plane *plane, uint32_t number, const void *desc, uint64_
                         nv_desc_map_from(desc), volume->latest->version);
         nv_object_unuse(map);
         return error;
+    }
+    if (volume->mirror || map->legs) { /* one change at a time: lanes are handed out again when it is through */
+        error = volume->changes ? nv_fail(EBUSY, "another change of mirror %u is under way", number)
+                                : nv_mirror_check_change(volume->latest, map);
+        if (error) {
+            nv_object_unuse(map);
+            return error;
+        }
     }
     change = make_change(volume, map, token);
     if (!change) {
@@ -315,6 +336,8 @@ static void volume_closes(struct nv_reactor *reactor, struct nv_message *message
 
     for (struct nv_conn *conn = local->connections; conn; conn = conn->volume_next)
         nv_conn_close(conn, -ESHUTDOWN);
+    if (local->volume->mirror && nv_mirror_owner(local->volume->mirror) == reactor)
+        nv_mirror_closes(local->volume->mirror);
     nv_volume_local_close(reactor, local);
 }
 
@@ -361,6 +384,66 @@ int nv_volume_stats(nv_plane *plane, uint32_t number, nv_volume_stats_t *out)
     return 0;
 }
 
+/* --- mirrors --- */
+
+static int send_command(nv_plane *plane, uint32_t number, enum nv_mirror_command_kind kind, uint32_t leg, bool option,
+                        uint64_t generation, uint64_t token)
+{
+    struct nv_volume *volume;
+    int error = find_volume(plane, number, &volume);
+
+    if (!error && kind == NV_MIRROR_RESYNC && volume->changes)
+        error = nv_fail(EBUSY, "a change of mirror %u is under way", number);
+    return error ? error : nv_mirror_send_command(volume, kind, leg, option, generation, token);
+}
+
+int nv_leg_fail(nv_plane *plane, uint32_t volume, uint32_t leg, uint64_t token)
+{
+    return send_command(plane, volume, NV_MIRROR_FAIL, leg, false, 0, token);
+}
+
+int nv_leg_release(nv_plane *plane, uint32_t volume, uint32_t leg, uint64_t generation, uint64_t token)
+{
+    return send_command(plane, volume, NV_MIRROR_RELEASE, leg, false, generation, token);
+}
+
+int nv_leg_resync(nv_plane *plane, uint32_t volume, uint32_t leg, uint32_t full, uint64_t generation, uint64_t token)
+{
+    return send_command(plane, volume, NV_MIRROR_RESYNC, leg, full != 0, generation, token);
+}
+
+int nv_leg_stop(nv_plane *plane, uint32_t volume, uint32_t leg, uint64_t token)
+{
+    return send_command(plane, volume, NV_MIRROR_STOP, leg, false, 0, token);
+}
+
+int nv_leg_promote(nv_plane *plane, uint32_t volume, uint32_t leg, uint64_t generation, uint64_t token)
+{
+    return send_command(plane, volume, NV_MIRROR_PROMOTE, leg, false, generation, token);
+}
+
+int nv_volume_fence(nv_plane *plane, uint32_t volume)
+{
+    return send_command(plane, volume, NV_MIRROR_FENCE, 0, false, 0, 0);
+}
+
+int nv_volume_verify(nv_plane *plane, uint32_t volume, uint32_t repair, uint64_t token)
+{
+    return send_command(plane, volume, NV_MIRROR_VERIFY, 0, repair != 0, 0, token);
+}
+
+int nv_volume_mirror(nv_plane *plane, uint32_t number, nv_mirror_status *out)
+{
+    struct nv_volume *volume = nv_table_get(&plane->volumes, number);
+
+    if (!volume)
+        return nv_fail(ENOENT, "volume %u is not open", number);
+    if (!volume->mirror)
+        return nv_fail(EINVAL, "volume %u is not a mirror", number);
+    nv_mirror_look(volume->mirror, out);
+    return 0;
+}
+
 /* --- connections --- */
 
 static int check_params(const nv_connection_params *params)
@@ -381,10 +464,9 @@ static int check_params(const nv_connection_params *params)
     return 0;
 }
 
-int nv_connection_new(nv_plane *plane, int fd, uint64_t token, struct nv_conn **out)
+int nv_connection_new(nv_plane *plane, struct nv_reactor *reactor, int fd, uint64_t token, struct nv_conn **out)
 {
-    struct nv_reactor *reactor = nv_plane_least_loaded(plane);
-    struct nv_conn *conn = nv_conn_create(reactor, -1);
+    struct nv_conn *conn = nv_conn_create(reactor ? reactor : nv_plane_least_loaded(plane), -1);
 
     if (!conn)
         return nv_fail(ENOMEM, "no address space for a connection");
@@ -432,6 +514,12 @@ void nv_connection_bind(struct nv_conn *conn, struct nv_volume *volume)
     atomic_fetch_add(&volume->connections, 1);
 }
 
+/* A mirror's connections live with it, where their requests need no message; of others the least loaded will do. */
+static struct nv_reactor *home_of(const nv_plane *plane, const struct nv_volume *volume)
+{
+    return volume->mirror && !plane->scattered ? nv_mirror_owner(volume->mirror) : NULL;
+}
+
 int nv_connection_open(nv_plane *plane, int fd, uint32_t volume_number, const nv_connection_params *params,
                        const void *early, uint64_t early_length, uint64_t token, uint32_t *number)
 {
@@ -442,7 +530,7 @@ int nv_connection_open(nv_plane *plane, int fd, uint32_t volume_number, const nv
     if (!error && early_length > NV_CHUNK_CAPACITY)
         error = nv_fail(E2BIG, "%" PRIu64 " early bytes, above %u", early_length, NV_CHUNK_CAPACITY);
     if (!error)
-        error = nv_connection_new(plane, fd, token, &conn);
+        error = nv_connection_new(plane, home_of(plane, volume), fd, token, &conn);
     if (error)
         return error;
     nv_conn_set_params(conn, volume, params);

@@ -41,6 +41,7 @@ struct nv_plane {
     bool stopped;                   /* no reactor runs any more */
     uint64_t trace;                 /* the session of the trace that runs (reactor/recorder.h), or 0 */
     uint32_t traces;                /* begun so far */
+    bool scattered;                 /* the simulator's wish: connections of mirrors live anywhere, as those by TLS do */
     uint32_t assigned[NV_REACTORS_MAX]; /* connections given to each reactor and not yet seen to end */
     struct nv_reactor *reactors;
 };

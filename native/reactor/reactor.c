@@ -47,7 +47,8 @@ int nv_reactor_setup(struct nv_reactor *reactor, const struct nv_io_config *conf
 
 void nv_reactor_teardown(struct nv_reactor *reactor)
 {
-    assert(!reactor->connections && !reactor->jobs && !reactor->syncs && !reactor->late && !reactor->tickers);
+    assert(!reactor->connections && !reactor->jobs && !reactor->syncs && !reactor->mirrors && !reactor->late &&
+           !reactor->tickers);
     nv_io_destroy(reactor->io);
     nv_pool_destroy(reactor->pool);
 }
@@ -291,7 +292,8 @@ void nv_reactor_want_tick(struct nv_reactor *reactor)
 /* What serves pieces may end only when no reactor can start one any more: the last to drain tells all. */
 static void check_drained(struct nv_reactor *reactor)
 {
-    if (!reactor->stopping || reactor->drained || reactor->connections || reactor->jobs || reactor->syncs)
+    if (!reactor->stopping || reactor->drained || reactor->connections || reactor->jobs || reactor->syncs ||
+        reactor->mirrors)
         return;
     reactor->drained = true;
     nv_plane_drained(reactor->plane);
@@ -325,8 +327,8 @@ bool nv_reactor_turn(struct nv_reactor *reactor)
 
 bool nv_reactor_finished(const struct nv_reactor *reactor)
 {
-    return reactor->ending && !reactor->connections && !reactor->jobs && !reactor->syncs && !reactor->tickers &&
-           !reactor->tick_armed && !reactor->kicked && !reactor->late &&
+    return reactor->ending && !reactor->connections && !reactor->jobs && !reactor->syncs && !reactor->mirrors &&
+           !reactor->tickers && !reactor->tick_armed && !reactor->kicked && !reactor->late &&
            !reactor->pace_timers && nv_inbox_empty((struct nv_inbox *)&reactor->inbox);
 }
 

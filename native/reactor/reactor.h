@@ -57,6 +57,7 @@ struct nv_reactor {
     uint32_t pace_timers;                   /* of volumes with limits, armed */
     uint32_t jobs;                          /* object jobs under way */
     uint32_t syncs;                         /* syncs this reactor runs */
+    uint32_t mirrors;                       /* that it owns and that have not ended */
     struct nv_late *late, **late_tail;
     struct nv_ticker *tickers;
     struct nv_remote *remotes;              /* remote exports whose home this is */

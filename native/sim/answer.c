@@ -91,6 +91,17 @@ static void judge_verdict(const struct client *client, const struct client_reque
                          request->type);
 }
 
+/* Two hosts never serve one volume: what was asked of the old one after the legs were fenced has no effect and no bytes. */
+static void judge_late(const struct client *client, const struct client_request *request, int error)
+{
+    bool stored = client->rules->zero_to == 0;
+
+    if (!error && request->late && !request->expect && stored &&
+        (request->type == COMMAND_READ || request->type == COMMAND_WRITE))
+        nv_sim_violation("connection %u: a deposed host has served command %u at %llu", client->id, request->type,
+                         (unsigned long long)request->offset);
+}
+
 static void judge_read(const struct client *client, const struct client_request *request)
 {
     const struct client_rules *rules = client->rules;
@@ -108,22 +119,28 @@ static void conclude(struct client *client, struct client_request *request, int 
 {
     struct check *check = client->rules->check;
 
-    judge_verdict(client, request, error);
+    if (client->deposed)
+        judge_late(client, request, error);
+    else
+        judge_verdict(client, request, error);
     client->rules->answers++;
     onlooker_answered(client->rules->onlooker, request->cookie, error);
     if (client->rules->trace)
         printf("connection %u <- cookie %llu error %d\n", client->id, (unsigned long long)request->cookie, error);
     request->used = false;
-    if (request->expect)
+    if (request->expect || request->late || request->stray)
         return;
     switch (request->type) {
     case COMMAND_WRITE:
     case COMMAND_TRIM:
     case COMMAND_ZEROES:
         check_write_answered(check, request->write, error == 0, request->flags & FLAG_FUA);
+        if (!error && client->rules->acknowledged)
+            client->rules->acknowledged(client->rules->context, request->offset / client->rules->cell_bytes,
+                                        request->length / client->rules->cell_bytes);
         break;
     case COMMAND_READ:
-        if (!error)
+        if (!error && !client->deposed)
             judge_read(client, request);
         check_read_over(check, request->sent);
         break;
@@ -133,7 +150,7 @@ static void conclude(struct client *client, struct client_request *request, int 
         check_read_over(check, request->sent);
         break;
     case COMMAND_FLUSH:
-        if (!error)
+        if (!error && !client->deposed)
             check_flush_answered(check, request->sent);
         break;
     default:
@@ -201,7 +218,7 @@ static void take_status(struct client *client, struct client_request *request, c
             length % client->rules->block_min)
             nv_sim_violation("connection %u: extent %llu of block status: length %llu, state %llu", client->id,
                              (unsigned long long)i, (unsigned long long)length, (unsigned long long)state);
-        if (state & 2)
+        if ((state & 2) && !client->deposed)
             judge_zero_extent(client, request, request->offset + sum, length);
         sum += length;
         last_state = state;

@@ -31,6 +31,8 @@ enum {
 
 struct client_request {
     bool used;
+    bool late;          /* sent to a deposed host */
+    bool stray;         /* a read that was under way when its host was deposed */
     bool must_fail;     /* asked for durability after a failed sync was reported, */
     uint32_t clears;    /* and the operator had cleared faults this often */
     bool has_status;    /* a BLOCK_STATUS chunk has come */
@@ -55,6 +57,7 @@ struct client {
     bool disconnecting; /* DISC is on its way */
     bool shut;          /* the server may drop what it has not parsed */
     bool dismissed;     /* the operator has ended the connection */
+    bool deposed;       /* its host serves the volume no more */
     bool over;          /* nothing comes any more */
     uint64_t next_cookie;
     struct client_request requests[CLIENT_REQUESTS];

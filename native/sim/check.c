@@ -13,6 +13,7 @@
 
 #define NEVER UINT64_MAX
 #define PRUNE_ABOVE 6u
+#define NOBODY UINT32_MAX
 
 struct write {
     uint64_t sent, answered; /* answered: 0 while it is under way */
@@ -27,7 +28,10 @@ struct candidate {
     bool crash_dead;
     bool image;  /* found there at the last start: as durable as it will ever be, but perhaps not this one */
     bool unsure; /* a failed sync may have lost it */
+    bool answered_over; /* dead because a later write was answered, not only because of what reads saw */
     uint64_t dead;
+    uint64_t seen; /* when a read found it there while nothing was being written; 0: not yet */
+    uint32_t killer; /* the write that a read saw when this one died; NOBODY: none */
 };
 
 struct cell {
@@ -38,6 +42,7 @@ struct cell {
 
 struct check {
     uint32_t cell_bytes;
+    bool mirror;
     uint64_t cells;
     uint64_t time;
     struct cell *table;
@@ -68,7 +73,7 @@ static void add_candidate(struct check *check, uint64_t index, uint32_t write, b
         cell->capacity = cell->capacity ? 2 * cell->capacity : 4;
         cell->candidates = grown(cell->candidates, cell->capacity, sizeof *cell->candidates);
     }
-    cell->candidates[cell->count++] = (struct candidate){.write = write, .image = image, .dead = NEVER};
+    cell->candidates[cell->count++] = (struct candidate){.write = write, .image = image, .dead = NEVER, .killer = NOBODY};
     if (!cell->dirty) {
         cell->dirty = true;
         check->dirty[check->dirty_count++] = index;
@@ -112,6 +117,11 @@ struct check *check_create(uint32_t cell_bytes, uint64_t cells)
     return check;
 }
 
+void check_is_mirror(struct check *check)
+{
+    check->mirror = true;
+}
+
 void check_destroy(struct check *check)
 {
     for (uint64_t i = 0; i < check->cells; i++)
@@ -145,14 +155,24 @@ static bool certain(const struct write *write)
     return write->answered && write->ok && write->kind != CHECK_TRIM;
 }
 
-static void end_older(struct check *check, struct cell *cell, uint32_t write, bool for_reads, bool for_crash)
+/* Dead from now on, because a read saw `killer`, or (NOBODY) because a later write was answered. */
+static void kill_candidate(const struct check *check, struct candidate *candidate, uint32_t killer)
+{
+    if (candidate->dead == NEVER) {
+        candidate->dead = check->time;
+        candidate->killer = killer;
+    }
+    candidate->answered_over |= killer == NOBODY;
+}
+
+static void end_older(struct check *check, struct cell *cell, uint32_t write, bool for_reads, bool for_crash, bool seen)
 {
     for (uint32_t i = 0; i < cell->count; i++) {
         struct candidate *candidate = &cell->candidates[i];
         if (!before(check, candidate->write, write))
             continue;
-        if (for_reads && candidate->dead == NEVER)
-            candidate->dead = check->time;
+        if (for_reads)
+            kill_candidate(check, candidate, seen ? write : NOBODY);
         candidate->crash_dead |= for_crash;
     }
 }
@@ -166,9 +186,11 @@ static void prune(struct check *check, struct cell *cell)
         return;
     for (uint32_t i = 0; i < check->read_count; i++)
         oldest = check->reads[i] < oldest ? check->reads[i] : oldest;
-    for (uint32_t i = 0; i < cell->count; i++)
-        if (!(cell->candidates[i].crash_dead && cell->candidates[i].dead < oldest))
-            cell->candidates[kept++] = cell->candidates[i];
+    for (uint32_t i = 0; i < cell->count; i++) {
+        const struct candidate *candidate = &cell->candidates[i];
+        if (!(candidate->crash_dead && candidate->dead < oldest && (candidate->answered_over || !check->mirror)))
+            cell->candidates[kept++] = *candidate;
+    }
     cell->count = kept;
 }
 
@@ -212,6 +234,19 @@ void check_fill(const struct check *check, uint32_t write, uint64_t first, uint6
     }
 }
 
+/* It failed, and a copy that reads saw it on may be lost with it: what they ended may come back. */
+static void revive(struct check *check, uint32_t number)
+{
+    const struct write *write = &check->writes[number];
+
+    for (uint64_t i = write->first; i < write->first + write->count; i++)
+        for (uint32_t j = 0; j < check->table[i].count; j++) {
+            struct candidate *candidate = &check->table[i].candidates[j];
+            if (candidate->killer == number && !candidate->answered_over)
+                candidate->dead = NEVER;
+        }
+}
+
 void check_write_answered(struct check *check, uint32_t number, bool ok, bool durable)
 {
     struct write *write = &check->writes[number];
@@ -220,10 +255,12 @@ void check_write_answered(struct check *check, uint32_t number, bool ok, bool du
     if (!write->answered) /* else its connection has ended, and the answer was still on its way */
         write->answered = check->time;
     write->ok = ok;
+    if (!ok && check->mirror)
+        revive(check, number);
     if (!certain(write))
         return;
     for (uint64_t i = write->first; i < write->first + write->count; i++)
-        end_older(check, &check->table[i], number, true, durable);
+        end_older(check, &check->table[i], number, true, durable, false);
 }
 
 void check_connection_closed(struct check *check, uint32_t connection)
@@ -283,16 +320,16 @@ static const char *name_word(const struct check *check, uint64_t word, uint64_t 
     return "of no write";
 }
 
-static void complain(const struct check *check, uint64_t index, uint64_t sent, uint64_t word)
+static void list_candidates(const struct check *check, uint64_t index, uint64_t word, char *text, size_t size)
 {
     const struct cell *cell = &check->table[index];
-    char text[1500];
     size_t used = 0;
 
-    for (uint32_t i = 0; i < cell->count && used < sizeof text - 120; i++) {
+    text[0] = 0;
+    for (uint32_t i = 0; i < cell->count && used + 160 < size; i++) {
         const struct candidate *c = &cell->candidates[i];
         const struct write *w = &check->writes[c->write];
-        used += (size_t)snprintf(text + used, sizeof text - used,
+        used += (size_t)snprintf(text + used, size - used,
                                  "\n  write %u (%s, connection %u) sent %llu answered %llu%s dead %lld%s%s%s%s", c->write,
                                  w->kind == CHECK_WRITE ? "data" : w->kind == CHECK_ZERO ? "zero" : "trim",
                                  w->connection, (unsigned long long)w->sent, (unsigned long long)w->answered,
@@ -300,6 +337,32 @@ static void complain(const struct check *check, uint64_t index, uint64_t sent, u
                                  c->image ? " image" : "", c->unsure ? " unsure" : "",
                                  word_of(check, c->write, index) == word ? "   <- what was read" : "");
     }
+}
+
+const char *check_name(const struct check *check, uint64_t cell, const uint8_t *bytes)
+{
+    uint64_t word;
+
+    memcpy(&word, bytes, 8);
+    return name_word(check, word, cell);
+}
+
+void check_explain(const struct check *check, uint64_t cell, const uint8_t *bytes)
+{
+    char text[1500];
+    uint64_t word;
+
+    memcpy(&word, bytes, 8);
+    list_candidates(check, cell, word, text, sizeof text);
+    fprintf(stderr, "cell %llu holds %#llx (%s); possible:%s\n", (unsigned long long)cell, (unsigned long long)word,
+            name_word(check, word, cell), text);
+}
+
+static void complain(const struct check *check, uint64_t index, uint64_t sent, uint64_t word)
+{
+    char text[1500];
+
+    list_candidates(check, index, word, text, sizeof text);
     nv_sim_violation("cell %llu (%u bytes each) reads %#llx (%s), which no possible write left there; read sent at "
                      "%llu, answered at %llu; possible:%s",
                      (unsigned long long)index, check->cell_bytes, (unsigned long long)word,
@@ -332,14 +395,16 @@ static void learn_from_read(struct check *check, struct cell *cell, uint64_t ind
     }
     assert(matches > 0);
     if (matches == 1)
-        end_older(check, cell, match, true, false);
+        end_older(check, cell, match, true, false, true);
     for (uint32_t i = 0; i < cell->count && settled; i++) {
         struct candidate *candidate = &cell->candidates[i];
-        if (word_of(check, candidate->write, index) == word)
+        if (word_of(check, candidate->write, index) == word) {
+            if (matches == 1 && candidate->write == match && !candidate->seen)
+                candidate->seen = check->time;
             continue;
-        if (candidate->dead == NEVER)
-            candidate->dead = check->time;
-        candidate->crash_dead |= image_only && candidate->image;
+        }
+        kill_candidate(check, candidate, match);
+        candidate->crash_dead |= image_only && candidate->image && !check->mirror;
     }
 }
 
@@ -363,6 +428,21 @@ static void check_cell(struct check *check, uint64_t sent, uint64_t index, const
     learn_from_read(check, cell, index, sent, word);
 }
 
+bool check_possible(const struct check *check, uint64_t index, const uint8_t *bytes)
+{
+    const struct cell *cell = &check->table[index];
+    uint64_t word;
+
+    memcpy(&word, bytes, 8);
+    for (uint32_t at = 8; at < check->cell_bytes; at += 8)
+        if (memcmp(bytes + at, &word, 8) != 0)
+            return false;
+    for (uint32_t i = 0; i < cell->count; i++)
+        if (!cell->candidates[i].answered_over && word_of(check, cell->candidates[i].write, index) == word)
+            return true;
+    return false;
+}
+
 void check_read_answer(struct check *check, uint64_t sent, uint64_t first, uint64_t count, const uint8_t *bytes)
 {
     check->time++;
@@ -378,6 +458,14 @@ uint64_t check_flush_sent(struct check *check)
     return ++check->time;
 }
 
+/* A read found this one there, and then all was made durable: what else the cell might have held before is out. */
+static void end_others(const struct check *check, struct cell *cell, const struct candidate *found)
+{
+    for (uint32_t i = 0; i < cell->count; i++)
+        cell->candidates[i].crash_dead |= &cell->candidates[i] != found &&
+                                          check->writes[cell->candidates[i].write].sent < found->seen;
+}
+
 void check_flush_answered(struct check *check, uint64_t sent)
 {
     uint64_t kept = 0;
@@ -389,7 +477,9 @@ void check_flush_answered(struct check *check, uint64_t sent)
             const struct candidate *candidate = &cell->candidates[j];
             const struct write *write = &check->writes[candidate->write];
             if (certain(write) && write->answered < sent && !candidate->image && !candidate->unsure)
-                end_older(check, cell, candidate->write, false, true);
+                end_older(check, cell, candidate->write, false, true, false);
+            if (check->mirror && candidate->seen && candidate->seen < sent && !candidate->unsure)
+                end_others(check, cell, candidate);
         }
         prune(check, cell);
         cell->dirty = cell->count > 1;
@@ -407,6 +497,24 @@ void check_fault_cleared(struct check *check)
             check->table[i].candidates[j].unsure = true; /* its answer may be on its way: it may be lost already */
 }
 
+/*
+ * Disks of a mirror live on, with what is not durable in their caches: after the death of a process alone, what was
+ * answered is there, and what it ended is dead to reads; a later power cut may still bring that back.
+ */
+static void survive_process(struct check *check, struct candidate *candidate)
+{
+    candidate->image |= !certain(&check->writes[candidate->write]);
+    candidate->killer = NOBODY;
+    candidate->seen = 0;
+    if (!candidate->answered_over)
+        candidate->dead = NEVER;
+}
+
+static void survive_power_cut(struct candidate *candidate)
+{
+    *candidate = (struct candidate){.write = candidate->write, .image = true, .dead = NEVER, .killer = NOBODY};
+}
+
 void check_crash(struct check *check, bool cache_survives)
 {
     check->time++;
@@ -418,12 +526,14 @@ void check_crash(struct check *check, bool cache_survives)
         struct cell *cell = &check->table[i];
         uint32_t kept = 0;
         for (uint32_t j = 0; j < cell->count; j++) {
-            if (cache_survives ? cell->candidates[j].dead != NEVER : cell->candidates[j].crash_dead)
+            struct candidate *candidate = &cell->candidates[j];
+            if (cache_survives && !check->mirror ? candidate->dead != NEVER : candidate->crash_dead)
                 continue;
-            cell->candidates[kept] = cell->candidates[j];
-            cell->candidates[kept].image = true;
-            cell->candidates[kept].unsure = false;
-            cell->candidates[kept++].dead = NEVER;
+            if (cache_survives && check->mirror)
+                survive_process(check, candidate);
+            else
+                survive_power_cut(candidate);
+            cell->candidates[kept++] = *candidate;
         }
         cell->count = kept;
         assert(kept > 0);

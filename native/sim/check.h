@@ -13,6 +13,9 @@
  *    sent) is possible, and nothing older.
  *
  * Failed writes and trims may have happened in full, in part or not at all: they are possible, but end nothing.
+ *
+ * Of a mirror (check_is_mirror) less is asked where copies may differ: what a read saw before a crash but nobody answered
+ * may be gone after it, and what a read found after a crash lasts for certain only when a later FLUSH was answered.
  */
 #ifndef NV_SIM_CHECK_H
 #define NV_SIM_CHECK_H
@@ -27,6 +30,13 @@ enum check_kind { CHECK_WRITE, CHECK_ZERO, CHECK_TRIM };
 
 struct check *check_create(uint32_t cell_bytes, uint64_t cells);
 void check_destroy(struct check *check);
+void check_is_mirror(struct check *check);
+/* Whether a copy may hold these bytes for the cell: no write that was answered has ended them. */
+bool check_possible(const struct check *check, uint64_t cell, const uint8_t *bytes);
+/* Which write these bytes of a cell come from, for people. */
+const char *check_name(const struct check *check, uint64_t cell, const uint8_t *bytes);
+/* Which writes the cell may hold, and which one these bytes come from: for people, to stderr. */
+void check_explain(const struct check *check, uint64_t cell, const uint8_t *bytes);
 /* More cells at the end, zero. */
 void check_grow(struct check *check, uint64_t cells);
 

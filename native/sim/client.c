@@ -142,7 +142,7 @@ static void put_payload(struct client *client, const struct client_request *requ
     const struct client_rules *rules = client->rules;
     uint8_t *to = client->tx + client->tx_end;
 
-    if (request->expect) /* refused before it matters what is in it */
+    if (request->expect || request->late) /* refused before it matters what is in it */
         memset(to, 0xee, request->length);
     else
         check_fill(rules->check, request->write, request->offset / rules->cell_bytes,
@@ -225,7 +225,8 @@ static void announce(struct client *client, struct client_request *request)
     request->cookie = client->next_cookie++ * 0x9e3779b97f4a7c15ull + client->id;
     request->must_fail = must_fail(client->rules, request);
     request->clears = client->rules->clears;
-    if (request->expect)
+    request->late = client->deposed;
+    if (request->expect || request->late)
         return;
     switch (request->type) {
     case COMMAND_WRITE:
@@ -352,23 +353,27 @@ bool client_pump(struct client *client, bool all)
 
 /* ---- ends ---- */
 
+static bool under_judgement(const struct client_request *request)
+{
+    return request->used && !request->expect && !request->late && !request->stray &&
+           (request->type == COMMAND_READ || request->type == COMMAND_STATUS);
+}
+
 /* What is unanswered stays so: the judge has to live with both possibilities. */
 static void forget_requests(struct client *client)
 {
     for (unsigned i = 0; i < CLIENT_REQUESTS; i++) {
         struct client_request *request = &client->requests[i];
-        if (!request->used)
-            continue;
-        request->used = false;
-        if (!request->expect && (request->type == COMMAND_READ || request->type == COMMAND_STATUS))
+        if (under_judgement(request))
             check_read_over(client->rules->check, request->sent);
+        request->used = false;
     }
 }
 
 void client_saw_end(struct client *client)
 {
     uint32_t unanswered = client_unanswered(client);
-    bool sent_away = client->rules->closing || client->dismissed;
+    bool sent_away = client->rules->closing || client->dismissed || client->deposed;
 
     if (client->over)
         return;
@@ -399,6 +404,20 @@ void client_dismissed(struct client *client)
 {
     client->dismissed = true;
     onlooker_gone(client->rules->onlooker, client->id);
+}
+
+void client_deposed(struct client *client)
+{
+    if (client->deposed)
+        return;
+    client->deposed = true;
+    for (unsigned i = 0; i < CLIENT_REQUESTS; i++) {
+        struct client_request *request = &client->requests[i];
+        if (!under_judgement(request))
+            continue;
+        check_read_over(client->rules->check, request->sent);
+        request->stray = true;
+    }
 }
 
 void client_shut(struct client *client)

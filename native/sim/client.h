@@ -34,6 +34,9 @@ struct client_rules {           /* what the scenario allows, shared by its clien
     bool growing;               /* the end may have moved already */
     bool read_only;             /* make no changes, for the final look */
     bool trace;
+    /* a mirror: the range was changed and that was acknowledged */
+    void (*acknowledged)(void *context, uint64_t first, uint64_t count);
+    void *context;
     uint64_t requests;          /* made, and */
     uint64_t answers;           /* received by all clients of all lives */
 };
@@ -56,6 +59,8 @@ bool client_pump(struct client *client, bool all);
 /* Ends: DISC, half-close (the server may drop what it has not parsed), close or reset. */
 void client_disconnect(struct client *client);
 void client_dismissed(struct client *client); /* the operator ends it: ESHUTDOWN and a hang-up are fair from here on */
+/* A newer host serves the volume: what is asked from here on may only fail, and reads under way prove nothing. */
+void client_deposed(struct client *client);
 void client_shut(struct client *client);
 void client_close(struct client *client, bool reset);
 

@@ -181,6 +181,26 @@ uint64_t sim_disk_extent(const struct sim_disk *disk, uint64_t offset, uint64_t 
     return end < offset + size ? end - offset : size;
 }
 
+bool sim_disk_has_lost(const struct sim_disk *disk)
+{
+    for (size_t i = 0; i < disk->touched_count; i++)
+        for (const struct version *version = disk->versions[disk->touched[i]]; version; version = version->older)
+            if (version->lost)
+                return true;
+    return false;
+}
+
+void sim_disk_reset(struct sim_disk *disk, const uint8_t *image)
+{
+    for (size_t i = 0; i < disk->touched_count; i++) {
+        drop_versions(disk->versions[disk->touched[i]]);
+        disk->versions[disk->touched[i]] = NULL;
+    }
+    disk->touched_count = 0;
+    memcpy(disk->now, image, disk->size);
+    memcpy(disk->durable, image, disk->size);
+}
+
 void sim_disk_crash(const struct sim_disk *disk, struct sim_random *random, uint8_t *image)
 {
     memcpy(image, disk->durable, disk->size);

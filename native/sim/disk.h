@@ -43,6 +43,10 @@ void sim_disk_punch(struct sim_disk *disk, uint64_t offset, uint64_t size, uint6
 void sim_disk_sync(struct sim_disk *disk, uint64_t time, bool failed);
 /* The run that starts at offset: its length (clipped to `size`), and whether it is a hole. */
 uint64_t sim_disk_extent(const struct sim_disk *disk, uint64_t offset, uint64_t size, bool *hole);
+/* A sync has failed, and what it should have saved is still visible. */
+bool sim_disk_has_lost(const struct sim_disk *disk);
+/* The disk holds these bytes, durably, and nothing else ever was. */
+void sim_disk_reset(struct sim_disk *disk, const uint8_t *image);
 /* What a power cut leaves: drawn by chance into `image` (size bytes). */
 void sim_disk_crash(const struct sim_disk *disk, struct sim_random *random, uint8_t *image);
 

@@ -13,6 +13,7 @@
 #include "limits.h"
 #include "nbd/session.h"
 #include "reactor/reactor.h"
+#include "volume/mirror.h"
 
 static void step(struct nv_vreq *request);
 static void sync_next(struct nv_vreq *request);
@@ -34,19 +35,56 @@ static struct nv_volume_local *local_of(const struct nv_vreq *request)
     return &request->volume->locals[request->reactor->index];
 }
 
+static void owner_checks(struct nv_reactor *reactor, struct nv_message *message);
+
+/*
+ * The reactor has no older I/O any more. A mirror's owner may still get some from other reactors, until they have none:
+ * its word counts when it is the last.
+ */
 static void change_drained(struct nv_reactor *reactor, struct nv_volume_change *change)
 {
-    if (atomic_fetch_sub(&change->left, 1) == 1)
+    struct nv_mirror *mirror = change->volume->mirror;
+    uint32_t left;
+
+    if (mirror && nv_mirror_owner(mirror) == reactor && !change->owners_turn)
+        return;
+    left = atomic_fetch_sub(&change->left, 1) - 1;
+    if (left == 0) {
         nv_events_raise(&reactor->events, &change->changed);
+    } else if (left == 1 && mirror) {
+        struct nv_message *message = &change->messages[reactor->index].message; /* it has brought the change here */
+        message->run = owner_checks;
+        nv_reactor_send(nv_mirror_owner(mirror), message);
+    }
+}
+
+static void owner_checks(struct nv_reactor *reactor, struct nv_message *message)
+{
+    struct nv_volume_change *change = ((struct nv_change_message *)message)->change;
+    const struct nv_map_user *user = &change->from->users[reactor->index];
+
+    change->owners_turn = true;
+    if (user->retiring && user->in_flight == 0)
+        change_drained(reactor, change);
+}
+
+void nv_map_hold(struct nv_map *map, struct nv_reactor *reactor)
+{
+    map->users[reactor->index].in_flight++;
+}
+
+void nv_map_release(struct nv_map *map, struct nv_reactor *reactor)
+{
+    struct nv_map_user *user = &map->users[reactor->index];
+
+    assert(user->in_flight > 0);
+    if (--user->in_flight == 0 && user->retiring)
+        change_drained(reactor, map->change);
 }
 
 static void release_map(struct nv_vreq *request)
 {
-    struct nv_map_user *user = &request->map->users[request->reactor->index];
-
-    assert(user->in_flight > 0);
-    if (--user->in_flight == 0 && user->retiring)
-        change_drained(request->reactor, request->map->change);
+    nv_map_release(request->map, request->reactor);
     request->map = NULL;
 }
 
@@ -91,7 +129,9 @@ void nv_volume_abandon(struct nv_vreq *request)
 
 void nv_volume_start(struct nv_vreq *request)
 {
-    if (request->kind == NV_REQUEST_FLUSH)
+    if (request->kind == NV_REQUEST_FLUSH && request->map->legs)
+        nv_mirror_run(request);
+    else if (request->kind == NV_REQUEST_FLUSH)
         sync_next(request);
     else if (!orders(request) || request->length == 0 || nv_range_release(&request->volume->ranges, &request->range))
         step(request);
@@ -151,7 +191,7 @@ void nv_volume_remap(struct nv_vreq *request)
     request->map->users[request->reactor->index].in_flight++;
 }
 
-static void finish(struct nv_vreq *request, int error)
+void nv_volume_finish(struct nv_vreq *request, int error)
 {
     struct nv_volume_local *local = local_of(request);
 
@@ -169,7 +209,7 @@ static void synced(struct nv_sync_wait *wait)
     struct nv_vreq *request = (struct nv_vreq *)((char *)wait - offsetof(struct nv_vreq, wait));
 
     if (wait->error)
-        finish(request, wait->error);
+        nv_volume_finish(request, wait->error);
     else
         sync_next(request);
 }
@@ -183,11 +223,11 @@ static void sync_next(struct nv_vreq *request)
         if (!nv_sync_begin(&object->sync, request->reactor, &request->wait))
             return;
         if (request->wait.error) {
-            finish(request, request->wait.error);
+            nv_volume_finish(request, request->wait.error);
             return;
         }
     }
-    finish(request, 0);
+    nv_volume_finish(request, 0);
 }
 
 /* --- everything else: piece by piece along the runs --- */
@@ -201,11 +241,11 @@ static void all_done(struct nv_vreq *request)
     if (sync)
         sync_next(request);
     else
-        finish(request, 0);
+        nv_volume_finish(request, 0);
 }
 
 /* Append an extent, merged with an equal neighbour; boundaries are rounded so that data grows, never shrinks. */
-static void add_extent(struct nv_vreq *request, uint64_t length, uint32_t flags)
+void nv_volume_extent(struct nv_vreq *request, uint64_t length, uint32_t flags)
 {
     const uint64_t unit = request->map->block_min;
     struct nv_extent *last = request->extents_count ? &request->extents[request->extents_count - 1] : NULL;
@@ -225,26 +265,28 @@ static void add_extent(struct nv_vreq *request, uint64_t length, uint32_t flags)
     request->done = until;
 }
 
-static bool extents_full(const struct nv_vreq *request)
+bool nv_volume_extents_full(const struct nv_vreq *request)
 {
+    if (request->kind != NV_REQUEST_STATUS)
+        return false;
     return request->extents_count >= request->extents_max ||
            ((request->flags & NV_REQUEST_ONE) && request->extents_count > 1);
 }
 
-static void extents_found(struct nv_vreq *request, int64_t found)
+void nv_volume_extents(struct nv_vreq *request, const struct nv_extent *extents, int64_t count)
 {
     const uint64_t start = request->offset + request->done;
     uint64_t at = start;
 
-    for (int64_t i = 0; i < found && !extents_full(request); i++) {
-        uint64_t end = at + request->piece.extents[i].length;
+    for (int64_t i = 0; i < count && !nv_volume_extents_full(request); i++) {
+        uint64_t end = at + extents[i].length;
         uint64_t have = request->offset + request->done; /* rounding may have eaten into this one */
         if (end > have)
-            add_extent(request, end - have, request->piece.extents[i].flags);
+            nv_volume_extent(request, end - have, extents[i].flags);
         at = end;
     }
     if (request->offset + request->done == start) /* a hole smaller than a block: call the block data */
-        add_extent(request, 1, 0);
+        nv_volume_extent(request, 1, 0);
 }
 
 static void piece_finished(struct nv_piece *piece, int64_t result)
@@ -252,11 +294,11 @@ static void piece_finished(struct nv_piece *piece, int64_t result)
     struct nv_vreq *request = (struct nv_vreq *)((char *)piece - offsetof(struct nv_vreq, piece));
 
     if (result < 0) {
-        finish(request, (int)result);
+        nv_volume_finish(request, (int)result);
         return;
     }
     if (request->kind == NV_REQUEST_STATUS)
-        extents_found(request, result);
+        nv_volume_extents(request, request->piece.extents, result);
     else
         request->done += request->piece_length;
     step(request);
@@ -297,15 +339,19 @@ static void start_piece(struct nv_vreq *request, const struct nv_run *run, uint6
     nv_piece_start(piece);
 }
 
-/* A run without storage, or one that may not be written. True: handled, go on; false: the request has finished. */
+/* A run without storage, or one that may not be written, or that legs have. True: handled, go on; false: no more. */
 static bool without_storage(struct nv_vreq *request, const struct nv_run *run, uint64_t length)
 {
+    if (run->state == NV_RUN_LEGS) {
+        nv_mirror_run(request);
+        return false;
+    }
     if (request->kind == NV_REQUEST_WRITE || (request->kind == NV_REQUEST_ZERO && run->state != NV_RUN_ZERO)) {
-        finish(request, -EIO); /* the place of the map fault: until it is built, nothing can allocate the run */
+        nv_volume_finish(request, -EIO); /* the place of the map fault: until it is built, nothing can allocate the run */
         return false;
     }
     if (request->kind == NV_REQUEST_STATUS) {
-        add_extent(request, length, NV_EXTENT_HOLE | NV_EXTENT_ZERO);
+        nv_volume_extent(request, length, NV_EXTENT_HOLE | NV_EXTENT_ZERO);
         return true;
     }
     if (request->kind == NV_REQUEST_READ)
@@ -338,10 +384,10 @@ static void step(struct nv_vreq *request)
         assert(at >= run->offset && into < run->length);
         if (length > request->length - request->done)
             length = request->length - request->done;
-        if (request->kind == NV_REQUEST_STATUS && extents_full(request))
+        if (nv_volume_extents_full(request))
             break;
         if (fua_would_lie(request, run)) {
-            finish(request, -EIO);
+            nv_volume_finish(request, -EIO);
             return;
         }
         if (needs_storage(request, run)) {
@@ -366,6 +412,8 @@ void nv_volume_local_change(struct nv_reactor *reactor, struct nv_message *messa
     local->map = change->to;
     for (struct nv_conn *conn = local->connections; conn; conn = conn->volume_next)
         nv_conn_remap(conn);
+    if (change->volume->mirror && nv_mirror_owner(change->volume->mirror) == reactor)
+        nv_mirror_changed(change->volume->mirror, change->from, change->to);
     user->retiring = true;
     if (user->in_flight == 0)
         change_drained(reactor, change);
@@ -373,8 +421,25 @@ void nv_volume_local_change(struct nv_reactor *reactor, struct nv_message *messa
 
 static void local_gone(struct nv_reactor *reactor, struct nv_volume_local *local)
 {
-    if (local->closing && !local->connections && !local->pace.armed && atomic_fetch_sub(&local->volume->open_locals, 1) == 1)
-        nv_events_raise(&reactor->events, &local->volume->closed);
+    struct nv_volume *volume = local->volume;
+    uint32_t left;
+
+    if (!local->closing || local->connections || local->pace.armed)
+        return;
+    left = atomic_fetch_sub(&volume->open_locals, 1) - 1;
+    if (left == 0)
+        nv_events_raise(&reactor->events, &volume->closed);
+    else if (left == 1 && volume->mirror) /* which is what is left */
+        nv_mirror_send_end(volume->mirror);
+}
+
+void nv_volume_mirror_ended(struct nv_volume *volume, struct nv_reactor *reactor)
+{
+    uint32_t before = atomic_fetch_sub(&volume->open_locals, 1);
+
+    assert(before == 1);
+    (void)before;
+    nv_events_raise(&reactor->events, &volume->closed);
 }
 
 void nv_volume_local_close(struct nv_reactor *reactor, struct nv_volume_local *local)

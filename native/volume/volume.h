@@ -1,8 +1,8 @@
 /*
- * A volume and one request on it. The layers that later issues add (cache, mirror) sit between nv_volume_start() and the
- * map; today's stack is range order -> map -> file. Limits hold a request back before it comes here (nbd/pace.c). A
- * volume's reactor-local half is touched by its reactor alone; what reactors share is the range table, the limits and
- * the objects' sync state.
+ * A volume and one request on it. The stack is range order -> map -> backend, or range order -> mirror -> the map's legs ->
+ * backend; a cache will sit before it. Limits hold a request back before it comes here (nbd/pace.c). A volume's
+ * reactor-local half is touched by its reactor alone; what reactors share is the range table, the limits and the objects'
+ * sync state.
  */
 #ifndef NV_VOLUME_H
 #define NV_VOLUME_H
@@ -23,6 +23,7 @@
 
 struct nv_plane;
 struct nv_conn;
+struct nv_mirror;
 
 enum nv_request_kind {
     NV_REQUEST_READ,
@@ -75,8 +76,9 @@ struct nv_volume {
     uint32_t id;
     struct nv_plane *plane;
     struct nv_range_table ranges;
+    struct nv_mirror *mirror;       /* NULL: a plain volume */
     _Atomic uint32_t connections;   /* raised at open, lowered when the front saw the end */
-    _Atomic uint32_t open_locals;   /* reactors that have not finished the close */
+    _Atomic uint32_t open_locals;   /* reactors that have not finished the close; and the mirror, which is the last */
     struct nv_event_slot closed;
     /* the front thread's */
     struct nv_map *latest;          /* newest accepted map */
@@ -92,6 +94,7 @@ struct nv_volume_change {
     struct nv_map *from;
     struct nv_map *to;
     _Atomic uint32_t left;          /* reactors that still have older I/O */
+    bool owners_turn;               /* a mirror's owner, which holds the map for the others' requests, is the last */
     struct nv_event_slot changed;
     struct nv_change_message {
         struct nv_message message;
@@ -137,6 +140,12 @@ struct nv_vreq {
     uint32_t extents_count;
     void (*finished)(struct nv_vreq *request);
     struct nv_stamps stamps;
+    /* mirrors */
+    struct nv_vreq *queue_next;
+    uint8_t tried;                  /* READ: lanes that could not serve the present span */
+    bool primary_only;              /* READ: a write began meanwhile */
+    uint8_t *rescue;                /* READ: memory in place of one that a late operation may still fill; `data` is it */
+    uint32_t pins;                  /* late operations that still use the caller's memory */
 };
 
 /*
@@ -158,6 +167,19 @@ uint8_t *nv_volume_look(const struct nv_map *map, uint64_t offset, uint64_t leng
 int64_t nv_volume_copy(const struct nv_vreq *request, uint64_t from, void *to, uint64_t length);
 void nv_volume_served(struct nv_vreq *request);
 void nv_volume_remap(struct nv_vreq *request);
+
+/* For the layers between: the request is over, with 0 or -errno. On its own reactor. */
+void nv_volume_finish(struct nv_vreq *request, int error);
+/* Add an extent to a STATUS answer, merged with an equal neighbour. */
+void nv_volume_extent(struct nv_vreq *request, uint64_t length, uint32_t flags);
+/* Add what a backend has found from the first byte that has no answer yet on. */
+void nv_volume_extents(struct nv_vreq *request, const struct nv_extent *extents, int64_t count);
+/* A STATUS answer that takes no more. */
+bool nv_volume_extents_full(const struct nv_vreq *request);
+void nv_map_hold(struct nv_map *map, struct nv_reactor *reactor);
+void nv_map_release(struct nv_map *map, struct nv_reactor *reactor);
+/* The mirror is over: raise VOLUME_CLOSED. */
+void nv_volume_mirror_ended(struct nv_volume *volume, struct nv_reactor *reactor);
 
 /* Reactor: begin closing the local half; the last reactor raises VOLUME_CLOSED. */
 void nv_volume_local_close(struct nv_reactor *reactor, struct nv_volume_local *local);

@@ -1,0 +1,116 @@
+/*
+ * One seed's farm for a mirrored volume: legs on disks that several hosts reach, the registry with its compare-and-swaps,
+ * and the links between hosts and control, which delay, repeat and lose. Hosts are in host.h, what happens to them all is
+ * decided in mirror.c.
+ *
+ * What must hold on the disks (farm_inspect): two legs that the registry has in sync differ only where each of them has
+ * the intent; a stale leg differs from an in-sync one only where that one has the intent, or the leg's dirty bit.
+ */
+#ifndef NV_SIM_FARM_H
+#define NV_SIM_FARM_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "io/io_sim.h"
+#include "nbdvvol.h"
+#include "sim/check.h"
+#include "sim/client.h"
+#include "sim/random.h"
+
+#define FARM_LEGS 4u
+#define FARM_HOSTS 2u
+#define FARM_RUNS 3u
+#define FARM_MESSAGES 32u
+#define FARM_LEG_ID(leg) ((leg) + 11u)
+
+struct farm_run {
+    uint64_t offset, length, object_offset;
+};
+
+struct farm_leg {
+    int file;                       /* the disk */
+    uint32_t path;                  /* the leg whose disk a host finds when it opens this one: swapped, if not itself */
+    uint64_t disk_size, meta_offset;
+    struct farm_run runs[FARM_RUNS];
+    uint32_t run_count;
+    uint8_t *snapshot;              /* an earlier state of the disk, */
+    uint64_t snapshot_epoch, snapshot_generation; /* and the stamp that the registry had of the leg then */
+    bool gone, hung;                /* for every host */
+    bool rebooted;                  /* what its cache held may be lost, and perhaps nobody has noticed yet */
+    bool suspect;                   /* control knows that a sync failed there: who opens it latches */
+    bool spoiled;                   /* rolled back or blank: only a full resync makes it right */
+};
+
+struct farm_message {
+    bool ask;                       /* to control: action; else to the host: record */
+    uint32_t host;
+    uint64_t epoch;                 /* of the host's machine */
+    nv_legs_action action;
+    nv_legs_record record;
+};
+
+struct farm {
+    uint64_t seed;
+    struct sim_random random;
+    struct nv_sim_faults faults;
+    uint32_t cell_bytes, block_min, align, region_shift, reactors;
+    uint64_t cells, size;
+    uint64_t zero_from, zero_to;    /* bytes without storage */
+    nv_desc_mirror policy;
+    uint32_t leg_count;
+    struct farm_leg legs[FARM_LEGS];
+    uint8_t uuid[16];
+    uint32_t lives, steps;
+    uint32_t good;                  /* this leg has no trouble of its own; FARM_LEGS: none is promised that */
+    bool must_serve;                /* nothing may fail for the clients, because of the good leg */
+    uint16_t hang, drop, reboot, leg_errors, sync_errors, cut, kill, rebind, spoil, swap, jump; /* chances */
+    /* control */
+    nv_legs_record registry;
+    uint32_t owner;                 /* host, or FARM_HOSTS: released */
+    bool cut_off[FARM_HOSTS];
+    struct farm_message messages[FARM_MESSAGES];
+    uint32_t message_count;
+    struct check *check;
+    struct client_rules rules;
+    uint64_t commits, inspections;
+};
+
+void farm_draw(struct farm *farm, uint64_t seed);
+/* Make the disks in the world that has begun, freshly formatted: all legs in sync at epoch 0, generation 1. */
+void farm_make_disks(struct farm *farm);
+void farm_free(struct farm *farm);
+
+/* The registry: one compare-and-swap; its record is the answer. */
+void farm_apply(struct farm *farm, const nv_legs_action *ask);
+bool farm_in_sync(const struct farm *farm, uint32_t leg);
+
+/* The link: what a host sends, what it is answered. */
+void farm_send(struct farm *farm, const struct farm_message *message);
+/* Take a message that arrives now; false: none. What was for control has been answered by then. */
+bool farm_receive(struct farm *farm, uint32_t host, struct farm_message *out);
+void farm_cut(struct farm *farm, uint32_t host);
+
+/* Disks. */
+void farm_power_cut(struct farm *farm, uint32_t leg);
+void farm_take_snapshot(struct farm *farm, uint32_t leg);
+bool farm_roll_back(struct farm *farm, uint32_t leg); /* false: nothing would show that it was */
+void farm_inspect(struct farm *farm);
+/* The bytes of a leg's disk that are the volume's at the offset. */
+const uint8_t *farm_place(const struct farm *farm, uint32_t leg, uint64_t offset);
+/* All legs hold the same bytes, and no intent is set. */
+void farm_expect_equal(struct farm *farm);
+/* A change was acknowledged: each leg that the registry has in sync has it. */
+void farm_acknowledged(void *context, uint64_t first, uint64_t count);
+
+static inline uint64_t farm_below(struct farm *farm, uint64_t bound)
+{
+    return sim_random_below(&farm->random, bound);
+}
+
+static inline bool farm_chance(struct farm *farm, unsigned of_1024)
+{
+    return sim_random_chance(&farm->random, of_1024);
+}
+
+#endif

@@ -1,0 +1,638 @@
+/*
+ * See host.h. Invariant: a leg's file belongs to one boot of one host; once it is fenced or the host is dead, nothing that
+ * goes through it reaches the disk.
+ */
+#include "sim/host.h"
+
+#include <assert.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "volume/meta.h"
+#include "volume/mirror_state.h"
+
+#define RECORD_BYTES 2048u
+#define TOKEN_LOOK 1000u
+#define TOKEN_CHANGE 2000u
+#define TOKEN_CLOSE 2001u
+#define TOKEN_VERIFY 2002u
+
+static bool tracing(const struct host *host)
+{
+    return host->farm->rules.trace;
+}
+
+/* ---- legs ---- */
+
+static bool reachable(const struct host *host, uint32_t leg)
+{
+    const struct farm_leg *at = &host->farm->legs[host->farm->legs[leg].path];
+
+    return !at->gone && !at->hung;
+}
+
+static void set_trouble(const struct host *host, uint32_t leg)
+{
+    const struct host_leg *mine = &host->legs[leg];
+    struct nv_sim_trouble *trouble = nv_sim_trouble(mine->file);
+    const struct farm_leg *at = &host->farm->legs[mine->path];
+    const bool good = mine->path == host->farm->good;
+
+    trouble->gone = at->gone;
+    trouble->hung = at->hung;
+    trouble->read_error = trouble->write_error = good ? 0 : host->farm->leg_errors;
+    trouble->sync_error = good ? 0 : host->farm->sync_errors;
+}
+
+void host_set_troubles(struct host *host)
+{
+    for (uint32_t leg = 0; host->plane && leg < host->farm->leg_count; leg++)
+        if (host->legs[leg].open && !host->deposed)
+            set_trouble(host, leg);
+}
+
+static void open_leg(struct host *host, uint32_t leg)
+{
+    struct farm *farm = host->farm;
+    struct host_leg *mine = &host->legs[leg];
+
+    mine->path = farm->legs[leg].path;
+    mine->file = nv_sim_file_again(farm->legs[mine->path].file);
+    if (mine->file < 0 || nv_object_open(host->plane, mine->file, farm->align > 1 ? NV_OBJECT_DIRECT : 0, farm->align,
+                                         farm->legs[mine->path].disk_size, &mine->object) != 0)
+        nv_sim_violation("a leg does not open: %s", nv_last_error());
+    assert(host->file_count < HOST_FILES);
+    host->files[host->file_count++] = mine->file;
+    mine->open = true;
+    mine->latched = farm->legs[mine->path].suspect;
+    if (mine->latched)
+        (void)nv_object_latch_fault(host->plane, mine->object);
+    set_trouble(host, leg);
+}
+
+static void look_at(struct host *host, uint32_t leg)
+{
+    struct host_leg *mine = &host->legs[leg];
+
+    if (mine->looking)
+        return;
+    mine->looking = true;
+    if (nv_object_job(host->plane, mine->object, NV_JOB_READ, mine->buffer, host->farm->legs[mine->path].meta_offset,
+                      sizeof mine->buffer, TOKEN_LOOK + leg) != 0)
+        nv_sim_violation("a leg's label cannot be asked for: %s", nv_last_error());
+}
+
+static nv_leg_look judge_label(const struct host *host, uint32_t leg, int result)
+{
+    struct nv_label label;
+
+    if (result < 0)
+        return (nv_leg_look){.look = NV_LOOK_ABSENT};
+    if (!nv_label_decode(host->legs[leg].buffer, &label))
+        return (nv_leg_look){.look = NV_LOOK_NO_LABEL};
+    if (label.leg != FARM_LEG_ID(leg) || memcmp(label.uuid, host->farm->uuid, sizeof label.uuid) != 0)
+        return (nv_leg_look){.look = NV_LOOK_FOREIGN};
+    return (nv_leg_look){.look = NV_LOOK_LABEL, .syncing = label.syncing, .epoch = label.epoch,
+                         .generation = label.generation};
+}
+
+/* ---- the description ---- */
+
+static uint8_t *put(uint8_t *to, const void *record, size_t size)
+{
+    memcpy(to, record, size);
+    return to + size;
+}
+
+/* A leg's runs, with a hole where nothing is stored. */
+static uint8_t *put_runs(const struct host *host, uint32_t leg, uint8_t *to, uint64_t *count)
+{
+    const struct farm *farm = host->farm;
+    const struct farm_leg *at = &farm->legs[leg];
+
+    for (uint32_t i = 0; i < at->run_count; i++) {
+        uint64_t cuts[4] = {at->runs[i].offset, farm->zero_from, farm->zero_to, at->runs[i].offset + at->runs[i].length};
+        for (uint32_t j = 0; j < 3; j++) {
+            uint64_t from = cuts[j] > cuts[0] ? cuts[j] : cuts[0], until = cuts[j + 1] < cuts[3] ? cuts[j + 1] : cuts[3];
+            bool zero = j == 1;
+            if (from >= until)
+                continue;
+            nv_desc_run run = {from, until - from, at->runs[i].object_offset + (from - at->runs[i].offset),
+                               host->legs[leg].object, zero ? NV_RUN_ZERO : NV_RUN_MAPPED};
+            to = put(to, &run, sizeof run);
+            ++*count;
+        }
+    }
+    return to;
+}
+
+static uint64_t describe(const struct host *host, const nv_legs_record *registry, uint64_t map_to, uint8_t *out)
+{
+    const struct farm *farm = host->farm;
+    nv_desc_header header = {
+        .magic = NV_DESC_MAGIC, .version = NV_DESC_VERSION, .size = farm->size, .epoch = host->epoch,
+        .generation = registry->generation, .map_from = map_to - 1, .map_to = map_to, .block_min = farm->block_min,
+        .flags = NV_VOLUME_MIRROR, .leg_count = farm->leg_count};
+    nv_desc_leg legs[FARM_LEGS];
+    nv_desc_meta metas[FARM_LEGS];
+    uint8_t *runs = out + sizeof header + farm->leg_count * (sizeof *legs + sizeof *metas) + sizeof farm->policy;
+    uint8_t *to = runs;
+
+    memcpy(header.uuid, farm->uuid, sizeof header.uuid);
+    for (uint32_t leg = 0; leg < farm->leg_count; leg++) {
+        const struct host_leg *mine = &host->legs[leg];
+        legs[leg] = (nv_desc_leg){.id = FARM_LEG_ID(leg),
+                                  .state = registry->legs[leg].state == NV_LEG_IN_SYNC ? NV_LEG_IN_SYNC : NV_LEG_STALE};
+        metas[leg] = (nv_desc_meta){.object = 0};
+        if (!mine->described)
+            continue;
+        metas[leg] = (nv_desc_meta){.object = mine->object, .offset = farm->legs[leg].meta_offset,
+                                    .bitmap_bytes = 2u * NV_META_PAGE};
+        to = put_runs(host, leg, to, &legs[leg].run_count);
+    }
+    header.length = (uint64_t)(to - out);
+    assert(header.length <= RECORD_BYTES);
+    to = put(out, &header, sizeof header);
+    to = put(to, legs, farm->leg_count * sizeof *legs);
+    to = put(to, &farm->policy, sizeof farm->policy);
+    put(to, metas, farm->leg_count * sizeof *metas);
+    return header.length;
+}
+
+static void open_volume(struct host *host)
+{
+    uint8_t record[RECORD_BYTES];
+    uint64_t length;
+
+    host->map_version = 1;
+    length = describe(host, &host->known, host->map_version, record);
+    if (nv_volume_open(host->plane, record, length, &host->volume) != 0)
+        nv_sim_violation("the mirror does not open: %s", nv_last_error());
+    host->opened = true;
+}
+
+static void change_volume(struct host *host)
+{
+    uint8_t record[RECORD_BYTES];
+    uint64_t length = describe(host, &host->known, host->map_version + 1, record);
+    int error = nv_volume_change(host->plane, host->volume, record, length, TOKEN_CHANGE);
+
+    if (error)
+        nv_sim_violation("the mirror does not change: %s", nv_last_error());
+    host->map_version++;
+    host->changing = true;
+}
+
+/* ---- what the machine says ---- */
+
+void host_close_volume(struct host *host)
+{
+    if (!host->opened || host->closing)
+        return;
+    host->closing = true;
+    if (nv_volume_close(host->plane, host->volume, TOKEN_CLOSE) != 0)
+        nv_sim_violation("the mirror does not close: %s", nv_last_error());
+}
+
+static void dismiss_clients(struct host *host)
+{
+    for (uint32_t i = 0; i < HOST_CLIENTS; i++)
+        if (host->clients[i])
+            client_dismissed(host->clients[i]);
+}
+
+static void obey(struct host *host, const nv_legs_action *action)
+{
+    struct farm_message message = {.ask = true, .host = host->index, .epoch = host->epoch, .action = *action};
+    int error = 0;
+
+    if (tracing(host))
+        printf("-- host %u: action %u, leg %u, ask %u, generation %llu, full %u, why %u\n", host->index, action->kind,
+               action->leg, action->ask, (unsigned long long)action->generation, action->full, action->why);
+    switch (action->kind) {
+    case NV_ACT_ASK:
+        farm_send(host->farm, &message);
+        return;
+    case NV_ACT_OPEN:
+        open_volume(host);
+        return;
+    case NV_ACT_FAIL:
+        error = nv_leg_fail(host->plane, host->volume, action->leg, action->token);
+        break;
+    case NV_ACT_RELEASE:
+        error = nv_leg_release(host->plane, host->volume, action->leg, action->generation, action->token);
+        break;
+    case NV_ACT_RESYNC:
+        error = nv_leg_resync(host->plane, host->volume, action->leg, action->full, action->generation, action->token);
+        break;
+    case NV_ACT_PROMOTE:
+        error = nv_leg_promote(host->plane, host->volume, action->leg, action->generation, action->token);
+        break;
+    case NV_ACT_FENCE:
+        (void)nv_volume_fence(host->plane, host->volume);
+        dismiss_clients(host);
+        host_close_volume(host);
+        host->deposed = true;
+        return;
+    default:
+        host->refused = true;
+        host->why = action->why;
+        return;
+    }
+    if (error && !host->closing) {
+        nv_event failed = {.kind = NV_EVENT_LEG_CHANGED, .result = error, .token = action->token, .args = {action->leg}};
+        nv_legs_event(host->machine, &failed);
+    }
+}
+
+static void follow(struct host *host)
+{
+    nv_legs_action action;
+
+    while (host->machine && host->begun && !host->refused && nv_legs_next(host->machine, &action))
+        obey(host, &action);
+}
+
+/* ---- events ---- */
+
+static void looked(struct host *host, uint32_t leg, int result)
+{
+    nv_leg_look look = judge_label(host, leg, result);
+
+    if (tracing(host))
+        printf("-- host %u: leg %u looks like %u, epoch %llu, generation %llu%s\n", host->index, FARM_LEG_ID(leg), look.look,
+               (unsigned long long)look.epoch, (unsigned long long)look.generation, look.syncing ? ", syncing" : "");
+    host->legs[leg].looking = false;
+    host->looks[leg] = look;
+    if (host->begun)
+        nv_legs_looked(host->machine, FARM_LEG_ID(leg), &look);
+}
+
+static void took_events(struct host *host, const nv_event *event)
+{
+    if (tracing(host))
+        printf("-- host %u: event %u, token %llu, result %d, %llu %llu %llu\n", host->index, event->kind,
+               (unsigned long long)event->token, event->result, (unsigned long long)event->args[0],
+               (unsigned long long)event->args[1], (unsigned long long)event->args[2]);
+    switch (event->kind) {
+    case NV_EVENT_CONNECTION_CLOSED:
+        check_connection_drained(host->farm->check, (uint32_t)event->token);
+        break;
+    case NV_EVENT_JOB_DONE:
+        looked(host, (uint32_t)event->token - TOKEN_LOOK, event->result);
+        break;
+    case NV_EVENT_SYNC_FAILED:
+        for (uint32_t leg = 0; leg < host->farm->leg_count; leg++)
+            host->legs[leg].latched |= host->legs[leg].open && host->legs[leg].object == event->args[0];
+        break;
+    case NV_EVENT_VOLUME_CHANGED:
+        host->changing = false;
+        break;
+    case NV_EVENT_VOLUME_CLOSED:
+        host->closed = true;
+        break;
+    case NV_EVENT_VERIFY_DONE:
+        host->verifying = false;
+        host->verified = event->args[0];
+        host->differed = event->args[1];
+        break;
+    case NV_EVENT_VOLUME_ATTACHED:
+        host->attached = event->result == 0;
+        host->failed |= event->result != 0;
+        for (uint32_t i = 0; host->attached && i < host->farm->leg_count; i++)
+            if (farm_in_sync(host->farm, i))
+                host->farm->legs[i].rebooted = false;
+        break;
+    default:
+        break;
+    }
+    if (host->begun)
+        nv_legs_event(host->machine, event);
+}
+
+static bool all_looked(const struct host *host)
+{
+    for (uint32_t leg = 0; leg < host->farm->leg_count; leg++)
+        if (host->legs[leg].looking)
+            return false;
+    return true;
+}
+
+/* Every leg has been looked at: the machine begins with the record that came with the binding. */
+static void begin_machine(struct host *host)
+{
+    host->begun = true;
+    nv_legs_begin(host->machine, &host->known, host->looks);
+    for (uint32_t leg = 0; leg < host->farm->leg_count; leg++)
+        host->legs[leg].described = host->legs[leg].open && host->looks[leg].look == NV_LOOK_LABEL;
+}
+
+bool host_events(struct host *host)
+{
+    nv_event events[16];
+    int count = nv_plane_events(host->plane, events, 16);
+
+    for (int i = 0; i < count; i++) {
+        took_events(host, &events[i]);
+        follow(host);
+    }
+    if (!host->begun && host->machine && all_looked(host)) {
+        begin_machine(host);
+        follow(host);
+        return true;
+    }
+    return count > 0;
+}
+
+bool host_messages(struct host *host)
+{
+    struct farm_message message;
+
+    if (!farm_receive(host->farm, host->index, &message))
+        return false;
+    if (message.epoch != host->epoch || !host->begun)
+        return true; /* for an earlier binding */
+    if (message.record.epoch == host->epoch && message.record.generation >= host->known.generation)
+        host->known = message.record;
+    nv_legs_told(host->machine, &message.record);
+    follow(host);
+    return true;
+}
+
+void host_link_back(struct host *host)
+{
+    host->farm->cut_off[host->index] = false;
+    if (host->begun)
+        nv_legs_ask_again(host->machine);
+    follow(host);
+}
+
+/* ---- the driver's own wishes ---- */
+
+static void reopen(struct host *host, uint32_t leg)
+{
+    open_leg(host, leg);
+    host->looks[leg].look = NV_LOOK_ABSENT;
+    look_at(host, leg);
+}
+
+static void tend_leg(struct host *host, uint32_t leg, bool eager)
+{
+    struct host_leg *mine = &host->legs[leg];
+    const uint32_t look = host->looks[leg].look;
+    const bool usable = look == NV_LOOK_LABEL || (eager && look == NV_LOOK_NO_LABEL);
+
+    if (!reachable(host, leg) || mine->looking || host->changing || host->file_count == HOST_FILES)
+        return;
+    if (!mine->open || mine->path != host->farm->legs[leg].path || (mine->described && farm_chance(host->farm, 50))) {
+        mine->described = false; /* until the label is known, then with the new object */
+        reopen(host, leg);
+    } else if (!usable) {
+        look_at(host, leg);
+    } else if (!mine->described) {
+        mine->described = true;
+        change_volume(host);
+    } else {
+        nv_legs_want_resync(host->machine, FARM_LEG_ID(leg), look == NV_LOOK_NO_LABEL);
+        follow(host);
+    }
+}
+
+void host_tend(struct host *host, bool eager)
+{
+    if (!host_serves(host))
+        return;
+    for (uint32_t leg = 0; leg < host->farm->leg_count; leg++)
+        if (host->known.legs[leg].state != NV_LEG_IN_SYNC && (eager || farm_chance(host->farm, 512)))
+            tend_leg(host, leg, eager);
+}
+
+void host_leg_rebooted(struct host *host, uint32_t disk)
+{
+    for (uint32_t leg = 0; leg < host->farm->leg_count; leg++) {
+        struct host_leg *mine = &host->legs[leg];
+        if (!mine->open || mine->path != disk)
+            continue;
+        mine->latched = true; /* what a backend does that has lost its connection with writes not flushed */
+        if (nv_object_latch_fault(host->plane, mine->object) != 0)
+            nv_sim_violation("an object does not latch: %s", nv_last_error());
+    }
+}
+
+void host_clear_faults(struct host *host)
+{
+    for (uint32_t leg = 0; leg < host->farm->leg_count; leg++) {
+        if (!host->legs[leg].open || !host->legs[leg].latched)
+            continue;
+        check_fault_cleared(host->farm->check);
+        host->legs[leg].latched = host->farm->legs[host->legs[leg].path].suspect = false;
+        if (nv_object_clear_fault(host->plane, host->legs[leg].object) != 0)
+            nv_sim_violation("a fault does not clear: %s", nv_last_error());
+    }
+}
+
+bool host_leg_in_sync(const struct host *host, uint32_t leg)
+{
+    const struct nv_volume *volume = nv_table_get(&host->plane->volumes, host->volume);
+
+    for (uint32_t lane = 0; volume && lane < NV_LEGS_MAX; lane++)
+        if (volume->mirror->lanes[lane].id == FARM_LEG_ID(leg))
+            return volume->mirror->lanes[lane].state == NV_LANE_IN_SYNC;
+    return false;
+}
+
+void host_verify(struct host *host)
+{
+    host->verifying = true;
+    if (nv_volume_verify(host->plane, host->volume, false, TOKEN_VERIFY) != 0)
+        nv_sim_violation("the mirror does not verify: %s", nv_last_error());
+}
+
+/* ---- clients ---- */
+
+static void open_client(struct host *host, uint32_t index)
+{
+    nv_connection_params params;
+    const uint32_t id = (uint32_t)++*host->next_id;
+    int socket = nv_sim_socket();
+    struct client *client = client_create(&host->farm->rules, id, socket, &params);
+
+    if (nv_connection_open(host->plane, socket, host->volume, &params, NULL, 0, id, &host->numbers[index]) != 0)
+        nv_sim_violation("a connection does not open: %s", nv_last_error());
+    host->clients[index] = client;
+    if (host->deposed)
+        client_deposed(client);
+}
+
+static void end_client(struct host *host, uint32_t index)
+{
+    struct client *client = host->clients[index];
+
+    switch (farm_below(host->farm, 4)) {
+    case 0:
+        client_disconnect(client);
+        break;
+    case 1:
+        client_shut(client);
+        break;
+    default:
+        client_close(client, farm_chance(host->farm, 512));
+    }
+}
+
+static void forget_client(struct host *host, uint32_t index)
+{
+    client_close(host->clients[index], false);
+    client_destroy(host->clients[index]);
+    host->clients[index] = NULL;
+}
+
+void host_act(struct host *host)
+{
+    const uint32_t index = (uint32_t)farm_below(host->farm, HOST_CLIENTS);
+    struct client *client = host->clients[index];
+
+    if (!host->opened || host->closing)
+        return;
+    if (client && client_ended(client)) {
+        client_pump(client, true);
+        if (client_ended(client))
+            forget_client(host, index);
+        return;
+    }
+    if (!client)
+        open_client(host, index);
+    else if (farm_chance(host->farm, 3))
+        end_client(host, index);
+    else if (farm_chance(host->farm, 400))
+        client_pump(client, false);
+    else
+        client_request(client);
+}
+
+bool host_serves(const struct host *host)
+{
+    return host->plane && host->attached && !host->closing && !host->deposed;
+}
+
+/* ---- moving ---- */
+
+bool host_turn(struct host *host)
+{
+    uint32_t reactor = (uint32_t)farm_below(host->farm, host->farm->reactors);
+
+    return nv_reactor_turn(nv_plane_reactor(host->plane, reactor));
+}
+
+static bool turn_all(struct host *host)
+{
+    bool moved = false;
+
+    for (uint32_t i = 0; i < host->farm->reactors; i++)
+        moved |= nv_reactor_turn(nv_plane_reactor(host->plane, i));
+    return moved;
+}
+
+bool host_move(struct host *host)
+{
+    bool moved = turn_all(host);
+
+    moved |= host_events(host);
+    moved |= host_messages(host);
+    for (uint32_t i = 0; i < HOST_CLIENTS; i++)
+        if (host->clients[i])
+            moved |= client_pump(host->clients[i], true);
+    return moved;
+}
+
+/* ---- the beginning and the end ---- */
+
+void host_bind(struct host *host)
+{
+    struct farm *farm = host->farm;
+    nv_plane_config config = {.reactors = farm->reactors, .cpu_first = -1, .pool_bytes = 4u << 20, .connections_max = 64};
+    struct farm *const keep = farm;
+    uint64_t *const next_id = host->next_id;
+    const uint32_t index = host->index;
+
+    assert(!host->plane);
+    *host = (struct host){.farm = keep, .index = index, .next_id = next_id, .epoch = farm->registry.epoch,
+                          .known = farm->registry};
+    if (nv_plane_build(&config, false, &host->plane) != 0)
+        nv_sim_violation("the plane does not start: %s", nv_last_error());
+    host->plane->scattered = farm_chance(farm, 300);
+    host->machine = nv_legs_create(host->epoch);
+    for (uint32_t leg = 0; leg < farm->leg_count; leg++) {
+        if (!reachable(host, leg))
+            continue;
+        open_leg(host, leg);
+        look_at(host, leg);
+    }
+}
+
+static void end_clients(struct host *host, bool reset)
+{
+    for (uint32_t i = 0; i < HOST_CLIENTS; i++) {
+        if (!host->clients[i])
+            continue;
+        client_close(host->clients[i], reset);
+        client_destroy(host->clients[i]);
+        host->clients[i] = NULL;
+    }
+}
+
+static void end_plane(struct host *host)
+{
+    bool finished = false;
+
+    nv_plane_stop(host->plane);
+    for (uint32_t i = 0; !finished; i++) {
+        bool moved = nv_sim_step();
+        moved |= turn_all(host);
+        if (!moved)
+            nv_sim_advance();
+        finished = true;
+        for (uint32_t j = 0; j < host->farm->reactors; j++)
+            finished &= nv_reactor_finished(nv_plane_reactor(host->plane, j));
+        if (i > HOST_PATIENCE)
+            nv_sim_violation("the plane of host %u does not stop", host->index);
+    }
+    nv_plane_free(host->plane);
+    nv_legs_free(host->machine);
+    host->plane = NULL;
+    host->machine = NULL;
+    host->begun = host->attached = false;
+}
+
+void host_depose(struct host *host)
+{
+    for (uint32_t i = 0; i < host->file_count; i++) {
+        nv_sim_settle(host->files[i], &host->farm->random);
+        nv_sim_trouble(host->files[i])->fenced = true;
+    }
+    for (uint32_t i = 0; i < HOST_CLIENTS; i++)
+        if (host->clients[i])
+            client_deposed(host->clients[i]);
+    host->deposed = true;
+}
+
+void host_kill(struct host *host)
+{
+    for (uint32_t i = 0; i < host->file_count; i++) {
+        nv_sim_settle(host->files[i], &host->farm->random);
+        nv_sim_trouble(host->files[i])->gone = true;
+    }
+    for (uint32_t leg = 0; leg < host->farm->leg_count; leg++) /* control heard of it, or hears from the next host */
+        host->farm->legs[leg].suspect |= sim_disk_has_lost(nv_sim_disk(host->farm->legs[leg].file));
+    farm_cut(host->farm, host->index); /* its messages die with it */
+    host->farm->cut_off[host->index] = false;
+    end_clients(host, true);
+    end_plane(host);
+}
+
+void host_stop(struct host *host)
+{
+    end_clients(host, false);
+    end_plane(host);
+}

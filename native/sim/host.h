@@ -1,0 +1,80 @@
+/*
+ * A host of the farm: one filter, that is a plane with the mirrored volume, the leg machine, and the driving around it
+ * that in production is Python: open objects, read labels, carry messages, close. It opens the legs' disks through
+ * descriptors of its own, so it can be fenced, cut off, and killed by itself.
+ */
+#ifndef NV_SIM_HOST_H
+#define NV_SIM_HOST_H
+
+#include "reactor/plane.h"
+#include "sim/farm.h"
+
+#define HOST_CLIENTS 3u
+#define HOST_PATIENCE 400000u
+
+struct host_leg {
+    bool open;                      /* it has an object */
+    bool described;                 /* the volume's description names it */
+    bool looking;                   /* a job reads its label */
+    bool latched;                   /* its object's sync has failed, and nobody has cleared that */
+    int file;
+    uint32_t object;
+    uint32_t path;                  /* whose disk that is */
+    uint8_t buffer[2u * 4096u] __attribute__((aligned(4096)));
+};
+
+#define HOST_FILES 64u
+
+struct host {
+    struct farm *farm;
+    uint32_t index;
+    nv_plane *plane;                /* NULL: down */
+    uint64_t epoch;
+    nv_legs *machine;
+    bool begun;                     /* the machine has the looks */
+    bool opened, attached, failed, changing, closing, closed;
+    bool refused, deposed;
+    uint32_t why;                   /* refused */
+    uint32_t volume;
+    uint64_t map_version;
+    nv_legs_record known;           /* the newest record that has come */
+    nv_leg_look looks[FARM_LEGS];
+    struct host_leg legs[FARM_LEGS];
+    int files[HOST_FILES];          /* every descriptor of this boot */
+    uint32_t file_count;
+    struct client *clients[HOST_CLIENTS];
+    uint32_t numbers[HOST_CLIENTS];
+    uint64_t *next_id;              /* of connections */
+    bool verifying;
+    uint64_t verified, differed;
+};
+
+/* Bind: the registry has given this host its epoch, the legs are fenced. Boot, look at the legs. */
+void host_bind(struct host *host);
+bool host_serves(const struct host *host);
+/* One thing each; true: something moved. */
+bool host_turn(struct host *host);
+bool host_events(struct host *host);
+bool host_messages(struct host *host);
+/* Everything that can move moves once, clients too. */
+bool host_move(struct host *host);
+void host_link_back(struct host *host);
+/* The farm's legs have other troubles now. */
+void host_set_troubles(struct host *host);
+/* Look at stale legs that are there again, and have them resynced; `eager`: blank ones too, on the operator's word. */
+void host_tend(struct host *host, bool eager);
+void host_act(struct host *host);   /* a client does something */
+void host_leg_rebooted(struct host *host, uint32_t disk);
+void host_clear_faults(struct host *host);
+void host_close_volume(struct host *host);
+/* The plane has the leg in sync. */
+bool host_leg_in_sync(const struct host *host, uint32_t leg);
+/* Its files are fenced: whoever asks it from now on gets nothing. */
+void host_depose(struct host *host);
+/* The process dies; what is on its way to the disks has happened in part. */
+void host_kill(struct host *host);
+/* The end of a plane whose volume is closed, or was never opened. */
+void host_stop(struct host *host);
+void host_verify(struct host *host);
+
+#endif

@@ -1,0 +1,74 @@
+/*
+ * The mirror layer's door (docs/mirror.md): what volumes and the front need of it. A mirror lives on its volume's owner
+ * reactor, and everything here runs there unless it says "front" or "any reactor". Requests come in range order; they
+ * may come from connections on other reactors, then they travel by message.
+ *
+ *   mirror.c        life, legs, freeze and release, queues, commands   mirror_write.c   writes, zeroes, trims, flushes
+ *   mirror_io.c     operations on legs: late ones, pins, deadlines     mirror_read.c    reads, their conflicts, status
+ *   mirror_meta.c   labels, pages of dirty maps                        mirror_attach.c  attach, the start of a resync
+ *   intent.c        regions, intent pages, lazy clearing               copier.c         reconcile, resync, repair, verify
+ */
+#ifndef NV_MIRROR_H
+#define NV_MIRROR_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "nbdvvol.h"
+#include "reactor/events.h"
+#include "reactor/inbox.h"
+
+struct nv_map;
+struct nv_mirror;
+struct nv_reactor;
+struct nv_volume;
+struct nv_vreq;
+
+enum nv_mirror_command_kind {
+    NV_MIRROR_FAIL,
+    NV_MIRROR_RELEASE,
+    NV_MIRROR_RESYNC,
+    NV_MIRROR_STOP,
+    NV_MIRROR_PROMOTE,
+    NV_MIRROR_FENCE,
+    NV_MIRROR_VERIFY,
+};
+
+struct nv_mirror_command {          /* made by the front, freed by it when its event has come */
+    struct nv_message message;
+    struct nv_mirror_command *next;
+    struct nv_mirror *mirror;
+    enum nv_mirror_command_kind kind;
+    uint32_t leg;
+    bool option;                    /* RESYNC: full; VERIFY: repair */
+    uint64_t generation;
+    struct nv_event_slot done;
+};
+
+/* Front: make a mirror for a volume's first map, with all its memory. 0 or -errno. */
+int nv_mirror_create(struct nv_volume *volume, struct nv_map *map, struct nv_reactor *owner);
+/* Front, once VOLUME_CLOSED was seen, or no reactor runs any more. */
+void nv_mirror_free(struct nv_mirror *mirror);
+/* Front: begin to attach, by message. */
+void nv_mirror_send_open(struct nv_mirror *mirror);
+/* Front: give the legs of a newer map their lanes; -errno if it cannot follow the present one. */
+int nv_mirror_check_change(const struct nv_map *from, struct nv_map *to);
+/* Front: -errno, or the command is on its way and ends with an event. */
+int nv_mirror_send_command(struct nv_volume *volume, enum nv_mirror_command_kind kind, uint32_t leg, bool option,
+                           uint64_t generation, uint64_t token);
+/* Front: a snapshot that the owner refreshes now and then. */
+void nv_mirror_look(struct nv_mirror *mirror, nv_mirror_status *out);
+
+/* Any thread: the reactor whose mirror it is. */
+struct nv_reactor *nv_mirror_owner(const struct nv_mirror *mirror);
+/* The owner's local half has a new map. */
+void nv_mirror_changed(struct nv_mirror *mirror, const struct nv_map *from, const struct nv_map *to);
+/* The volume is being closed: nothing is held any more, new requests are few. */
+void nv_mirror_closes(struct nv_mirror *mirror);
+/* Any reactor: no connection of the volume is left; the mirror ends, then VOLUME_CLOSED is raised. */
+void nv_mirror_send_end(struct nv_mirror *mirror);
+
+/* Any reactor: run a request whose turn has come. */
+void nv_mirror_run(struct nv_vreq *request);
+
+#endif
