@@ -15,6 +15,8 @@ from typing import Any
 
 from nbdvvol.dataplane.errors import PlaneError
 from nbdvvol.dataplane.ffi import check, ffi, last_error, lib
+from nbdvvol.dataplane.legs import Legs, decode_event, decode_status, encode_mirror
+from nbdvvol.dataplane.mirror import LegMachine, MirrorEvent, MirrorStatus, Verified
 from nbdvvol.dataplane.remote import ClientContext, PlaneLink, encode_config
 from nbdvvol.dataplane.remote import encode_params as encode_link_params
 from nbdvvol.dataplane.tls import Connection, Context
@@ -45,6 +47,8 @@ METADATA_MAX = 1 << 20
 
 NOBODY = 0
 """The token of what nobody waits for; those of others start at 1."""
+STOPS = (1 << 64) - 1
+"""The token of calls that a leg machine did not make (its own count from 1)."""
 
 _EVENTS_AT_ONCE = 256
 _CONTEXT_KINDS = {"base:allocation": lib.NV_CONTEXT_BASE_ALLOCATION}
@@ -59,6 +63,7 @@ def encode_description(desc: VolumeDescription) -> bytes:
 
     Raises ValueError when a number does not fit its field; everything else is for C to judge."""
     flags = lib.NV_VOLUME_READ_ONLY * desc.read_only | lib.NV_VOLUME_ROTATIONAL * desc.rotational
+    flags |= lib.NV_VOLUME_MIRROR * (desc.mirror is not None)
     legs = b"".join(_LEG.pack(leg.id, leg.state, len(leg.runs)) for leg in desc.legs)
     runs = b"".join(
         _RUN.pack(run.offset, run.length, run.object_offset, run.object, run.state)
@@ -68,6 +73,8 @@ def encode_description(desc: VolumeDescription) -> bytes:
     if len(desc.uuid) != 16:
         raise ValueError(f"a VVol's uuid has 16 bytes, not {len(desc.uuid)}")
     try:
+        if desc.mirror is not None:
+            legs += encode_mirror(desc.mirror)
         header = _HEADER.pack(
             lib.NV_DESC_MAGIC,
             lib.NV_DESC_VERSION,
@@ -134,6 +141,7 @@ class Plane:
         self._links: dict[int, PlaneLink] = {}
         self._events = ffi.new("nv_event[]", _EVENTS_AT_ONCE)
         self.on_sync_failed: SyncFailedHandler | None = None
+        self.on_mirror: Callable[[MirrorEvent], None] | None = None
         self._plane = self._create(config or PlaneConfig())
         self._fd = lib.nv_plane_event_fd(self._plane)
         self._loop.add_reader(self._fd, self._on_events)
@@ -200,6 +208,12 @@ class Plane:
             return
         if kind == lib.NV_EVENT_CONNECTION_CLOSED and (connection := self._tls.pop(token, None)):
             connection.on_closed()
+        if (mirror := decode_event(event)) is not None:
+            if self.on_mirror is not None:
+                self.on_mirror(mirror)
+            return
+        if kind == lib.NV_EVENT_VERIFY_DONE and token in self._waiting:
+            self._buffers[token] = Verified(event.args[0], event.args[1], event.args[2])
         self._finish(kind, token, result)
 
     def _finish(self, kind: int, token: int, result: int) -> None:
@@ -362,6 +376,51 @@ class Plane:
         token, future = self._expect()
         self._started(token, lib.nv_volume_close(self._live, volume, token))
         await future
+
+    # --- mirrors ---
+
+    def leg_machine(self, epoch: int) -> LegMachine:
+        """What decides about the legs of a mirror at this epoch."""
+        return Legs(epoch)
+
+    def fail_leg(self, volume: int, leg: int, token: int) -> None:
+        """A leg is gone."""
+        check(lib.nv_leg_fail(self._live, volume, leg, token))
+
+    def release_leg(self, volume: int, leg: int, generation: int, token: int) -> None:
+        """The registry has the leg stale: acknowledge what is held."""
+        check(lib.nv_leg_release(self._live, volume, leg, generation, token))
+
+    def resync_leg(self, volume: int, leg: int, generation: int, token: int, *, full: bool) -> None:
+        """The registry has the leg syncing: copy what differs, or everything."""
+        check(lib.nv_leg_resync(self._live, volume, leg, full, generation, token))
+
+    def promote_leg(self, volume: int, leg: int, generation: int, token: int) -> None:
+        """The registry has the leg in sync."""
+        check(lib.nv_leg_promote(self._live, volume, leg, generation, token))
+
+    def stop_leg(self, volume: int, leg: int) -> None:
+        """End a resync; event LEG_STOPPED."""
+        check(lib.nv_leg_stop(self._live, volume, leg, STOPS))
+
+    def fence_volume(self, volume: int) -> None:
+        """A newer epoch exists: submit nothing more, for good."""
+        check(lib.nv_volume_fence(self._live, volume))
+
+    async def verify_volume(self, volume: int, *, repair: bool) -> Verified:
+        """Compare the in-sync legs of a mirror, while it serves."""
+        token, future = self._expect()
+        self._started(token, lib.nv_volume_verify(self._live, volume, repair, token))
+        found: Verified = await future
+        return found
+
+    def mirror_status(self, volume: int) -> MirrorStatus:
+        """How a mirror is."""
+        out = ffi.new("nv_mirror_status *")
+        check(lib.nv_volume_mirror(self._live, volume, out))
+        return decode_status(out)
+
+    # --- counters of volumes ---
 
     def volume_stats(self, volume: int) -> VolumeStats:
         """Counters of a volume."""

@@ -10,7 +10,10 @@ import asyncio
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from nbdvvol.dataplane.mirror import LegMachine, MirrorDescription, MirrorEvent, MirrorStatus, Verified
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +78,8 @@ class VolumeDescription:
     read_only: bool = False
     rotational: bool = False
     block_min: int = 1
+    mirror: MirrorDescription | None = None
+    """None: one leg, without intents."""
 
 
 SHARES_USUAL = 100
@@ -358,6 +363,8 @@ class DataPlane(Protocol):
     Failures raise `errors.PlaneError` (an OSError with errno and the C side's sentence)."""
 
     on_sync_failed: SyncFailedHandler | None
+    on_mirror: Callable[[MirrorEvent], None] | None
+    """Called with each event of a mirror."""
 
     def open_object(self, fd: int, *, size: int, direct: bool, block: bool, read_only: bool, align: int) -> int:
         """Give the plane a duplicate of `fd`; return the object's number."""
@@ -420,6 +427,33 @@ class DataPlane(Protocol):
 
     def volume_stats(self, volume: int) -> VolumeStats:
         """Counters of a volume."""
+
+    def leg_machine(self, epoch: int) -> LegMachine:
+        """What decides about the legs of a mirror at this epoch."""
+
+    def fail_leg(self, volume: int, leg: int, token: int) -> None:
+        """A leg is gone. This and the next three end with the event LEG_CHANGED, by the token."""
+
+    def release_leg(self, volume: int, leg: int, generation: int, token: int) -> None:
+        """The registry has the leg stale: acknowledge what is held."""
+
+    def resync_leg(self, volume: int, leg: int, generation: int, token: int, *, full: bool) -> None:
+        """The registry has the leg syncing: copy what differs, or everything."""
+
+    def promote_leg(self, volume: int, leg: int, generation: int, token: int) -> None:
+        """The registry has the leg in sync."""
+
+    def stop_leg(self, volume: int, leg: int) -> None:
+        """End a resync; event LEG_STOPPED."""
+
+    def fence_volume(self, volume: int) -> None:
+        """A newer epoch exists: submit nothing more, for good."""
+
+    async def verify_volume(self, volume: int, *, repair: bool) -> Verified:
+        """Compare the in-sync legs of a mirror, while it serves."""
+
+    def mirror_status(self, volume: int) -> MirrorStatus:
+        """How a mirror is."""
 
     def open_connection(
         self, fd: int, volume: int, params: ConnectionParams, early: bytes = b""

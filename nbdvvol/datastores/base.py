@@ -59,6 +59,9 @@ class Store(Protocol):
     def size(self, name: str) -> int:
         """Bytes of a file."""
 
+    def list(self) -> list[tuple[str, int]]:
+        """Names and sizes of the files in a directory."""
+
 
 def open_path(spec: DatastoreSpec, path: str, farm: str, *, may_read_only: bool, follow: bool = True) -> OpenObject:
     """Open and lock `path` as `spec` says, and find its size and alignment."""

@@ -98,6 +98,16 @@ class DirStore:
         except OSError as error:
             raise broken(self.spec, path, error) from error
 
+    def list(self) -> list[tuple[str, int]]:
+        """Names and sizes of the files in it."""
+        try:
+            with os.scandir(self.spec.path) as entries:
+                files = [one for one in entries if one.is_file(follow_symlinks=False)]
+                found = [(one.name, one.stat(follow_symlinks=False).st_size) for one in files]
+        except OSError as error:
+            raise broken(self.spec, self.spec.path, error) from error
+        return sorted(found)
+
     def size(self, name: str) -> int:
         """Bytes of a file."""
         path = self._path(name)

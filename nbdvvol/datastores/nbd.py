@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import errno
 import socket
 import struct
 from collections.abc import Callable
@@ -217,6 +218,8 @@ class RemoteExport:
         self, plane: DataPlane, dialler: _Dialler, number: int, spec: ObjectSpec, info: ExportInfo, tell: Tell
     ) -> None:
         self.on_outclaimed: OnOutclaimed | None = None
+        self.timed_out = False
+        """A connection was given up, not closed by the server: it may still work on what it was asked."""
         self.number = number
         self.spec = spec
         self._plane = plane
@@ -360,6 +363,7 @@ class RemoteExport:
         if self._closing:
             return
         _log.warning("connection lost", uri=self.spec.path, reason=end.reason)
+        self.timed_out |= end.errno in (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH)
         self._down_at = datetime.datetime.now(datetime.UTC)
         self._act(self._machine.lost(place, end.reason, self._loop.time()))
 

@@ -48,6 +48,10 @@ class SingleStore:
         """Not this kind."""
         raise self._no_files()
 
+    def list(self) -> list[tuple[str, int]]:
+        """Not this kind: it is one object."""
+        raise self._no_files()
+
     def size(self, name: str) -> int:
         """Bytes of the object."""
         no_name(self.spec, name)

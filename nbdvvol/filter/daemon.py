@@ -78,13 +78,14 @@ class Filter:
         )
         self._objects = ObjectTable(plane, self._faults)
         self._table = ExportTable(plane, self._objects, self._link, claims)
-        self._work = WorkShop(plane, self._objects, self._link.send)
+        self._work = WorkShop(plane, self._objects, self._link.send, self._table.verify)
         self._observer = Observer(options.host, self._link.instance, plane, self._table, self._objects, self._link.send)
         self._listeners = Listeners(
             options.run_dir.absolute(), plane, lambda vm: View(self._table, self._link, vm), self._link
         )
         self._reports: asyncio.Queue[tuple[int, list[Export]]] = asyncio.Queue()
         plane.on_sync_failed = self._table.sync_failed
+        plane.on_mirror = self._table.mirror_event
         self._objects.on_remote = self._remote_told
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -148,6 +149,7 @@ class Filter:
         """Say again what control may have missed."""
         for report in self._table.reports():
             self._link.export(report)
+        self._table.linked()
 
     def work(self, message: Work) -> None:
         """A work order."""

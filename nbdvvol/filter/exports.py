@@ -8,13 +8,17 @@ plane has drained the volume; what control did not confirm is not served.
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import structlog
 
+from nbdvvol.dataplane.mirror import MirrorEvent, Verified
 from nbdvvol.dataplane.types import DataPlane
 from nbdvvol.filter.claims import ClaimBook, ExportGate
+from nbdvvol.filter.lease import LeaseLink, Leases
+from nbdvvol.filter.legplace import Storage
+from nbdvvol.filter.legs import LegLink, Mirror, MirrorError, RefusedWhy
 from nbdvvol.filter.objects import HeldObject, ObjectTable
 from nbdvvol.filter.reconcile import Step, decide, describe, limits, touched, transmission_flags
 from nbdvvol.model.errors import Code, NvError
@@ -27,7 +31,7 @@ RETRY_MIN_S = 1.0
 RETRY_MAX_S = 30.0
 
 
-class Reporter(Protocol):
+class Reporter(LegLink, LeaseLink, Protocol):
     """Where news go: the link to control."""
 
     def export(self, report: ExportReport) -> None:
@@ -48,7 +52,9 @@ class _Running:
     spec: VVolSpec
     volume: int
     objects: dict[tuple[str, str], HeldObject]
+    """None of a mirror: it has its own."""
     block_min: int
+    mirror: Mirror | None = None
 
 
 @dataclass(eq=False, slots=True)
@@ -59,15 +65,25 @@ class Export:
     gate: ExportGate
     wanted: VVolSpec | None = None
     running: _Running | None = None
+    opening: Mirror | None = None
+    """A mirror that is being opened."""
     error: str = ""
+    why: RefusedWhy = ""
     highest_epoch: int = 0
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     settled: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
+    def mirror(self) -> Mirror | None:
+        """Its mirror, if it is one that runs or is being opened."""
+        return self.running.mirror if self.running is not None else self.opening
+
+    @property
     def volume(self) -> int | None:
         """The data plane's volume that may be entered now; None from the moment control wants another epoch."""
         if self.running is None or self.wanted is None:
+            return None
+        if self.running.mirror is not None and self.running.mirror.dead is not None:
             return None
         return self.running.volume if self.running.spec.epoch == self.wanted.epoch else None
 
@@ -105,6 +121,7 @@ class Export:
             block_preferred=facts.block_preferred if facts else BLOCK_PREFERRED_BYTES,
             block_max=PAYLOAD_BYTES_MAX,
             error="" if facts else self.error,
+            why="" if facts else self.why,
         )
 
 
@@ -118,6 +135,8 @@ class ExportTable:
         self._objects = objects
         self._reporter = reporter
         self._claims = claims
+        self._leases = Leases(reporter)
+        self._storage = Storage(plane, objects, self._store)
         self._exports: dict[str, Export] = {}
         self._highest: dict[str, int] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -149,10 +168,45 @@ class ExportTable:
         """What runs or drains, and what control wanted and may run any moment: control gives neither to others."""
         specs = [export.running.spec if export.running else export.wanted for export in self._exports.values()]
         return [
-            Held(uuid=spec.uuid, epoch=spec.epoch, generation=spec.generation, map_version=spec.map_version)
+            Held(
+                uuid=spec.uuid,
+                epoch=spec.epoch,
+                generation=spec.generation,
+                map_version=spec.map_version,
+                legs=sorted(self._legs_of(spec.uuid)),
+            )
             for spec in specs
             if spec is not None
         ]
+
+    def _legs_of(self, uuid: str) -> list[int]:
+        mirror = self._exports[uuid].mirror
+        return list(mirror.places) if mirror is not None else []
+
+    def _store(self, name: str) -> DatastoreSpec | None:
+        return self.state.datastores.get(name) if self.state is not None else None
+
+    def linked(self) -> None:
+        """Control is there again: mirrors ask what they still want to know."""
+        for mirror in self._mirrors():
+            mirror.linked()
+
+    def mirror_event(self, event: MirrorEvent) -> None:
+        """Something happened to a mirror's volume."""
+        for mirror in self._mirrors():
+            if mirror.volume == event.volume:
+                mirror.event(event)
+
+    async def verify(self, uuid: str, epoch: int, *, repair: bool) -> Verified:
+        """Compare the legs of a mirror that runs here. Raises NvError, OSError."""
+        export = self._exports.get(uuid)
+        running = export.running if export is not None else None
+        if running is None or running.mirror is None or running.spec.epoch != epoch:
+            raise NvError(Code.STALE, f"VVol {uuid} is not served here as a mirror under epoch {epoch}")
+        return await running.mirror.verify(repair=repair)
+
+    def _mirrors(self) -> list[Mirror]:
+        return [mirror for export in self._exports.values() if (mirror := export.mirror) is not None]
 
     def reports(self) -> list[ExportReport]:
         """Facts of every export that has settled."""
@@ -166,6 +220,7 @@ class ExportTable:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        self._leases.stop()
 
     async def close_all(self) -> bool:
         """At a clean stop: drain every volume and release it, so that another host may take it at once.
@@ -183,6 +238,13 @@ class ExportTable:
         if held is None:
             _log.error("a sync failed of an object that is not open", object=number, errno=error)
         else:
+            mirrors = self._mirrors()
+            for mirror in mirrors:
+                mirror.sync_failed(number)
+            users = [mirror for mirror in mirrors if mirror.uses(number)]
+            if held.users == sum(mirror.uses(number) for mirror in users) and all(m.spares(number) for m in users):
+                held.doomed = True  # what it lost is on other legs
+                return
             self._latched(held, error)
 
     def _latched(self, held: HeldObject, error: int) -> None:
@@ -201,11 +263,20 @@ class ExportTable:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
         export.wanted = wanted
+        if export.opening is not None:
+            self._follow_opening(export.opening, wanted)
         if wanted is not None:  # an epoch that was named is released by its number, even if it never ran
             export.highest_epoch = max(export.highest_epoch, wanted.epoch)
         export.settled.clear()
         export.changed.set()
         return export
+
+    def _follow_opening(self, mirror: Mirror, wanted: VVolSpec | None) -> None:
+        """A mirror may wait for its legs for long: it hears what control says meanwhile."""
+        if wanted is not None and wanted.epoch == mirror.spec.epoch and wanted.mirror is not None:
+            mirror.follow(wanted)
+        else:
+            mirror.give_up(MirrorError(Code.STALE, "control wants something else of it now"))
 
     async def _keep(self, export: Export) -> None:
         """Converge, forever: at once when control says something new, later when it failed."""
@@ -232,9 +303,10 @@ class ExportTable:
         before = export.error
         try:
             await self._converge(export)
-            export.error = ""
+            export.error, export.why = "", ""
             return False
         except NvError as error:
+            export.why = error.why if isinstance(error, MirrorError) else ""
             export.error = f"{error.message} ({error.hint})" if error.hint else error.message
         except OSError as error:
             export.error = str(error)
@@ -252,6 +324,12 @@ class ExportTable:
     async def _converge(self, export: Export) -> None:
         wanted = export.wanted
         running = export.running
+        if running is not None and running.mirror is not None and running.mirror.dead is not None:
+            dead = running.mirror.dead
+            await self._close(export)
+            if wanted is not None and wanted.epoch == running.spec.epoch:
+                raise dead
+            running, wanted = None, export.wanted
         match decide(running.spec if running else None, wanted, export.highest_epoch):
             case Step.NOTHING:
                 if wanted is None and running is None:
@@ -276,7 +354,9 @@ class ExportTable:
             case Step.LIMIT | Step.RENAME:
                 assert running is not None and wanted is not None
                 await self._limit(running, wanted)
-                export.running = _Running(wanted, running.volume, running.objects, running.block_min)
+                export.running = replace(running, spec=wanted)
+                if running.mirror is not None:
+                    running.mirror.follow(wanted)
                 self._tell(export)
 
     def _tell(self, export: Export) -> None:
@@ -289,6 +369,9 @@ class ExportTable:
         if spec is None:  # control changed its mind meanwhile
             return
         export.highest_epoch = max(export.highest_epoch, spec.epoch)
+        if spec.mirror is not None:
+            await self._open_mirror(export, spec)
+            return
         objects = await self._acquire(spec, {})
         try:
             await self._drop_caches(spec, objects)
@@ -302,6 +385,36 @@ class ExportTable:
         _log.info("serving", vvol=f"{spec.vm}/{spec.name}", epoch=spec.epoch, size=spec.size)
         self._tell(export)
 
+    async def _open_mirror(self, export: Export, spec: VVolSpec) -> None:
+        def lost() -> None:
+            export.settled.clear()
+            export.changed.set()
+
+        mirror = export.opening = Mirror(self._plane, self._storage, self._reporter, spec, limits(spec), lost)
+        try:
+            if spec.mirror is not None and spec.mirror.lease_s is not None:
+                ended = MirrorError(Code.STALE, "its lease has run out", "control was away for too long", "lease")
+                async with asyncio.timeout(spec.mirror.lease_s):
+                    await self._leases.obtain(spec.uuid, spec.epoch, lambda: mirror.give_up(ended))
+            await mirror.open()
+        except TimeoutError:
+            self._leases.drop(spec.uuid)
+            await mirror.close()
+            raise MirrorError(Code.UNAVAILABLE, "control gives it no lease", why="lease") from None
+        except BaseException:
+            self._leases.drop(spec.uuid)
+            await mirror.close()
+            raise
+        finally:
+            export.opening = None
+        if mirror.dead is not None or mirror.volume is None:
+            await mirror.close()
+            raise mirror.dead or MirrorError(Code.INTERNAL, "it opened and is not there")
+        export.running = _Running(mirror.spec, mirror.volume, {}, mirror.block_min, mirror)
+        _log.info("serving a mirror", vvol=f"{spec.vm}/{spec.name}", epoch=spec.epoch, legs=len(spec.legs))
+        self._tell(export)
+        mirror.report()
+
     async def _limit(self, running: _Running, wanted: VVolSpec) -> None:
         """Put limits and shares in force: no request waits for that."""
         if wanted.qos != running.spec.qos:
@@ -311,6 +424,14 @@ class ExportTable:
         running, spec = export.running, export.wanted
         assert running is not None
         if spec is None or spec.epoch != running.spec.epoch:
+            return
+        if running.mirror is not None:
+            if spec.mirror is None or spec.size != running.spec.size:
+                raise NvError(Code.INVALID, "a mirror keeps its kind and size while it is bound", "unbind it first")
+            await self._limit(running, spec)
+            running.mirror.follow(spec)
+            export.running = replace(running, spec=spec)
+            self._tell(export)
             return
         objects = await self._acquire(spec, running.objects)
         fresh = {key: held for key, held in objects.items() if running.objects.get(key) is not held}
@@ -333,8 +454,12 @@ class ExportTable:
             if export.wanted is None:
                 self._reporter.released(export.uuid, export.highest_epoch)
             return
-        await self._plane.close_volume(running.volume)
-        await self._make_durable(running)
+        if running.mirror is not None:
+            self._leases.drop(export.uuid)
+            await running.mirror.close()
+        else:
+            await self._plane.close_volume(running.volume)
+            await self._make_durable(running)
         export.running = None
         self._reporter.released(export.uuid, export.highest_epoch if export.wanted is None else running.spec.epoch)
         await self._release(running.objects)

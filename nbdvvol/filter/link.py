@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ssl
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -33,6 +33,7 @@ from nbdvvol.model.link import (
     Forget,
     Held,
     Hello,
+    LegReleased,
     Look,
     Notice,
     Query,
@@ -46,6 +47,7 @@ from nbdvvol.model.link import (
     Work,
     from_control,
 )
+from nbdvvol.model.mirror import Leased, LegChange, LegRecord, MirrorReport, Renew
 
 _log = structlog.get_logger("link")
 QUERY_S = 2.0
@@ -122,6 +124,9 @@ class ControlLink:
     _notices: list[Notice] = field(default_factory=list, init=False)
     _queries: dict[int, asyncio.Future[Answer]] = field(default_factory=dict, init=False)
     _query_id: int = field(default=0, init=False)
+    _asked: dict[int, Callable[[Any], None]] = field(default_factory=dict, init=False)
+    """Who waits for the answer to a `leg_change` or `renew` of this connection."""
+    _legs_released: dict[tuple[str, int, int], LegReleased] = field(default_factory=dict, init=False)
     _leaving: bool = field(default=False, init=False)
     _left: asyncio.Event = field(default_factory=asyncio.Event, init=False)
 
@@ -162,6 +167,29 @@ class ControlLink:
         if epoch:
             self._released[uuid] = max(epoch, self._released.get(uuid, 0))
             self.send(Released(uuid=uuid, epoch=epoch))
+
+    def ask_leg(self, change: LegChange, answer: Callable[[LegRecord], None]) -> None:
+        """Ask for a change of a leg; no answer comes when control goes away first."""
+        self._ask(change, answer)
+
+    def renew(self, vvols: dict[str, int], answer: Callable[[Leased], None]) -> None:
+        """Ask for leases; no answer comes when control goes away first."""
+        self._ask(Renew(id=0, vvols=vvols), answer)
+
+    def _ask(self, question: LegChange | Renew, answer: Callable[[Any], None]) -> None:
+        if self.up:
+            self._query_id += 1
+            self._asked[self._query_id] = answer
+            self.send(question.model_copy(update={"id": self._query_id}))
+
+    def mirror(self, report: MirrorReport) -> None:
+        """How a mirror is; dropped while control is away, and then said again."""
+        self.send(report)
+
+    def leg_released(self, uuid: str, epoch: int, leg: int) -> None:
+        """A leg was let go; remembered and repeated at every connect."""
+        message = self._legs_released[uuid, epoch, leg] = LegReleased(uuid=uuid, epoch=epoch, leg=leg)
+        self.send(message)
 
     def fault(self, fault: Fault) -> None:
         """A sync failed; the handler repeats it at every connect until control lists it."""
@@ -314,6 +342,9 @@ class ControlLink:
                 self.handler.work(message)
             case Look() | TraceOrder() | Forget():
                 self.handler.question(message)
+            case LegRecord() | Leased():
+                if (answered := self._asked.pop(message.id, None)) is not None:
+                    answered(message)
             case Answer():
                 future = self._queries.get(message.id)
                 if future is not None and not future.done():
@@ -329,6 +360,8 @@ class ControlLink:
             self.send(fault)
         for uuid, epoch in self._released.items():
             self.send(Released(uuid=uuid, epoch=epoch))
+        for gone in self._legs_released.values():
+            self.send(gone)
         for news in self._notices:
             self.send(news)
         self._notices.clear()
@@ -339,6 +372,7 @@ class ControlLink:
             _log.warning("the link to control is down; serving goes on from the last state")
         self.up = False
         self._left.set()
+        self._asked.clear()
         self.handler.disconnected()
         while not self._outbox.empty():
             lost = self._outbox.get_nowait()

@@ -49,6 +49,8 @@ class HeldObject:
     users: int = 0
     latched: bool = False
     """Its data plane object fails every FLUSH."""
+    doomed: bool = False
+    """A sync of it failed that nobody else than legs of mirrors used, and they were given up: it is opened anew."""
     closing: bool = False
     """Its counters have been added to its datastore's."""
 
@@ -86,6 +88,11 @@ class ObjectTable:
             if held is None:
                 held = await self._open(spec, key, may_read_only, claim)
                 self._held[key] = held
+            elif held.doomed:
+                raise NvError(
+                    Code.BUSY,
+                    f"datastore {spec.name}: {held.spec.path} has legs whose sync failed, and is still in use",
+                )
             elif held.spec.direct != spec.direct:
                 modes = "direct" if held.spec.direct else "buffered", "direct" if spec.direct else "buffered"
                 raise NvError(

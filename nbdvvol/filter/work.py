@@ -10,16 +10,18 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import structlog
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
+from nbdvvol.dataplane.mirror import Verified
 from nbdvvol.dataplane.types import DataPlane
 from nbdvvol.filter.objects import HeldObject, ObjectTable
 from nbdvvol.model.base import Model
 from nbdvvol.model.errors import Code, NvError
 from nbdvvol.model.link import DatastoreSpec, Work, WorkDone, WorkProgress
+from nbdvvol.model.mirror import VerifyResult
 
 _log = structlog.get_logger("work")
 HEADER_BYTES = 8192
@@ -62,6 +64,12 @@ class _Scrub(_Args):
     ranges: list[tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(gt=0)]]]
 
 
+class _Verify(Model):
+    vvol: str
+    epoch: int
+    repair: bool
+
+
 class _Sized(_Args):
     size: int = Field(gt=0)
 
@@ -70,17 +78,25 @@ Result = dict[str, Any]
 Handler = Callable[[int, Any], Awaitable[Result]]
 
 
+class Verify(Protocol):
+    """Compares the legs of a mirror that runs here."""
+
+    def __call__(self, uuid: str, epoch: int, *, repair: bool) -> Awaitable[Verified]:
+        """Raises NvError, OSError."""
+
+
 class WorkShop:
     """Does work orders, each in a task of its own."""
 
-    def __init__(self, plane: DataPlane, objects: ObjectTable, send: Send) -> None:
+    def __init__(self, plane: DataPlane, objects: ObjectTable, send: Send, verify: Verify) -> None:
+        self._verify_legs = verify
         self._plane = plane
         self._objects = objects
         self._send = send
         self._running: dict[int, asyncio.Task[None]] = {}
         self._done: OrderedDict[int, WorkDone] = OrderedDict()
         self._farm = ""
-        self._kinds: dict[str, tuple[type[_Args], Handler]] = {
+        self._kinds: dict[str, tuple[type[Model], Handler]] = {
             "probe": (_Probe, self._probe),
             "write_meta": (_WriteMeta, self._write_meta),
             "read_meta": (_ReadMeta, self._read_meta),
@@ -89,6 +105,8 @@ class WorkShop:
             "file_grow": (_Sized, self._file_grow),
             "file_remove": (_Args, self._file_remove),
             "file_stat": (_Args, self._file_stat),
+            "dir_list": (_Args, self._dir_list),
+            "verify": (_Verify, self._verify),
         }
 
     def order(self, farm: str, work: Work) -> None:
@@ -166,6 +184,7 @@ class WorkShop:
                 "header": header.hex(),
                 "blank": blank,
                 "direct_ok": direct,
+                "fences": held.remote is not None and held.remote.fences,
             }
 
         return await self._with_object(args, look, may_read_only=True)
@@ -234,6 +253,17 @@ class WorkShop:
 
     async def _file_stat(self, _: int, args: _Args) -> Result:
         return {"size": await self._objects.blocking(args.store, lambda store: store.size(args.object))}
+
+    async def _dir_list(self, _: int, args: _Args) -> Result:
+        found = await self._objects.blocking(args.store, lambda store: store.list())
+        return {"files": [{"name": name, "size": size} for name, size in found]}
+
+    # ---- mirrors ----
+
+    async def _verify(self, _: int, args: _Verify) -> Result:
+        found = await self._verify_legs(args.vvol, args.epoch, repair=args.repair)
+        result = VerifyResult(compared_bytes=found.compared_bytes, differed=found.differed, repaired=found.repaired)
+        return result.model_dump()
 
 
 def _check_range(held: HeldObject, offset: int, length: int) -> None:

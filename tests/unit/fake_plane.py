@@ -8,8 +8,10 @@ import mmap
 import os
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from nbdvvol.dataplane.mirror import MirrorEvent
 from nbdvvol.dataplane.types import (
     ConnectionEnd,
     ConnectionParams,
@@ -94,6 +96,7 @@ class FakeContext(TlsContext):
 @dataclass
 class FakePlane(DataPlane):
     on_sync_failed: SyncFailedHandler | None = None
+    on_mirror: Callable[[MirrorEvent], None] | None = None
     objects: dict[int, FakeObject] = field(default_factory=dict)
     volumes: dict[int, VolumeDescription] = field(default_factory=dict)
     limits: dict[int, VolumeLimits] = field(default_factory=dict)

@@ -14,6 +14,7 @@ import pytest
 from pydantic import BaseModel
 
 import nbdvvol.filter.work as work_module
+from nbdvvol.dataplane.mirror import Verified
 from nbdvvol.filter.activation import take_sockets
 from nbdvvol.filter.objects import ObjectTable
 from nbdvvol.filter.syncfaults import FaultBook
@@ -23,6 +24,8 @@ from nbdvvol.model.link import DatastoreSpec, Work, WorkDone, WorkProgress
 from tests.unit.fake_plane import FakePlane
 from tests.unit.filter_words import MIB, dir_store, file_store, until
 
+MODES = {"direct_ok": True, "fences": False}
+
 
 class Bench:
     def __init__(self, run_dir: Path) -> None:
@@ -30,8 +33,13 @@ class Bench:
         self.objects = ObjectTable(self.plane, FaultBook(run_dir))
         self.objects.farm = "farm"
         self.sent: list[BaseModel] = []
-        self.shop = WorkShop(self.plane, self.objects, self.sent.append)
+        self.shop = WorkShop(self.plane, self.objects, self.sent.append, self.verify)
         self.number = 0
+
+    async def verify(self, uuid: str, epoch: int, *, repair: bool) -> Verified:
+        if epoch != 3:
+            raise NvError(Code.STALE, f"VVol {uuid} is not served here as a mirror under epoch {epoch}")
+        return Verified(MIB, 2, 2 if repair else 0)
 
     async def do(self, what: str, store: DatastoreSpec, **args: Any) -> WorkDone:
         self.number += 1
@@ -59,7 +67,7 @@ async def test_probe_creates_and_looks(bench: Bench, tmp_path: Path) -> None:
     assert missing.code == Code.UNAVAILABLE and "is missing" in missing.error
     done = await bench.do("probe", store, create_size=4 * MIB)
     assert done.error == ""
-    assert done.result == {"size": 4 * MIB, "block_size": 1, "header": "00" * 8192, "blank": True, "direct_ok": True}
+    assert done.result == {"size": 4 * MIB, "block_size": 1, "header": "00" * 8192, "blank": True, **MODES}
     grown = await bench.do("probe", store, create_size=6 * MIB)
     assert grown.result["size"] == 6 * MIB
 
@@ -122,6 +130,24 @@ async def test_files(bench: Bench, tmp_path: Path) -> None:
         assert (await bench.do("file_remove", store, object="leg")).error == ""
     assert (await bench.do("file_stat", store, object="leg")).code == Code.UNAVAILABLE
     assert (await bench.do("file_create", store, object="../leg", size=MIB)).code == Code.INVALID
+
+
+async def test_a_directory_is_listed(bench: Bench, tmp_path: Path) -> None:
+    for name, size in (("b", 3), ("a", MIB)):
+        (tmp_path / name).write_bytes(bytes(size))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("a")
+    done = await bench.do("dir_list", dir_store(tmp_path))
+    assert done.result == {"files": [{"name": "a", "size": MIB}, {"name": "b", "size": 3}]}
+    assert (await bench.do("dir_list", dir_store(tmp_path / "none"))).code == Code.UNAVAILABLE
+    assert (await bench.do("dir_list", file_store(tmp_path / "a"))).error != ""
+
+
+async def test_legs_are_compared_by_who_serves_them(bench: Bench) -> None:
+    bench.shop.order("farm", Work(id=1, what="verify", args={"vvol": "u", "epoch": 3, "repair": True}))
+    assert (await bench.answer(1)).result == {"compared_bytes": MIB, "differed": 2, "repaired": 2}
+    bench.shop.order("farm", Work(id=2, what="verify", args={"vvol": "u", "epoch": 2, "repair": True}))
+    assert (await bench.answer(2)).code == Code.STALE
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,158 @@
+"""Mirrored VVols on the real data plane, control played by a record: what control knows before what is acknowledged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.lib.pattern import pattern
+from tests.lib.rawio import NbdError
+from tests.lib.rawnbd import Closed
+from tests.unit.filter_words import MIB
+from tests.unit.mirror_rig import SIZE, UUID_OF, MirrorRig
+from tests.unit.plane_rig import eventually
+
+pytestmark = pytest.mark.timeout(60)
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Iterator[MirrorRig]:
+    one = MirrorRig(tmp_path)
+    yield one
+    one.close()
+
+
+def follow(rig: MirrorRig) -> None:
+    """Control sends what its record says now."""
+    rig.want(rig.spec())
+
+
+def comes_back(rig: MirrorRig, leg: int) -> None:
+    eventually(
+        "the leg is in sync again", lambda: rig.registry.state_of(leg) == "in-sync" and rig.lane(leg) == "in-sync"
+    )
+
+
+def test_both_legs_get_what_is_written(rig: MirrorRig) -> None:
+    rig.serve()
+    client = rig.client()
+    data = pattern(1, 0, 4 * MIB)
+    client.write(MIB, data)
+    client.flush()
+    assert client.read(MIB, len(data)) == data
+    eventually("its labels are known", lambda: {"confirm 1", "confirm 2"} <= set(rig.registry.asked))
+    client.disconnect()
+    rig.want(None)
+    eventually("it is released", lambda: rig.registry.lines[-1] == "released 1 epoch 2")
+    assert rig.bytes_of(1) == rig.bytes_of(2) and rig.bytes_of(1)[MIB : 5 * MIB] == data
+
+
+def test_nothing_is_acknowledged_before_control_knows(rig: MirrorRig) -> None:
+    rig.serve()
+    client = rig.client()
+    client.write(0, b"whole..." * 512)
+    rig.away(True)
+    rig.fail(2)
+    eventually("the leg is lost", lambda: rig.lane(2) == "failing")
+    cookie = client.send(1, 4096, 4096, payload=b"missed.." * 512)
+    client.stream.expect_silence(0.5)
+    assert rig.registry.state_of(2) == "in-sync" and client.read(0, 4096) == b"whole..." * 512
+    rig.away(False)
+    assert client.wait(cookie).error == 0
+    assert "stale 2" in rig.registry.asked
+    comes_back(rig, 2)
+
+
+def test_control_away_for_too_long_is_an_error(tmp_path: Path) -> None:
+    rig = MirrorRig(tmp_path, hold_s=0.3)
+    rig.serve()
+    client = rig.client()
+    rig.away(True)
+    rig.fail(2)
+    with pytest.raises(NbdError):
+        client.write(0, b"too late" * 512)
+    rig.away(False)
+    eventually("control knows, and it goes on", lambda: "in-sync 2" in rig.registry.asked)
+    client.write(0, b"goes on." * 512)
+    client.flush()
+    rig.close()
+
+
+def test_a_lost_leg_comes_back_and_only_what_differs_is_copied(rig: MirrorRig) -> None:
+    rig.serve()
+    client = rig.client()
+    client.write(0, pattern(3, 0, SIZE))
+    client.flush()
+    rig.fail(2)
+    eventually("control knows", lambda: "stale 2" in rig.registry.asked)
+    client.write(8 * MIB, b"degraded" * 512)
+    client.flush()
+    comes_back(rig, 2)
+    follow(rig)
+    volume = rig.serve()
+    verified = rig.wait(rig.table.verify(UUID_OF, rig.epoch, repair=False))
+    assert verified.compared_bytes == SIZE and verified.differed == 0
+    assert client.read(8 * MIB, 4096) == b"degraded" * 512
+    assert rig.call(rig.plane.mirror_status, volume).copied_bytes <= SIZE
+    kinds = [line.split()[1] for line in rig.registry.lines if line.startswith("notice")]
+    assert kinds.count("leg_failed") == 1 and kinds.count("leg_in_sync") == 1
+
+
+def test_a_leg_that_is_absent_is_stale_before_anything_is_served(rig: MirrorRig) -> None:
+    rig.serve()
+    rig.client().write(0, b"both legs" * 512)
+    rig.want(None)
+    eventually("it is released", lambda: rig.registry.lines[-1] == "released 1 epoch 2")
+    away = rig.files[1].rename(rig.files[1].with_suffix(".away"))
+    rig.registry.record.epoch = rig.epoch = 3
+    rig.serve()
+    assert rig.registry.state_of(2) == "stale" and "stale 2" in rig.registry.asked
+    rig.client().write(MIB, b"alone..." * 512)
+    away.rename(rig.files[1])
+    comes_back(rig, 2)
+
+
+def test_a_registry_older_than_the_labels_is_refused(rig: MirrorRig) -> None:
+    rig.serve()
+    rig.want(None)
+    eventually("it is released", lambda: rig.registry.lines[-1] == "released 1 epoch 2")
+    rig.registry.record.generation = 1
+    rig.registry.record.epoch = 3
+    for leg in rig.registry.record.legs:
+        leg.stamp.epoch = 2
+    rig.serve()
+    rig.want(None)
+    eventually("it is released", lambda: rig.registry.lines[-1] == "released 1 epoch 3")
+    rig.stop_table()
+    rig.call(rig._start)  # a process that has not seen epoch 3
+    rig.registry.record.epoch = 2
+    rig.want(rig.spec())
+    eventually("it is refused", lambda: "newer than the registry" in rig.error())
+    export = rig.table.get(UUID_OF)
+    assert export is not None and export.why == "old-registry"
+
+
+def test_a_newer_epoch_fences(rig: MirrorRig) -> None:
+    rig.serve()
+    client = rig.client()
+    client.write(0, b"epoch 2." * 512)
+    rig.registry.record.epoch = 3
+    rig.fail(2)
+    eventually("it stops", lambda: rig._volume() is None)
+    with pytest.raises((NbdError, Closed, OSError)):
+        client.write(0, b"epoch 2?" * 512)
+    assert rig.registry.record.generation == 1
+
+
+def test_without_a_lease_nothing_is_served(tmp_path: Path) -> None:
+    rig = MirrorRig(tmp_path, lease_s=5.0)
+    rig.registry.leases[UUID_OF] = 1.0
+    rig.serve()
+    rig.client().write(0, b"with it." * 512)
+    del rig.registry.leases[UUID_OF]
+    eventually("it stops", lambda: rig._volume() is None)
+    rig.registry.leases[UUID_OF] = 30.0
+    eventually("it serves again", lambda: rig._volume() is not None)
+    rig.close()
