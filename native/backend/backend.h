@@ -80,7 +80,8 @@ struct nv_piece {
         struct {                    /* a remote piece on its way to its object's home reactor, in a queue there, or back */
             struct nv_message message;
             struct nv_piece *next;
-            uint64_t era;
+            uint64_t era, sets;
+            uint32_t lost, timeouts, hangups; /* links that it was on */
         } remote;
     };
     struct nv_reactor *reactor;

@@ -24,11 +24,13 @@ static int check_config(const nv_remote_config *config)
 {
     if (config->align == 0 || (config->align & (config->align - 1)) || config->align > NV_BLOCK_MIN_MAX)
         return nv_fail(EINVAL, "minimum block %u is not a power of two of 1..%u", config->align, NV_BLOCK_MIN_MAX);
-    if (config->flags & ~(uint32_t)(NV_REMOTE_READ_ONLY | NV_REMOTE_WRITE_THROUGH))
+    if (config->flags & ~(uint32_t)(NV_REMOTE_READ_ONLY | NV_REMOTE_WRITE_THROUGH | NV_REMOTE_FLUSH_FIRST))
         return nv_fail(EINVAL, "remote flags 0x%x are unknown", config->flags);
     if (config->timeout_ms == 0 || config->timeout_ms > NV_REMOTE_TIMEOUT_MAX_MS)
         return nv_fail(EINVAL, "a time-out of %u ms; 1..%u are possible", config->timeout_ms,
                        NV_REMOTE_TIMEOUT_MAX_MS);
+    if (config->hold_ms > NV_REMOTE_HOLD_MAX_MS)
+        return nv_fail(EINVAL, "holding for %u ms; at most %u are possible", config->hold_ms, NV_REMOTE_HOLD_MAX_MS);
     if (config->size > NV_SIZE_MAX)
         return nv_fail(E2BIG, "an export of %" PRIu64 " bytes is above %llu", config->size, NV_SIZE_MAX);
     return 0;
@@ -106,6 +108,7 @@ int nv_remote_stats(nv_plane *plane, uint32_t number, nv_remote_stats_t *out)
     asked = atomic_load(&counters->asked);
     *out = (nv_remote_stats_t){
         .links = atomic_load(&counters->serving),
+        .draining = atomic_load(&counters->draining),
         .in_flight = asked - answered - again,
         .waiting = atomic_load(&counters->waiting),
         .asked = asked,
@@ -122,8 +125,26 @@ int nv_remote_stats(nv_plane *plane, uint32_t number, nv_remote_stats_t *out)
 
 /* ---- links ---- */
 
+/* Is it still the export that was opened? A scratch object of size 0 asks for nothing. */
+static int check_export(const struct nv_object *object, const nv_link_params *params)
+{
+    const uint64_t size = atomic_load(&object->size);
+
+    if (params->size < size)
+        return nv_fail(EINVAL, "the export has %" PRIu64 " bytes now, not %" PRIu64, params->size, size);
+    if (size > 0 && (params->align == 0 || object->align % params->align))
+        return nv_fail(EINVAL, "the server wants blocks of %u bytes, not of %u", params->align, object->align);
+    if (!(object->flags & NV_OBJECT_READ_ONLY) && (params->tflags & NBD_FLAG_READ_ONLY))
+        return nv_fail(EINVAL, "the server offers the export for reading only");
+    return 0;
+}
+
 int nv_link_check_params(const struct nv_remote *remote, const nv_link_params *params)
 {
+    const int error = check_export(&remote->object, params);
+
+    if (error)
+        return error;
     if (params->flags & ~(uint32_t)(NV_CONN_STRUCTURED | NV_CONN_EXTENDED))
         return nv_fail(EINVAL, "link flags 0x%x are unknown", params->flags);
     if (params->payload_max < remote->object.align || params->payload_max & (remote->object.align - 1))
@@ -211,12 +232,6 @@ int nv_link_close(nv_plane *plane, uint32_t number)
     return 0;
 }
 
-static void link_frees(struct nv_reactor *reactor, struct nv_message *message)
-{
-    (void)reactor;
-    nv_link_free((struct nv_link *)((char *)message - offsetof(struct nv_link, message)));
-}
-
 int nv_link_forget(nv_plane *plane, uint32_t number, char *reason, uint64_t size)
 {
     struct nv_link *link;
@@ -229,7 +244,7 @@ int nv_link_forget(nv_plane *plane, uint32_t number, char *reason, uint64_t size
     if (size > 0)
         snprintf(reason, size, "%s", link->reason);
     nv_table_remove(&plane->links, number);
-    link->message.run = link_frees; /* behind a wish to close it that may be on its way */
+    link->message.run = nv_link_forgets; /* behind a wish to close it that may be on its way */
     nv_reactor_send(link->reactor, &link->message);
     return 0;
 }
@@ -247,9 +262,14 @@ static void remote_closes(struct nv_reactor *reactor, struct nv_message *message
 {
     struct nv_object *object = (struct nv_object *)((char *)message - offsetof(struct nv_object, close_message));
 
+    (void)reactor;
     nv_remote_closes(nv_remote_of(object));
-    message->run = object_closes;
-    nv_reactor_send(nv_plane_reactor(reactor->plane, 0), message); /* behind its fault events */
+}
+
+void nv_remote_closed(struct nv_remote *remote)
+{
+    remote->object.close_message.run = object_closes;
+    nv_reactor_send(nv_plane_reactor(remote->plane, 0), &remote->object.close_message); /* behind its fault events */
 }
 
 static void close_if_unlinked(struct nv_remote *remote)

@@ -1,14 +1,14 @@
 /*
- * The life of one connection to a remote export (nbd.h): it opens (through TLS, it is haggled first), serves, and ends by
- * leaving (DISC, then the server closes) or by being lost. Once lost, no byte of it means anything; it waits for its
- * operations at the port, gives its requests back to the remote, and is the front's.
+ * The life of one connection to a remote export (nbd.h): it opens (through TLS, it is haggled first), serves, and leaves
+ * (DISC, then the server closes), unless it is lost (nbd_end.c).
  *
- * Deadlines are looked at by ticks: a request that has no answer for the remote's time-out loses its link.
+ * The clock is looked at by ticks. A link is given up when requests wait on it and nothing was heard for the remote's
+ * time-out: not when one of them is as old as that, since a slow server has others before it. A FLUSH has a longer limit,
+ * because caches may be large, and so has a request that is passed over by others.
  */
 #include <assert.h>
 #include <errno.h>
 #include <inttypes.h>
-#include <stdarg.h>
 #include <stddef.h>
 #include <stdio.h>
 #include <string.h>
@@ -22,7 +22,6 @@
 #define ARENA_BYTES (LINK_BYTES + ASKS_BYTES + NV_LINK_RX + NV_TLS_RECEIVE)
 
 static void tick(struct nv_ticker *ticker, uint64_t now_ns);
-static void settle(struct nv_late *late);
 
 struct nv_link *nv_link_create(struct nv_remote *remote, nv_handle handle)
 {
@@ -40,7 +39,7 @@ struct nv_link *nv_link_create(struct nv_remote *remote, nv_handle handle)
     link->rx_window = NV_LINK_RX;
     link->tx_tail = &link->tx_queue;
     link->ticker.tick = tick;
-    link->late.run = settle;
+    link->late.run = nv_link_settles;
     return link;
 }
 
@@ -67,11 +66,12 @@ struct nv_ask *nv_ask_take(struct nv_link *link, struct nv_piece *piece)
     ask->piece = piece;
     ask->serial = ++link->serials;
     ask->tick = link->ticks;
-    ask->answered = ask->described = ask->full = false;
+    ask->answered = ask->abandoned = ask->described = ask->full = false;
     ask->error = 0;
     ask->got = 0;
     ask->extents = ask->span_count = 0;
-    link->in_flight++;
+    if (link->in_flight++ == 0)
+        link->heard = link->ticks;
     nv_reactor_want_tick(link->reactor);
     return ask;
 }
@@ -83,10 +83,12 @@ void nv_ask_free(struct nv_ask *ask)
     assert(ask->state != NV_ASK_FREE && link->in_flight > 0);
     if (ask->command == NBD_CMD_READ || ask->command == NBD_CMD_WRITE)
         link->bytes -= ask->length;
+    link->flushes -= ask->command == NBD_CMD_FLUSH;
     ask->state = NV_ASK_FREE;
     ask->next = link->free_asks;
     link->free_asks = ask;
-    link->in_flight--;
+    if (--link->in_flight == 0)
+        link->alone = false;
 }
 
 /* ---- beginning ---- */
@@ -123,94 +125,34 @@ void nv_link_enters(struct nv_link *link)
 {
     link->deadline_ns = 0;
     nv_remote_link_came(link);
+    if (link->tls)
+        nv_link_parse_secure(link); /* what came behind the last option, and would wait for ever */
     nv_link_transmit(link);
     nv_link_arm_receive(link);
 }
 
-/* ---- end ---- */
-
-static void end(struct nv_link *link)
-{
-    assert(link->state == NV_LINK_LOST && link->in_flight == 0 && !link->tx_queue && !link->tx_sending);
-    link->state = NV_LINK_ENDED;
-    *link->back = link->next;
-    if (link->next)
-        link->next->back = link->back;
-    nv_reactor_drop_ticker(&link->ticker);
-    nv_io_close(link->handle);
-    link->ended.event.kind = NV_EVENT_LINK_LOST;
-    link->ended.event.result = link->end_reason;
-    link->ended.event.args[0] = link->remote->object.id;
-    link->ended.event.args[1] = link->id;
-    link->ended.subject = link;
-    nv_events_raise(&link->reactor->events, &link->ended); /* the front may free it from here on */
-}
-
-/* Lost, and the port holds nothing of it any more: what has no answer goes to another link, in the old order. */
-static void give_back(struct nv_link *link)
-{
-    struct nv_ask *newest = NULL;
-
-    nv_link_tx_release(link);
-    do {
-        newest = NULL;
-        for (uint32_t i = 0; i < link->asks_touched; i++) {
-            struct nv_ask *ask = &link->asks[i];
-            if (ask->state != NV_ASK_FREE && (!newest || (int32_t)(ask->serial - newest->serial) > 0))
-                newest = ask;
-        }
-        if (newest && newest->piece) /* answered or not: nobody was told, and the server that answered is gone */
-            nv_remote_again(newest);
-        else if (newest)
-            nv_ask_free(newest);
-    } while (newest);
-}
-
-/* Late in a turn: whoever lost it has returned, and looks at it no more. */
-static void settle(struct nv_late *late)
-{
-    struct nv_link *link = (struct nv_link *)((char *)late - offsetof(struct nv_link, late));
-
-    if (link->retiring && link->in_flight == 0)
-        nv_link_lose(link, -ESHUTDOWN, "the server shuts down");
-    if (link->state != NV_LINK_LOST || link->rx_pending || link->tx_pending || link->late.queued)
-        return;
-    give_back(link);
-    end(link);
-}
-
-void nv_link_settle(struct nv_link *link)
-{
-    if (link->state == NV_LINK_LOST || link->retiring)
-        nv_reactor_late(link->reactor, &link->late);
-}
-
-void nv_link_lose(struct nv_link *link, int error, const char *format, ...)
-{
-    va_list arguments;
-
-    assert(error <= 0);
-    if (link->state >= NV_LINK_LOST)
-        return;
-    va_start(arguments, format);
-    vsnprintf(link->reason, sizeof link->reason, format, arguments);
-    va_end(arguments);
-    link->end_reason = error;
-    nv_remote_link_goes(link, NV_LINK_LOST);
-    nv_io_shutdown(link->handle);
-    nv_link_settle(link);
-}
+/* ---- leaving ---- */
 
 void nv_link_leave(struct nv_link *link)
 {
-    struct nv_ask *ask;
-
     if (link->state >= NV_LINK_LEAVING)
         return;
-    if (link->state == NV_LINK_HAGGLING || link->in_flight > 0) { /* in flight: the plane is being torn down around it */
+    if (link->state == NV_LINK_HAGGLING || (link->remote->ending && link->in_flight > 0)) { /* a probe that nobody wants */
         nv_link_lose(link, -ESHUTDOWN, "nobody uses the export any more");
         return;
     }
+    link->parting = true;
+    nv_link_settle(link);
+}
+
+/* Nothing is in flight. Nobody could vouch for what is owed once the last link of the set is gone: FLUSH first. */
+void nv_link_says_bye(struct nv_link *link)
+{
+    struct nv_ask *ask;
+
+    assert(link->in_flight == 0 && link->parting && link->state < NV_LINK_LEAVING);
+    if (nv_remote_flush_last(link))
+        return;
     nv_remote_link_goes(link, NV_LINK_LEAVING);
     ask = nv_ask_take(link, NULL);
     ask->command = NBD_CMD_DISC;
@@ -241,18 +183,39 @@ static const char *command_name(uint16_t command)
     return command < sizeof names / sizeof names[0] ? names[command] : "a request";
 }
 
+static void give_up(struct nv_link *link, const struct nv_ask *ask, uint32_t ticks)
+{
+    nv_link_lose(link, -ETIMEDOUT, "no answer to %s of %" PRIu64 " bytes at %" PRIu64 " for %u ms",
+                 command_name(ask->command), ask->length, ask->offset, ticks * NV_TICK_MS);
+}
+
 static void check_deadlines(struct nv_link *link)
 {
-    const uint32_t limit = link->remote->timeout_ticks;
+    const uint32_t limit = link->remote->timeout_ticks * (link->flushes > 0 ? NV_LINK_FLUSH_PATIENCE : 1);
+    const struct nv_ask *oldest = NULL;
 
     for (uint32_t i = 0; i < link->asks_touched; i++) {
         const struct nv_ask *ask = &link->asks[i];
-        if (ask->state == NV_ASK_FREE || !ask->piece || link->ticks - ask->tick <= limit)
-            continue;
-        nv_link_lose(link, -ETIMEDOUT, "no answer to %s of %" PRIu64 " bytes at %" PRIu64 " for %u ms",
-                     command_name(ask->command), ask->length, ask->offset, limit * NV_TICK_MS);
-        return;
+        if (ask->state != NV_ASK_FREE && ask->piece && (!oldest || (int32_t)(ask->serial - oldest->serial) < 0))
+            oldest = ask;
     }
+    if (oldest && link->ticks - link->heard > limit)
+        give_up(link, oldest, limit);
+    else if (oldest && link->ticks - oldest->tick > limit * NV_LINK_OLDEST)
+        give_up(link, oldest, limit * NV_LINK_OLDEST);
+}
+
+/* What had a deadline has passed it. */
+static void too_late(struct nv_link *link)
+{
+    const bool leaving = link->state == NV_LINK_LEAVING;
+
+    if (link->state == NV_LINK_LOST)
+        nv_link_hang_up(link);
+    else if (link->state == NV_LINK_DRAINING)
+        nv_link_expire(link);
+    else
+        nv_link_lose(link, leaving ? 0 : -ETIMEDOUT, "%s", leaving ? "closed" : "the handshake takes too long");
 }
 
 static void tick(struct nv_ticker *ticker, uint64_t now_ns)
@@ -263,11 +226,12 @@ static void tick(struct nv_ticker *ticker, uint64_t now_ns)
     if (link->in_flight > 0 || link->deadline_ns)
         nv_reactor_want_tick(link->reactor);
     if (link->deadline_ns && now_ns >= link->deadline_ns) {
-        const bool leaving = link->state == NV_LINK_LEAVING;
         link->deadline_ns = 0;
-        nv_link_lose(link, leaving ? 0 : -ETIMEDOUT, "%s", leaving ? "closed" : "the handshake takes too long");
+        too_late(link);
         return;
     }
-    if (link->state < NV_LINK_LOST)
+    if (link->state == NV_LINK_SERVING)
         check_deadlines(link);
+    else if (link->state == NV_LINK_DRAINING)
+        nv_link_settle(link); /* what could not be cancelled before */
 }

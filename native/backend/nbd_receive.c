@@ -84,8 +84,11 @@ static bool accept_content(struct nv_link *link, struct nv_ask *ask, uint64_t of
     return true;
 }
 
+/* Where content goes; NULL: nobody wants it any more. */
 static uint8_t *place(const struct nv_ask *ask, uint64_t offset)
 {
+    if (ask->abandoned)
+        return NULL;
     return ask->piece->data + ask->piece->moved + (offset - ask->offset);
 }
 
@@ -136,7 +139,8 @@ static bool take_hole(struct nv_link *link, const struct chunk *chunk)
         return BROKEN(link, "the server sent a hole of %" PRIu64 " bytes of description", chunk->length);
     if (!accept_content(link, chunk->ask, offset, length))
         return false;
-    memset(place(chunk->ask, offset), 0, length);
+    if (!chunk->ask->abandoned)
+        memset(place(chunk->ask, offset), 0, length);
     link->rx_start += chunk->header + 12;
     return chunk_over(link);
 }
@@ -236,7 +240,7 @@ static struct nv_ask *find(struct nv_link *link, uint64_t cookie)
     const uint32_t index = (uint32_t)cookie, serial = (uint32_t)(cookie >> 32);
     struct nv_ask *ask = index < link->asks_touched ? &link->asks[index] : NULL;
 
-    if (!ask || ask->serial != serial || !ask->piece || ask->answered ||
+    if (!ask || ask->serial != serial || (!ask->piece && !ask->abandoned) || ask->answered ||
         (ask->state != NV_ASK_SENT && ask->state != NV_ASK_SENDING))
         return NULL;
     return ask;
@@ -317,10 +321,12 @@ static bool parse_data(struct nv_link *link)
 {
     const uint64_t take = available(link) < link->rx_left ? available(link) : link->rx_left;
 
-    memcpy(link->rx_to, link->rx + link->rx_start, take);
-    nv_count(&link->reactor->counters.copies_bytes, take);
+    if (link->rx_to) {
+        memcpy(link->rx_to, link->rx + link->rx_start, take);
+        nv_count(&link->reactor->counters.copies_bytes, take);
+        link->rx_to += take;
+    }
     link->rx_start += (uint32_t)take;
-    link->rx_to += take;
     link->rx_left -= take;
     return link->rx_left > 0 ? false : chunk_over(link);
 }
@@ -329,7 +335,7 @@ static bool parse_data(struct nv_link *link)
 static bool keep_extent(struct nv_link *link, struct nv_ask *ask, uint64_t length, uint64_t flags)
 {
     struct nv_piece *piece = ask->piece;
-    struct nv_extent *last = ask->extents && !ask->full ? &piece->extents[ask->extents - 1] : NULL;
+    struct nv_extent *last = piece && ask->extents && !ask->full ? &piece->extents[ask->extents - 1] : NULL;
     const uint32_t bits = (uint32_t)flags & (NV_EXTENT_HOLE | NV_EXTENT_ZERO);
 
     if (length == 0)
@@ -341,7 +347,7 @@ static bool keep_extent(struct nv_link *link, struct nv_ask *ask, uint64_t lengt
     ask->got += length;
     if (last && last->flags == bits)
         last->length += length;
-    else if (!ask->full && ask->extents < piece->extents_max)
+    else if (piece && !ask->full && ask->extents < piece->extents_max)
         piece->extents[ask->extents++] = (struct nv_extent){length, bits};
     else
         ask->full = true; /* what follows is passed over, and never merged across the gap */
@@ -365,7 +371,7 @@ void nv_link_parse(struct nv_link *link)
 {
     bool more = true;
 
-    while (more && link->state < NV_LINK_LOST) {
+    while (more && !link->deaf && link->state < NV_LINK_LOST) {
         if (link->rx_state == NV_ANSWER_HEADER)
             more = parse_header(link);
         else if (link->rx_state == NV_ANSWER_DATA)
@@ -379,7 +385,15 @@ void nv_link_parse(struct nv_link *link)
 
 static bool direct(const struct nv_link *link)
 {
-    return link->rx_state == NV_ANSWER_DATA && available(link) == 0 && link->rx_left >= NV_LINK_DIRECT;
+    return link->rx_state == NV_ANSWER_DATA && available(link) == 0 && link->rx_left >= NV_LINK_DIRECT && link->rx_to &&
+           link->state < NV_LINK_DRAINING;
+}
+
+bool nv_link_receives_in_place(const struct nv_link *link)
+{
+    const uint8_t *to = link->rx_iov.iov_base;
+
+    return !(to >= link->rx && to < link->rx + NV_LINK_RX) && !(to >= link->cipher && to < link->cipher + NV_TLS_RECEIVE);
 }
 
 /* Where the next bytes go. */
@@ -412,9 +426,9 @@ static void account(struct nv_link *link, const struct iovec *where, size_t got)
     }
 }
 
-static void parse_secure(struct nv_link *link)
+void nv_link_parse_secure(struct nv_link *link)
 {
-    while (link->state < NV_LINK_LOST && link->state != NV_LINK_HAGGLING) {
+    while (!link->deaf && link->state < NV_LINK_LOST && link->state != NV_LINK_HAGGLING) {
         const struct iovec where = target(link);
         const size_t got = nv_link_decrypt(link, where.iov_base, where.iov_len);
         if (got == 0)
@@ -424,31 +438,49 @@ static void parse_secure(struct nv_link *link)
     }
 }
 
+/* Nothing more comes, or nothing that could be had. */
+static void no_more(struct nv_link *link, int64_t got)
+{
+    const bool leaving = link->state == NV_LINK_LEAVING;
+
+    if (got == -ECANCELED && link->state == NV_LINK_DRAINING)
+        nv_link_arm_receive(link); /* to elsewhere */
+    else
+        nv_link_lose(link, leaving ? 0 : got < 0 ? (int)got : -ECONNRESET, "%s",
+                     leaving ? "closed" : "the server closed the connection");
+}
+
+static void take(struct nv_link *link, size_t got)
+{
+    nv_count(&link->reactor->counters.batches, 1);
+    link->heard = link->ticks;
+    if (link->deaf)
+        return;
+    if (link->tls) {
+        link->cipher_end = (uint32_t)got;
+        if (link->state == NV_LINK_HAGGLING)
+            nv_link_haggle(link);
+        nv_link_parse_secure(link);
+        nv_link_transmit(link); /* TLS may have something of its own to say */
+    } else {
+        account(link, &link->rx_iov, got);
+        nv_link_parse(link);
+    }
+}
+
 static void received(struct nv_op *op)
 {
     struct nv_link *link = (struct nv_link *)((char *)op - offsetof(struct nv_link, rx_op));
-    const int64_t got = op->result;
 
     link->rx_pending = false;
     nv_link_settle(link);
     if (link->state >= NV_LINK_LOST)
         return;
-    if (got <= 0) {
-        nv_link_lose(link, link->state == NV_LINK_LEAVING ? 0 : got < 0 ? (int)got : -ECONNRESET, "%s",
-                     link->state == NV_LINK_LEAVING ? "closed" : "the server closed the connection");
+    if (op->result <= 0) {
+        no_more(link, op->result);
         return;
     }
-    nv_count(&link->reactor->counters.batches, 1);
-    if (link->tls) {
-        link->cipher_end = (uint32_t)got;
-        if (link->state == NV_LINK_HAGGLING)
-            nv_link_haggle(link);
-        parse_secure(link);
-        nv_link_transmit(link); /* TLS may have something of its own to say */
-    } else {
-        account(link, &link->rx_iov, (size_t)got);
-        nv_link_parse(link);
-    }
+    take(link, (size_t)op->result);
     nv_link_arm_receive(link);
 }
 
@@ -456,7 +488,9 @@ void nv_link_arm_receive(struct nv_link *link)
 {
     if (link->rx_pending || link->state >= NV_LINK_LOST)
         return;
-    if (link->tls) {
+    if (link->deaf) {
+        link->rx_iov = (struct iovec){link->rx, NV_LINK_RX};
+    } else if (link->tls) {
         if (link->cipher_start < link->cipher_end)
             return; /* TLS has no room, or Python has not asked: both come back */
         link->cipher_start = link->cipher_end = 0;
@@ -465,7 +499,7 @@ void nv_link_arm_receive(struct nv_link *link)
         link->rx_iov = target(link);
     }
     link->rx_op.kind = NV_OP_RECV;
-    link->rx_op.flags = !link->tls && link->rx_iov.iov_base == link->rx_to && direct(link) ? NV_OP_WHOLE : 0;
+    link->rx_op.flags = nv_link_receives_in_place(link) ? NV_OP_WHOLE : 0;
     link->rx_op.handle = link->handle;
     link->rx_op.iov = &link->rx_iov;
     link->rx_op.iov_count = 1;

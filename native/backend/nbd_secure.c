@@ -189,7 +189,7 @@ void nv_link_transmit_secure(struct nv_link *link)
     const void *cipher = NULL;
     size_t size;
 
-    if (link->tx_pending || link->state >= NV_LINK_LOST)
+    if (link->tx_pending || link->mute || link->state >= NV_LINK_LOST)
         return;
     while (link->talk->ready && link->state < NV_LINK_LOST && (encrypt_word(link) || encrypt_asks(link)))
         ;

@@ -63,7 +63,7 @@ bool nv_link_gather(struct nv_link *link)
     if (link->tx_sending)
         return true;
     link->tx_first = link->tx_count = 0;
-    while (link->tx_queue && bytes < NV_LINK_TX_BYTES && link->tx_count + 2 <= NV_LINK_TX_IOV) {
+    while (link->tx_queue && link->state < NV_LINK_DRAINING && bytes < NV_LINK_TX_BYTES && link->tx_count + 2 <= NV_LINK_TX_IOV) {
         struct nv_ask *ask = link->tx_queue;
         unsigned count = build(ask, &link->tx_iov[link->tx_count]);
         for (unsigned i = 0; i < count; i++)
@@ -90,12 +90,13 @@ void nv_link_submit_send(struct nv_link *link, struct iovec *iov, unsigned count
     link->tx_op.iov_count = (uint16_t)count;
     link->tx_op.done = sent;
     link->tx_pending = true;
+    link->tx_tick = link->ticks;
     nv_io_submit(link->reactor->io, &link->tx_op);
 }
 
 void nv_link_transmit(struct nv_link *link)
 {
-    if (link->tx_pending || link->state >= NV_LINK_LOST)
+    if (link->tx_pending || link->mute || link->state >= NV_LINK_LOST)
         return;
     if (link->tls)
         nv_link_transmit_secure(link);
@@ -110,7 +111,7 @@ static void release_first(struct nv_link *link)
 
     link->tx_sending = ask->next;
     ask->state = NV_ASK_SENT;
-    if (!ask->piece)
+    if (!ask->piece && !ask->abandoned)
         nv_ask_free(ask); /* DISC has no answer */
     else if (ask->answered && link->state < NV_LINK_LOST)
         nv_remote_concluded(ask);
@@ -135,8 +136,6 @@ void nv_link_advance(struct nv_link *link, uint64_t bytes)
 void nv_link_tx_release(struct nv_link *link)
 {
     assert(!link->tx_pending && link->state == NV_LINK_LOST);
-    for (struct nv_ask *ask = link->tx_queue; ask; ask = ask->next)
-        ask->state = NV_ASK_SENT;
     link->tx_queue = NULL;
     link->tx_tail = &link->tx_queue;
     for (struct nv_ask *ask = link->tx_sending; ask; ask = ask->next)
@@ -156,6 +155,10 @@ static void sent(struct nv_op *op)
             nv_link_sent_secure(link, op->result);
         else
             nv_link_advance(link, (uint64_t)op->result);
+        if (link->tx_tick != link->ticks) /* it had waited for room: the server takes things in */
+            link->heard = link->ticks;
+    } else {
+        nv_link_hang_up(link);
     }
     nv_link_transmit(link);
     nv_remote_wants_turn(link->remote);

@@ -97,7 +97,13 @@
 #define NV_LINK_REASON 160u                    /* why a connection was lost, for people */
 #define NV_LINK_TALK (64u << 10)               /* bytes asked for at once while haggling through TLS */
 #define NV_LINK_BYE_MS 1000u                   /* how long the server may take to close after DISC */
+#define NV_LINK_FLUSH_PATIENCE 4u              /* time-outs of silence while a FLUSH is in flight: caches may be large */
+#define NV_LINK_OLDEST 8u                      /* such silences that a single request may wait while others are answered */
+#define NV_PIECE_SUSPECT 2u                    /* lost links after which a request is sent alone */
+#define NV_PIECE_HANGUPS 8u                    /* ... and after which it fails */
+#define NV_REMOTE_DOUBTS 16u                   /* places whose writes were given up; more are taken together */
 #define NV_REMOTE_TIMEOUT_MAX_MS 600000u
+#define NV_REMOTE_HOLD_MAX_MS 86400000u
 #define NV_REMOTE_ZERO_PIECE (64ull << 20)     /* bounds how long one WRITE_ZEROES may run at the server */
 #define NV_REMOTE_TRIM_PIECE (1ull << 30)
 

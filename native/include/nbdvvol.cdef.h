@@ -112,13 +112,14 @@ int nv_object_job(nv_plane *plane, uint32_t object, uint32_t op, void *buffer, u
 /* ---- remote exports: objects behind NBD servers; links are connections to one ---- */
 #define NV_REMOTE_READ_ONLY 1
 #define NV_REMOTE_WRITE_THROUGH 2    /* every change is durable when it is acknowledged (FUA, or FLUSH after it) */
+#define NV_REMOTE_FLUSH_FIRST 4      /* begin with a FLUSH: what ran before us may have left something in the cache */
 
 typedef struct {
     uint64_t size;
     uint32_t align;                  /* the server's minimum block: a power of two of 1..65536 */
     uint32_t flags;
-    uint32_t timeout_ms;             /* a request without an answer for this long ends its link */
-    uint32_t reserved;
+    uint32_t timeout_ms;             /* a link on which requests wait and nothing is heard for so long is given up */
+    uint32_t hold_ms;                /* ... and then has so long to say what became of its changes, or they fail */
 } nv_remote_config;
 
 typedef struct {                     /* what the haggling of one link found */
@@ -127,7 +128,8 @@ typedef struct {                     /* what the haggling of one link found */
     uint32_t payload_max;            /* at least align; larger requests are split */
     uint32_t has_allocation;         /* base:allocation was selected, with this id */
     uint32_t allocation_id;
-    uint32_t reserved;
+    uint32_t align;                  /* the server's minimum block: the object's is a multiple of it */
+    uint64_t size;                   /* of the export: not below the object's */
 } nv_link_params;
 
 typedef struct {
@@ -142,7 +144,8 @@ typedef struct {
     uint64_t read_bytes;
     uint64_t write_bytes;
     uint64_t owed;                   /* 1: acknowledged changes wait for a FLUSH */
-    uint64_t reserved[5];
+    uint64_t draining;               /* links given up whose changes may still be under way at the server */
+    uint64_t reserved[4];
 } nv_remote_stats_t;
 
 int nv_remote_open(nv_plane *plane, const nv_remote_config *config, uint32_t *object); /* no link yet: I/O waits */

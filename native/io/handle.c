@@ -133,6 +133,18 @@ void nv_io_shutdown(nv_handle handle)
     shutdown(handle, SHUT_RDWR); /* ENOTCONN: the peer was faster */
 }
 
+void nv_io_shutdown_send(nv_handle handle)
+{
+    shutdown(handle, SHUT_WR);
+}
+
+void nv_io_reset_on_close(nv_handle handle)
+{
+    const struct linger none = {.l_onoff = 1, .l_linger = 0};
+
+    setsockopt(handle, SOL_SOCKET, SO_LINGER, &none, sizeof none); /* where it fails there is nothing to reset */
+}
+
 bool nv_io_hung_up(nv_handle handle)
 {
     struct pollfd look = {.fd = handle, .events = POLLRDHUP};

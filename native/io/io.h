@@ -140,6 +140,10 @@ int64_t nv_io_copy(nv_handle handle, void *to, uint64_t length, uint64_t offset)
 void nv_io_close(nv_handle handle);
 /* Shut both directions: pending and later receives end after what has already arrived. */
 void nv_io_shutdown(nv_handle handle);
+/* Shut our sending direction alone: the peer hears an end after what has been sent, we still hear the peer. */
+void nv_io_shutdown_send(nv_handle handle);
+/* A TCP connection: nv_io_close() ends it at once, and what has not been sent is dropped. */
+void nv_io_reset_on_close(nv_handle handle);
 /* True if the peer has closed or shut its sending direction: nothing unparsed may start any more. */
 bool nv_io_hung_up(nv_handle handle);
 

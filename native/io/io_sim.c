@@ -452,7 +452,7 @@ static bool do_send(struct nv_op *op, struct sim_socket *socket)
 {
     struct op_state *state = sim_state_of(op);
 
-    if (socket->client_closed || socket->server_shut)
+    if (socket->client_closed || socket->server_shut || socket->server_shut_send)
         return finish(op, state->moved ? (int64_t)state->moved : -EPIPE);
     size_t left = (size_t)(sim_total(op) - state->moved);
     if (left > 1 && sim_random_chance(&sim_world.random, 256))
@@ -468,7 +468,7 @@ int64_t sim_send(struct sim_socket *socket, struct iovec *iov, unsigned count)
     const struct nv_op op = {.kind = NV_OP_SEND, .iov = iov, .iov_count = (uint16_t)count};
     size_t size = (size_t)sim_total(&op);
 
-    if (socket->client_closed || socket->server_shut)
+    if (socket->client_closed || socket->server_shut || socket->server_shut_send)
         return -EPIPE;
     if (sim_random_chance(&sim_world.random, sim_world.faults.bad_view))
         return -EFAULT;
@@ -493,7 +493,8 @@ static bool can_go_on(struct nv_op *op)
     const struct sim_socket *socket = sim_world.handles[op->handle].socket;
     if (op->kind == NV_OP_RECV)
         return socket->to_server.size > 0 || socket->client_shut || socket->server_shut;
-    return socket->to_client.size < socket->to_client.capacity || socket->client_closed || socket->server_shut;
+    return socket->to_client.size < socket->to_client.capacity || socket->client_closed || socket->server_shut ||
+           socket->server_shut_send;
 }
 
 /* The file's own troubles: 0, or the error that the operation ends with. */
@@ -663,7 +664,7 @@ bool nv_sim_client_ended(int socket)
 {
     const struct sim_socket *at = socket_of(socket);
 
-    return (at->server_closed || at->server_shut) && at->to_client.size == 0;
+    return (at->server_closed || at->server_shut || at->server_shut_send) && at->to_client.size == 0;
 }
 
 void nv_sim_client_shut(int socket)

@@ -146,7 +146,7 @@ static bool cancel_in(struct op_list *list, struct nv_op *op)
     for (size_t i = 0; i < list->count; i++)
         if (list->items[i] == op) {
             sim_list_take(list, i);
-            op->result = -ECANCELED;
+            op->result = op->kind == NV_OP_RECV && sim_state_of(op)->moved > 0 ? (int64_t)sim_state_of(op)->moved : -ECANCELED;
             sim_make_ready(op);
             return true;
         }
@@ -266,6 +266,16 @@ void nv_io_close(nv_handle number)
 void nv_io_shutdown(nv_handle number)
 {
     sim_handle_of(number, HANDLE_SOCKET)->socket->server_shut = true;
+}
+
+void nv_io_shutdown_send(nv_handle number)
+{
+    sim_handle_of(number, HANDLE_SOCKET)->socket->server_shut_send = true;
+}
+
+void nv_io_reset_on_close(nv_handle number)
+{
+    sim_handle_of(number, HANDLE_SOCKET); /* what has not been taken is lost with the handle, here */
 }
 
 bool nv_io_hung_up(nv_handle number)

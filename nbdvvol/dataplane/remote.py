@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from typing import Any
 
+from nbdvvol.dataplane.errors import PlaneError
 from nbdvvol.dataplane.ffi import check, ffi, lib
 from nbdvvol.dataplane.tls import LoadedContext, c_path
 from nbdvvol.dataplane.types import LinkEnd, LinkParams, RemoteConfig, TlsClientConfig
@@ -15,8 +17,9 @@ _REASON_BYTES = 256
 def encode_config(config: RemoteConfig) -> Any:
     """The C form of a remote export's configuration."""
     out = ffi.new("nv_remote_config *")
-    out.size, out.align, out.timeout_ms = config.size, config.align, config.timeout_ms
+    out.size, out.align, out.timeout_ms, out.hold_ms = config.size, config.align, config.timeout_ms, config.hold_ms
     out.flags = lib.NV_REMOTE_READ_ONLY * config.read_only | lib.NV_REMOTE_WRITE_THROUGH * config.write_through
+    out.flags |= lib.NV_REMOTE_FLUSH_FIRST * config.flush_first
     return out
 
 
@@ -28,6 +31,7 @@ def encode_params(params: LinkParams) -> Any:
     out.payload_max = min(params.payload_max, 32 << 20)
     out.has_allocation = params.allocation is not None
     out.allocation_id = params.allocation or 0
+    out.size, out.align = params.size, params.align
     return out
 
 
@@ -36,6 +40,8 @@ class ClientContext(LoadedContext):
 
     def __init__(self, config: TlsClientConfig) -> None:
         def load(pointer: Any) -> None:
+            if config.psk_file is not None and config.ca_file is None and config.cert_file is not None:
+                raise PlaneError(errno.EINVAL, "a certificate beside a pre-shared key needs the CA that servers have")
             if config.psk_file is None or config.ca_file is not None:
                 files = [c_path(name) for name in (config.ca_file, config.cert_file, config.key_file)]
                 flags = 0 if config.verify else lib.NV_TLS_TRUST_ANYBODY

@@ -268,7 +268,7 @@ class TlsClientConfig:
     """Whom we trust as servers, and who we say we are.
 
     `verify` False: the server's certificate is not looked at. `psk_identity` names the key in `psk_file` that is ours;
-    with a key and no `ca_file`, only a server that knows the key will do."""
+    with a key and no `ca_file`, only a server that knows the key will do (and no certificate of ours is of use)."""
 
     ca_file: str | None = None
     cert_file: str | None = None
@@ -294,7 +294,12 @@ class RemoteConfig:
     read_only: bool = False
     write_through: bool = False
     """Every change is durable when it is acknowledged, so that a lost server owes nothing."""
+    flush_first: bool = False
+    """Begin with a FLUSH: a filter that was killed may have left something in the server's cache."""
     timeout_ms: int = 30_000
+    """A connection on which requests wait, and nothing is heard for so long, is given up."""
+    hold_ms: int = 60_000
+    """How long one that was given up has to say what became of its changes, before they fail and the object latches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,6 +312,10 @@ class LinkParams:
     payload_max: int = 32 << 20
     allocation: int | None = None
     """The id of base:allocation, if it was selected."""
+    size: int = 0
+    """Of the export, bytes: an object that is larger refuses the link."""
+    align: int = 1
+    """The server's minimum block, bytes: the object's must be a multiple of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -332,6 +341,7 @@ class RemoteStats:
     read_bytes: int = 0
     write_bytes: int = 0
     owed: int = 0
+    draining: int = 0
 
 
 class Link(Protocol):

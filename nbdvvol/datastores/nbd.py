@@ -12,7 +12,6 @@ import asyncio
 import datetime
 import errno
 import socket
-import struct
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -44,7 +43,7 @@ from nbdvvol.nbd.dial import DIAL_LIMIT_S, SocketWire, Wire, dial, drive
 from nbdvvol.nbd.reconnect import Action, Dial, Reconnector
 
 _log = structlog.get_logger("remote")
-_LINGER_NOT = struct.pack("ii", 1, 0)
+_HOLD_MAX_MS = 86_400_000
 
 Tell = Callable[[bool, str], None]
 """Called with whether the server is connected, and a sentence, each time that changes."""
@@ -117,7 +116,6 @@ class _Dialler:
         """A link for the object, in the transmission phase, if its facts pass the check. Raises NvError."""
 
         async def act(sock: socket.socket) -> tuple[Link, ExportInfo]:
-            self._prepare(sock)
             if self.uri.tls:
                 link, info = await self._secure(obj, sock)
                 try:
@@ -166,6 +164,12 @@ class _Dialler:
             why = f"datastore {self._spec.name}: {error.strerror}"
             raise NvError(Code.CONFIG, why, "correct `tls` of the datastore, or the file") from error
         hostname = tls.hostname or self.uri.host or None
+        if hostname is None and tls.verify and tls.psk is None:
+            raise NvError(
+                Code.CONFIG,
+                f"datastore {self._spec.name}: over a unix socket any certificate would do",
+                "say tls.hostname, what the certificate must be for",
+            )
         try:
             checked = hostname if tls.verify and (tls.psk is None or tls.certs is not None) else None
             sock.setblocking(True)
@@ -175,12 +179,6 @@ class _Dialler:
         sock.close()
         return link
 
-    def _prepare(self, sock: socket.socket) -> None:
-        """What is not acknowledged within the time-out is lost; and a socket that we give up sends nothing more."""
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_NOT)
-        if sock.family != socket.AF_UNIX:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(self.remote.timeout_s * 1000))
-
 
 def _params(info: ExportInfo) -> LinkParams:
     return LinkParams(
@@ -189,6 +187,8 @@ def _params(info: ExportInfo) -> LinkParams:
         tflags=int(info.flags),
         payload_max=info.payload_max - info.payload_max % info.block_min,
         allocation=info.allocation,
+        size=info.size,
+        align=info.block_min,
     )
 
 
@@ -260,7 +260,9 @@ class RemoteExport:
             align=info.block_min,
             read_only=read_only or not lasting,
             write_through=write_through,
+            flush_first=True,
             timeout_ms=max(int(dialler.remote.timeout_s * 1000), 1),
+            hold_ms=min(int(dialler.remote.hold_s * 1000), _HOLD_MAX_MS),
         )
         number = plane.open_remote(config)
         facts = ObjectSpec(spec.path, info.size, read_only=config.read_only, align=info.block_min)
@@ -344,8 +346,7 @@ class RemoteExport:
             self._act(self._machine.failed(place, message, self._loop.time()))
             return
         link.ended.add_done_callback(lambda end: self._on_end(place, end.result()))
-        if not info.flags & TransmissionFlag.CAN_MULTI_CONN:
-            self._machine.limit(1)
+        self._machine.limit(None if info.flags & TransmissionFlag.CAN_MULTI_CONN else 1)
         if not self._first.done():
             self._first.set_result(None)
         self._act(self._machine.up(place, self._loop.time()))

@@ -152,6 +152,8 @@ class ObjectTable:
         why = f"a sync of {held.spec.path} failed (errno {error})"
         if error == errno.ESTALE:
             why = f"{held.spec.path} was lost before it had made durable what it had acknowledged"
+        elif error == errno.ETIMEDOUT and held.remote is not None:
+            why = f"{held.spec.path} never said what became of a write, and may carry it out late (restart it first)"
         message = f"{why}; acknowledged writes may be lost, every FLUSH fails"
         return self._faults.add(held.datastore, held.key[1], message)
 

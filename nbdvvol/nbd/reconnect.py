@@ -1,9 +1,10 @@
 """When to dial a lost server again, and when to stop keeping its I/O waiting. Sans I/O: told of what happens, and when.
 
-A remote export has some places for connections. Invariants: a place is idle, being dialled, up, or waits for its next
-try; while none is up only one is dialled, so that a server that is down is not knocked at from all sides; tries come
-with back-off, at once only after a connection that had lasted; once all have been down for `hold_s`, GiveUp is said
-exactly once, until one is up again. Times are seconds of a monotonic clock.
+A remote export has some places for connections. Invariants: a place is being dialled, up, or waits for its next try; no
+more are dialled or up than the server takes (`limit`), but for those that are up when it says so; while none is up only
+one is dialled, so that a server that is down is not knocked at from all sides; tries come with back-off, at once only
+after a connection that had lasted; once all have been down for `hold_s`, GiveUp is said exactly once, until one is up
+again. Times are seconds of a monotonic clock.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ class Reconnector:
 
     def __init__(self, places: int, hold_s: float, now_s: float, chance: random.Random | None = None) -> None:
         self._places = [_Place(due_s=now_s, since_s=now_s) for _ in range(places)]
+        self._limit = places
         self._hold_s = hold_s
         self._down_s: float | None = now_s
         self._gave_up = False
@@ -61,6 +63,11 @@ class Reconnector:
     def up_count(self) -> int:
         """How many places are connected."""
         return sum(place.state is _State.UP for place in self._places)
+
+    @property
+    def _busy(self) -> int:
+        """How many places are connected, or being so."""
+        return sum(place.state is not _State.WAITING for place in self._places)
 
     @property
     def down_since_s(self) -> float | None:
@@ -97,10 +104,9 @@ class Reconnector:
             self._down_s = now_s
         return self.tick(now_s)
 
-    def limit(self, places: int) -> None:
-        """The server takes no more than so many connections now; those that are up stay."""
-        while len(self._places) > places and self._places[-1].state is _State.WAITING:
-            self._places.pop()
+    def limit(self, places: int | None) -> None:
+        """The server takes no more than so many connections now (None: any number); those that are up stay."""
+        self._limit = len(self._places) if places is None else places
 
     def tick(self, now_s: float) -> list[Action]:
         """What is due."""
@@ -110,7 +116,7 @@ class Reconnector:
             actions.append(GiveUp())
         alone = not self.up_count
         for number, place in enumerate(self._places):
-            if alone and any(other.state is _State.DIALLING for other in self._places):
+            if self._busy >= (1 if alone else self._limit):
                 break
             if place.state is _State.WAITING and place.due_s <= now_s:
                 place.state = _State.DIALLING
@@ -120,7 +126,7 @@ class Reconnector:
     def next_s(self) -> float | None:
         """When `tick` has something to do, if nothing else happens; None: nothing."""
         times = [place.due_s for place in self._places if place.state is _State.WAITING]
-        if not self.up_count and any(place.state is _State.DIALLING for place in self._places):
+        if self._busy >= (self._limit if self.up_count else 1):
             times = []
         if self._down_s is not None and not self._gave_up:
             times.append(self._down_s + self._hold_s)

@@ -218,7 +218,7 @@ class FakeServer:
                         wire.send(piece)
                     late = []
         except Gone:
-            return
+            wire.close()
         except BaseException as failure:
             self.failures.append(failure)
             wire.close()

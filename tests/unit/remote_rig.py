@@ -48,6 +48,8 @@ class Remote:
             tflags=server.tflags,
             payload_max=server.payload_max,
             allocation=None if server.style == "simple" else CONTEXT,
+            size=server.size,
+            align=server.block,
         )
         with server.connect() as sock:
             link = self.rig.call(self.rig.plane.open_link, self.object, sock.fileno(), params)

@@ -86,6 +86,20 @@ def test_a_server_that_takes_one_connection_gets_one() -> None:
     assert machine.lost(0, "cut", 10.0) == [Dial(0)]
 
 
+def test_the_one_connection_may_be_any_of_the_places() -> None:
+    machine = fresh()
+    machine.tick(0.0)
+    assert machine.up(0, 0.0) == [Dial(1), Dial(2), Dial(3)]
+    machine.up(2, 0.0)
+    machine.failed(1, "one is enough", 1.0)
+    machine.failed(3, "one is enough", 1.0)
+    machine.limit(1)
+    assert machine.lost(0, "cut", 10.0) == [] and machine.next_s() is None, "one is up, though the last place waits"
+    assert machine.lost(2, "cut", 20.0) == [Dial(0)]
+    machine.limit(None)
+    assert machine.up(0, 21.0) == [Dial(1), Dial(2), Dial(3)]
+
+
 @given(st.lists(st.tuples(st.integers(0, 3), st.sampled_from(["up", "failed", "lost", "tick"]), st.floats(0, 20))))
 def test_whatever_happens_somebody_dials(script: list[tuple[int, str, float]]) -> None:
     """After any history, time alone leads to a dial for every place that is not up; and while none is, one knocks."""
