@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,6 +32,8 @@ FILE_BYTES = 64 << 20
 ALLOCATORS = ("malloc", "calloc", "realloc", "posix_memalign", "aligned_alloc", "memalign")
 COPIERS = ("memcpy", "memmove")
 SETTLE_S = 60
+AFTERGLOW_S = 0.2
+"""What the serving thread still does once the client has its last answer counts, too."""
 
 
 @dataclass(frozen=True)
@@ -164,6 +167,7 @@ def stepped(tool: Path, pid: int, thread: int, load: Callable[[], None]) -> prof
                 raise PointError(f"cannot count instructions: {counter.stderr.read().strip()}")
             try:
                 load()
+                time.sleep(AFTERGLOW_S)
                 where = profiles.mappings(Path(f"/proc/{pid}/maps").read_text())
             finally:
                 counter.terminate()
