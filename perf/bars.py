@@ -8,7 +8,7 @@ from typing import Literal
 
 from perf import stats
 from perf.model import Count, PointResult, Result, Sample
-from perf.peers import CEILING, OURS, OURS_MILLION_RUNS, OURS_ONE_RUN, OURS_TWO, QEMU_NBD, RIVALS, STORAGE
+from perf.peers import CEILING, CEILING_FILE, OURS, OURS_MILLION_RUNS, OURS_ONE_RUN, OURS_TWO, QEMU_NBD, RIVALS, STORAGE
 from perf.stats import Metric, Summary
 
 Relation = Literal[">=", "<="]
@@ -130,6 +130,12 @@ BARS: tuple[Bar, ...] = (
     *_ratios(_SEQ_READ, "core", "seqread-256k-qd8", (_CEILING, _IOPS, _C, ">=", 0.75)),
     *_ratios(_SEQ_WRITE, "core", "seqwrite-256k-qd8", (_CEILING, _IOPS, _C, ">=", 0.60)),
     *_against_peers("core", ""),
+    *(
+        Bar(work, "IOPS / the same responder reading the file", "memory", point, _IOPS, (CEILING_FILE,), ">=", None)
+        for work, point in (
+            (_READ, "randread-4k-qd32"), (_READ_DEEP, "randread-4k-qd256"), (_SEQ_READ, "seqread-256k-qd8"),
+        )
+    ),
     *(
         Bar(_DISK, f"{label}: IOPS / fio io_uring", "disk", point, _IOPS, _STORAGE, ">=", 0.95)
         for label, point in (

@@ -25,6 +25,7 @@ OURS_ONE_RUN = "nbdvvol-one-run"
 OURS_MILLION_RUNS = "nbdvvol-million-runs"
 MILLION = 1_000_000
 CEILING = "ceiling"
+CEILING_FILE = "ceiling-file"
 STORAGE = "storage"
 """Not a server: fio's io_uring engine on the same kind of file."""
 CLIENTS_MAX = 1100
@@ -56,6 +57,12 @@ def _ceiling(place: Place) -> Plan:
     where = ["--unix", str(place.socket)] if place.transport == "unix" else ["--tcp", str(place.port)]
     command = [str(place.build / "ceiling"), *where, "--size", str(place.size)]
     return Plan([*command, "--spin-us", str(place.spin_us)])
+
+
+def _ceiling_file(place: Place) -> Plan:
+    """The same responder, answering from a map of the file: what memory allows that no cache holds."""
+    plan = _ceiling(place)
+    return replace(plan, command=[*plan.command, "--file", str(place.file)])
 
 
 def _nbdkit(place: Place, plugin: list[str]) -> Plan:
@@ -184,6 +191,7 @@ PEERS: tuple[Peer, ...] = (
     Peer(OURS_ONE_RUN, _PAGE_CACHE, _UNIX, lambda p: _runs(p, 1), _US, variant=True),
     Peer(OURS_MILLION_RUNS, _PAGE_CACHE, _UNIX, lambda p: _runs(p, MILLION), _US, variant=True),
     Peer(CEILING, _ALL, _PLAIN, _ceiling, "cc"),
+    Peer(CEILING_FILE, _PAGE_CACHE, _UNIX, _ceiling_file, "cc", variant=True),
     Peer("nbdkit-file", _FILES, _EVERYWHERE, _nbdkit_file, "nbdkit"),
     Peer("nbdkit-memory", _PAGE_CACHE, _EVERYWHERE, _nbdkit_memory, "nbdkit"),
     Peer("nbdkit-null", _NULL, _EVERYWHERE, _nbdkit_null, "nbdkit"),
@@ -194,5 +202,5 @@ PEERS: tuple[Peer, ...] = (
 )
 BY_NAME = {peer.name: peer for peer in PEERS}
 OUR_FORMS = (OURS, OURS_TWO, OURS_ONE_RUN, OURS_MILLION_RUNS)
-RIVALS = tuple(peer.name for peer in PEERS if peer.name not in (*OUR_FORMS, CEILING))
+RIVALS = tuple(peer.name for peer in PEERS if peer.name not in (*OUR_FORMS, CEILING, CEILING_FILE))
 QEMU_NBD = ("qemu-nbd-uring", "qemu-nbd-threads")

@@ -358,6 +358,16 @@ static bool spin(struct nv_reactor *reactor)
     return false;
 }
 
+/* Work came after a sleep of `slept_ns`. If a longer spin, still within the limit, would have met it: the next one will. */
+static void spin_longer(struct nv_reactor *reactor, uint64_t slept_ns)
+{
+    const uint64_t waited = slept_ns + 2 * reactor->spin_ns; /* spin() has halved it */
+
+    if (waited >= reactor->spin_max_ns)
+        return;
+    reactor->spin_ns = 2 * waited < reactor->spin_max_ns ? 2 * waited : reactor->spin_max_ns;
+}
+
 static void sleep_until_work(struct nv_reactor *reactor)
 {
     const uint64_t start = nv_io_now_ns(reactor->io);
@@ -368,8 +378,7 @@ static void sleep_until_work(struct nv_reactor *reactor)
         nv_io_sleep(reactor->io, UINT64_MAX);
     }
     nv_io_sleep_end(reactor->io);
-    if (nv_io_now_ns(reactor->io) - start < reactor->spin_max_ns && reactor->spin_ns < reactor->spin_max_ns / 16 + 1)
-        reactor->spin_ns = reactor->spin_max_ns / 16 + 1; /* a short spin would have met this work */
+    spin_longer(reactor, nv_io_now_ns(reactor->io) - start);
 }
 
 void nv_reactor_loop(struct nv_reactor *reactor)

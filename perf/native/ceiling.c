@@ -1,13 +1,14 @@
 /*
  * ceiling: the socket's ceiling. An NBD responder that does no storage work at all, so that its rate is
  * what the socket, the protocol and one client allow: reads are answered from one hot buffer, writes
- * are received and dropped.
+ * are received and dropped. With --file it answers reads from a map of that file: the ceiling of a server
+ * whose bytes are somewhere in memory and not in a cache.
  *
  * Invariants: shares no code with the product. One thread per --threads, each owns its connections for
  * life. Per batch: one large recv, every whole request in it parsed, all replies in one gathered send.
  * A reply never leaves before its request was received whole, write payload included.
  *
- * It does not: keep data, check ranges beyond the payload limit, speak TLS, structured replies or
+ * It does not: keep what is written, check ranges without --file, speak TLS, structured replies or
  * extended headers, defend itself against a hostile client (it trusts its benchmark), or share fairly.
  */
 #define _GNU_SOURCE
@@ -15,6 +16,7 @@
 #include <assert.h>
 #include <endian.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <getopt.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
@@ -28,6 +30,7 @@
 #include <sys/epoll.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/time.h>
 #include <sys/uio.h>
 #include <sys/un.h>
@@ -77,6 +80,7 @@ struct worker {
 
 static struct {
     const char *unix_path;
+    const char *file;
     uint16_t tcp_port;
     uint64_t size;
     unsigned threads;
@@ -86,6 +90,7 @@ static struct {
 
 static struct worker workers[THREADS_MAX];
 static uint8_t *hot;
+static const uint8_t *mapped;       /* the file; NULL without one */
 
 static void die(const char *what)
 {
@@ -136,15 +141,15 @@ static bool flush_replies(struct connection *c)
     return true;
 }
 
-static void stage_bytes(struct connection *c, void *bytes, size_t n)
+static void stage_bytes(struct connection *c, const void *bytes, size_t n)
 {
     assert(c->parts < PARTS_MAX);
     struct iovec *last = c->parts > 0 ? &c->part[c->parts - 1] : NULL;
-    if (last && (uint8_t *)last->iov_base + last->iov_len == bytes) last->iov_len += n;
-    else c->part[c->parts++] = (struct iovec){ bytes, n };
+    if (last && (const uint8_t *)last->iov_base + last->iov_len == bytes) last->iov_len += n;
+    else c->part[c->parts++] = (struct iovec){ (void *)(uintptr_t)bytes, n };
 }
 
-static bool stage_reply(struct connection *c, uint64_t cookie, size_t payload)
+static bool stage_reply(struct connection *c, uint64_t cookie, uint64_t offset, size_t payload)
 {
     unsigned need = 2 + (unsigned)(payload / HOT_BYTES) + 1;
     if (c->parts + need > PARTS_MAX && !flush_replies(c)) return false;
@@ -154,6 +159,10 @@ static bool stage_reply(struct connection *c, uint64_t cookie, size_t payload)
     put32(r + 4, 0);
     memcpy(r + 8, &cookie, sizeof cookie);
     stage_bytes(c, r, REPLY_BYTES);
+    if (mapped && payload > 0) {
+        stage_bytes(c, mapped + offset, payload);
+        return true;
+    }
     while (payload > 0) {
         size_t n = payload < HOT_BYTES ? payload : HOT_BYTES;
         stage_bytes(c, hot, n);
@@ -172,19 +181,20 @@ static bool parse(struct connection *c)
             p += n;
             c->skip -= n;
             if (c->skip > 0) break;
-            if (!stage_reply(c, c->skip_cookie, 0)) return false;
+            if (!stage_reply(c, c->skip_cookie, 0, 0)) return false;
         }
         if (end - p < REQUEST_BYTES) break;
         uint32_t length = get32(p + 24);
         uint16_t command = (uint16_t)(p[6] << 8 | p[7]);
-        uint64_t cookie;
+        uint64_t cookie, offset = (uint64_t)get32(p + 16) << 32 | get32(p + 20);
         memcpy(&cookie, p + 8, sizeof cookie);
+        if (mapped && (offset > options.size || length > options.size - offset)) return false;
         if (get32(p) != REQUEST_MAGIC || command == CMD_DISC || length > READ_MAX) return false;
         p += REQUEST_BYTES;
         if (command == CMD_WRITE && length > 0) {
             c->skip = length;
             c->skip_cookie = cookie;
-        } else if (!stage_reply(c, cookie, command == CMD_READ ? length : 0)) {
+        } else if (!stage_reply(c, cookie, offset, command == CMD_READ ? length : 0)) {
             return false;
         }
     }
@@ -363,6 +373,19 @@ static int listen_on(void)
     return fd;
 }
 
+/* Every page is in the table before the first request: what is measured is memory, not faults. */
+static const uint8_t *map_file(const char *path)
+{
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    struct stat stat;
+    if (fd < 0 || fstat(fd, &stat) < 0) die(path);
+    if ((uint64_t)stat.st_size < options.size) { errno = ERANGE; die(path); }
+    void *at = mmap(NULL, options.size, PROT_READ, MAP_SHARED | MAP_POPULATE, fd, 0);
+    if (at == MAP_FAILED) die(path);
+    close(fd);
+    return at;
+}
+
 static unsigned number_of(const char *text, unsigned most)
 {
     char *end;
@@ -378,7 +401,7 @@ static void parse_options(int argc, char **argv)
 {
     static const struct option longs[] = {
         { "unix", 1, 0, 'u' }, { "tcp", 1, 0, 't' }, { "size", 1, 0, 's' }, { "threads", 1, 0, 'n' },
-        { "spin-us", 1, 0, 'p' }, { "buffer", 1, 0, 'b' }, { 0 },
+        { "spin-us", 1, 0, 'p' }, { "buffer", 1, 0, 'b' }, { "file", 1, 0, 'f' }, { 0 },
     };
     for (int o; (o = getopt_long(argc, argv, "", longs, NULL)) != -1;) {
         switch (o) {
@@ -388,12 +411,13 @@ static void parse_options(int argc, char **argv)
         case 'n': options.threads = number_of(optarg, THREADS_MAX); break;
         case 'p': options.spin_us = number_of(optarg, 1000000); break;
         case 'b': options.buffer_bytes = (int)number_of(optarg, 1 << 30); break;
+        case 'f': options.file = optarg; break;
         default: exit(2);
         }
     }
     if (!options.unix_path == !options.tcp_port || options.threads < 1 || options.threads > THREADS_MAX) {
         fprintf(stderr, "usage: ceiling --unix PATH | --tcp PORT [--size BYTES] [--threads 1..%d] [--spin-us N]"
-                " [--buffer BYTES]\n", THREADS_MAX);
+                " [--buffer BYTES] [--file PATH]\n", THREADS_MAX);
         exit(2);
     }
 }
@@ -404,6 +428,7 @@ int main(int argc, char **argv)
     hot = mmap(NULL, HOT_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
     if (hot == MAP_FAILED) die("hot buffer");
     memset(hot, 0x5a, HOT_BYTES);
+    if (options.file) mapped = map_file(options.file);
     for (unsigned i = 0; i < options.threads; i++) {
         workers[i].epoll = epoll_create1(EPOLL_CLOEXEC);
         if (workers[i].epoll < 0 || pthread_create(&workers[i].thread, NULL, work, &workers[i]) != 0) die("thread");

@@ -174,10 +174,10 @@ class TestBars:
         """Rows, and how many figures each asks for: on the unix socket, and for the ratios to peers on TCP."""
         rows = Counter(verdict.work for verdict in bars.judge(result([])))
         assert rows == {
-            "4 KiB random read, depth 32": 3, "4 KiB random read, depth 32, TCP": 2,
-            "4 KiB random read, depth 256": 2, "4 KiB random read, depth 256, TCP": 1,
+            "4 KiB random read, depth 32": 4, "4 KiB random read, depth 32, TCP": 2,
+            "4 KiB random read, depth 256": 3, "4 KiB random read, depth 256, TCP": 1,
             "4 KiB random write, depth 32": 4, "4 KiB random write, depth 32, TCP": 3,
-            "256 KiB sequential read, depth 8": 2, "256 KiB sequential read, depth 8, TCP": 1,
+            "256 KiB sequential read, depth 8": 3, "256 KiB sequential read, depth 8, TCP": 1,
             "256 KiB sequential write, depth 8": 2, "256 KiB sequential write, depth 8, TCP": 1,
             "4 KiB random read, depth 1": 2, "4 KiB random read, depth 1, TCP": 2,
             "O_DIRECT on the real disk": 4,
