@@ -15,6 +15,7 @@
 
 #define ORDERS 14u /* 4 KiB << 13 = 32 MiB */
 #define NONE UINT32_MAX
+#define HUGE_PAGE ((size_t)2 << 20)
 #ifndef MADV_DONTNEED_LOCKED
 #define MADV_DONTNEED_LOCKED 24
 #endif
@@ -46,6 +47,26 @@ void *nv_pages_map(size_t bytes)
     void *pages = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 
     return pages == MAP_FAILED ? NULL : pages;
+}
+
+/*
+ * Like nv_pages_map(), from a boundary of huge pages on and, where there are some, made of them: a large transfer then
+ * has few segments. `bytes` is a multiple of a page; unmapped as a whole.
+ */
+static uint8_t *map_huge(size_t bytes)
+{
+    uint8_t *wide = nv_pages_map(bytes + HUGE_PAGE);
+    size_t before;
+
+    if (!wide)
+        return NULL;
+    before = (HUGE_PAGE - ((uintptr_t)wide & (HUGE_PAGE - 1))) & (HUGE_PAGE - 1);
+    if (before > 0)
+        nv_pages_unmap(wide, before);
+    if (before < HUGE_PAGE)
+        nv_pages_unmap(wide + before + bytes, HUGE_PAGE - before);
+    (void)madvise(wide + before, bytes, MADV_HUGEPAGE); /* a wish: the kernel may know none */
+    return wide + before;
 }
 
 void nv_pages_unmap(void *pages, size_t bytes)
@@ -95,7 +116,7 @@ struct nv_pool *nv_pool_create(uint64_t bytes)
         return NULL;
     pool->pages = (uint32_t)(bytes / NV_POOL_PAGE);
     pool->nodes = calloc(pool->pages, sizeof *pool->nodes);
-    pool->base = nv_pages_map((size_t)pool->pages * NV_POOL_PAGE);
+    pool->base = map_huge((size_t)pool->pages * NV_POOL_PAGE);
     if (!pool->nodes || !pool->base) {
         nv_pool_destroy(pool);
         return NULL;
