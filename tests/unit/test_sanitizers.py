@@ -15,7 +15,19 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 REPORT_EXIT = 66
-TESTS = ["protocol", "data", "durability", "life", "tls", "qos", "remote", "remote_loss", "remote_bad", "trace"]
+TESTS = [
+    "protocol",
+    "data",
+    "durability",
+    "life",
+    "tls",
+    "qos",
+    "remote",
+    "remote_loss",
+    "remote_doubt",
+    "remote_bad",
+    "trace",
+]
 # Not with the thread sanitizer: the slowest of a kind of which others remain, and what measures resident memory.
 NOT_TSAN = "not 65536 and not random_operations_on_one_run and not memory"
 RACE = """
