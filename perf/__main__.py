@@ -1,4 +1,4 @@
-"""`python -m perf`: run, qos, report, readme, compare, counts, profile, list."""
+"""`python -m perf`: run, qos, cache, report, readme, compare, counts, profile, list."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from perf import readme as pages
 from perf import report as reporting
 from perf import results, sampling, suites
 from perf import run as running
+from perf.cache import offline
 from perf.generators import PointError, build
 from perf.peers import BY_NAME, OURS, STORAGE
 from perf.results import ResultError
@@ -94,6 +95,22 @@ def qos(
     page = path.with_suffix(".md")
     page.write_text(limiting.markdown(result))
     print(f"{path}\n{page}")
+
+
+@app.command()
+def cache(
+    quick: Annotated[bool, typer.Option(help="Traces a tenth as long: does it run?")] = False,
+    out: Annotated[Path | None, typer.Option(help="Result file; perf/results/cache-TIME.json without it.")] = None,
+) -> None:
+    """Hit ratios of the data plane's cache on generated traces, beside LRU, ARC and S3-FIFO, without any server."""
+    folder = running.Options().build
+    try:
+        build(folder)
+    except PointError as error:
+        raise _fail(str(error), 2) from error
+    path = out or results.FOLDER / f"cache-{datetime.now(UTC):%Y%m%dT%H%M%SZ}.json"
+    for written in offline.write(offline.run(folder / "cachesim", say, quick=quick), path):
+        print(written)
 
 
 @app.command()

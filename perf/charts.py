@@ -27,7 +27,8 @@ def colour_of(peer: str) -> str:
     return CEILING_COLOUR if peer in (CEILING, STORAGE) else OTHER_COLOUR
 
 
-def _save(figure: Any, path: Path) -> Path:
+def save(figure: Any, path: Path) -> Path:
+    """A figure as a small PNG file; closes it."""
     from matplotlib import pyplot
     from PIL import Image
 
@@ -63,7 +64,7 @@ def suite_chart(points: list[PointResult], path: Path) -> Path:
         for axis, metric, label in ((row[0], stats.iops, "IOPS"), (row[1], stats.cpu_us, "server CPU µs/request")):
             _bars(axis, point, metric, label)
             _tidy(axis)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def latency_chart(point: PointResult, path: Path) -> Path:
@@ -82,7 +83,7 @@ def latency_chart(point: PointResult, path: Path) -> Path:
     axis.set_title(f"{point.suite}/{point.point}: latency, µs", fontsize=9, loc="left")
     axis.legend(fontsize=7, frameon=False)
     _tidy(axis)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def scaling_chart(points: list[PointResult], path: Path) -> Path:
@@ -98,7 +99,7 @@ def scaling_chart(points: list[PointResult], path: Path) -> Path:
         axis.set_ylim(bottom=0)
         axis.legend(fontsize=7, frameon=False)
         _tidy(axis)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _lines(points: list[PointResult], metric: stats.Metric) -> Iterator[tuple[str, str, list[tuple[int, float]]]]:

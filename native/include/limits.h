@@ -54,6 +54,25 @@
 #define NV_SOCKET_BUFFER (2u << 20)            /* SO_SNDBUF, SO_RCVBUF: absorb a client's window */
 #define NV_EXTENTS_MAX 1000u                   /* extents in one BLOCK_STATUS answer: its memory is 32 KiB */
 
+/* the cache: blocks of 4 KiB in RAM */
+#define NV_CACHE_BLOCK 4096u
+#define NV_CACHE_SHIFT 12u
+#define NV_CACHE_STRIPE_SHIFT 4u               /* blocks that lie together are in one shard: 16 of them */
+#define NV_CACHE_FRAMES_MIN 64u
+#define NV_CACHE_FRAMES_MAX (1u << 30)         /* 4 TiB */
+#define NV_CACHE_SHARD_MIN 256u                /* frames of a shard, at least */
+#define NV_CACHE_SHARDS_A_REACTOR 4u           /* with more than one reactor */
+#define NV_CACHE_SLOTS_MIN 4096u               /* write slots of a shard, at least */
+#define NV_CACHE_CHAIN_STEPS 64u               /* a look into the index is bounded, whatever others do to it meanwhile */
+#define NV_CACHE_EVICT_STEPS 64u               /* ... and a search for room */
+#define NV_CACHE_FILL_MAX 256u                 /* blocks that one request puts in: bounds a turn */
+#define NV_HIT_FRAMES 17u                      /* a hit of up to 64 KiB is sent from its frames; a longer one is copied */
+#define NV_HIT_PINS 256u                       /* frames that one connection may have pinned */
+#define NV_AHEAD_MAX (4u << 20)                /* bytes read ahead of a stream */
+#define NV_FETCHES 4u                          /* of a reactor, under way at once */
+#define NV_FETCH_BYTES (256u << 10)
+#define NV_WANT_MAX (64u << 20)                /* of one NBD_CMD_CACHE */
+
 /* limits and shares of a volume */
 #define NV_QOS_IOPS_MAX 100000000ull
 #define NV_QOS_BANDWIDTH_MIN (64ull << 10)     /* bytes a second: the largest request then waits 512 s */

@@ -32,6 +32,7 @@
 #define NV_EVENT_READ_REPAIRED 18    /* args = leg, offset, length, count so far; result 0 or -errno */
 #define NV_EVENT_VERIFY_DONE 19      /* token, result; args = bytes compared, pieces that differed, pieces repaired */
 #define NV_EVENT_VOLUME_FENCED 20    /* a leg's label is newer: nothing is served any more; args[0] = its epoch */
+#define NV_EVENT_VOLUME_CACHE 21     /* the new cache policy is in force */
 
 typedef struct {
     uint32_t kind;
@@ -54,6 +55,7 @@ typedef struct {
     uint64_t pool_bytes;             /* shared I/O buffers of each reactor */
     uint32_t connections_max;
     uint32_t reserved;
+    uint64_t cache_bytes;            /* memory of the cache, for all volumes (docs/cache.md); 0: none */
 } nv_plane_config;
 
 typedef struct {                     /* what the kernel offers and what is in use, for `doctor` */
@@ -268,6 +270,45 @@ int nv_volume_close(nv_plane *plane, uint32_t volume, uint64_t token);
 /* At any time, without a drain: requests that wait are weighed again. VOLUME_QOS tells when all reactors follow. */
 int nv_volume_set_qos(nv_plane *plane, uint32_t volume, const nv_qos_limits *limits, uint64_t token);
 int nv_volume_stats(nv_plane *plane, uint32_t volume, nv_volume_stats_t *out);
+
+/* ---- the cache (docs/cache.md) ---- */
+#define NV_CACHE_MODE_NONE 0
+#define NV_CACHE_MODE_READ 1         /* what is read is kept; what is written is dropped */
+#define NV_CACHE_MODE_WRITETHROUGH 2 /* what is written is kept, too */
+
+typedef struct {
+    uint32_t mode;                   /* NV_CACHE_MODE_* */
+    uint32_t ahead_bytes;            /* at most so many are read ahead of a stream; 0: none */
+    uint64_t floor_bytes;            /* of the cache, that other volumes cannot take */
+} nv_cache_policy;
+
+typedef struct {                     /* counts are of blocks of 4 KiB */
+    uint32_t mode;
+    uint32_t bypassed;               /* its storage is in memory already */
+    uint64_t held_bytes;
+    uint64_t floor_bytes;            /* in force */
+    uint64_t hits;
+    uint64_t misses;
+    uint64_t filled;
+    uint64_t refused;                /* were not put in: a write came between, or there was no room */
+    uint64_t written;                /* put in by writes */
+    uint64_t ahead;                  /* fetched ahead, and */
+    uint64_t ahead_used;             /* asked for since */
+    uint64_t reserved[4];
+} nv_cache_status;
+
+typedef struct {
+    uint64_t bytes;
+    uint64_t used_bytes;
+    uint64_t pinned_bytes;           /* being sent */
+    uint64_t evictions;
+    uint64_t reserved[4];
+} nv_cache_totals;
+
+/* At any time; VOLUME_CACHE tells when it is in force. One change at a time. */
+int nv_volume_set_cache(nv_plane *plane, uint32_t volume, const nv_cache_policy *policy, uint64_t token);
+int nv_volume_cache(nv_plane *plane, uint32_t volume, nv_cache_status *out);
+int nv_plane_cache(nv_plane *plane, nv_cache_totals *out);
 
 /* ---- a trace: records of single requests of one volume, while it runs; one trace at a time ---- */
 typedef struct {                     /* moments are of one monotonic clock, and in this order */

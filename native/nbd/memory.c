@@ -129,6 +129,8 @@ void nv_request_release(struct nv_request *request)
         conn->private_busy = false;
     else if (request->memory == NV_MEMORY_CHUNK)
         unpin(conn, request->chunk);
+    else if (request->memory == NV_MEMORY_CACHE)
+        nv_hit_release(request);
     else if (request->memory == NV_MEMORY_VIEW) /* never sent: the volume still counts on it */
         nv_volume_abandon(&request->v);
     request->memory = NV_MEMORY_NONE;

@@ -82,6 +82,8 @@ void nv_conn_start_held(struct nv_conn *conn)
         next = request->next;
         if (request->memory == NV_MEMORY_VIEW) {
             nv_resident_stage(request); /* the send is the read */
+        } else if (request->memory == NV_MEMORY_CACHE) {
+            nv_hit_stage(request);
         } else if (gone) {
             nv_volume_abandon(&request->v);
             nv_request_release(request);
@@ -236,7 +238,8 @@ static bool parse_admit(struct nv_conn *conn)
     const bool one = request->flags & NBD_CMD_FLAG_REQ_ONE;
     uint32_t size = (uint32_t)request->length;
 
-    if (request->type == NBD_CMD_READ && nv_resident_take(request)) {
+    if (request->type == NBD_CMD_READ &&
+        ((conn->volume->cached.cache && nv_hit_take(request)) || nv_resident_take(request))) {
         start_current(conn);
         return true;
     }

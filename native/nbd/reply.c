@@ -28,6 +28,15 @@ static uint8_t *put_chunk(const struct nv_request *request, uint8_t *to, uint16_
     return put64(to, length);
 }
 
+/* Of a READ. */
+static unsigned payload(const struct nv_request *request, struct iovec *iov)
+{
+    if (request->memory == NV_MEMORY_CACHE)
+        return nv_hit_pieces(request, iov);
+    iov[0] = (struct iovec){request->buffer, request->length};
+    return 1;
+}
+
 static unsigned build_simple(struct nv_request *request, struct iovec *iov)
 {
     uint8_t *to = put32(request->header, NBD_SIMPLE_REPLY_MAGIC);
@@ -37,8 +46,7 @@ static unsigned build_simple(struct nv_request *request, struct iovec *iov)
     iov[0] = (struct iovec){request->header, NBD_SIMPLE_BYTES};
     if (request->type != NBD_CMD_READ || request->status || request->length == 0)
         return 1;
-    iov[1] = (struct iovec){request->buffer, request->length};
-    return 2;
+    return 1 + payload(request, &iov[1]);
 }
 
 static unsigned build_error(struct nv_request *request, struct iovec *iov)
@@ -61,8 +69,7 @@ static unsigned build_data(struct nv_request *request, struct iovec *iov)
     to = put64(to, request->offset);
     assert((size_t)(to - request->header) <= sizeof request->header);
     iov[0] = (struct iovec){request->header, (size_t)(to - request->header)};
-    iov[1] = (struct iovec){request->buffer, request->length};
-    return 2;
+    return 1 + payload(request, &iov[1]);
 }
 
 /*
@@ -114,6 +121,8 @@ static unsigned build_status(struct nv_request *request, struct iovec *iov)
 
 unsigned nv_reply_pieces(const struct nv_request *request)
 {
+    if (request->memory == NV_MEMORY_CACHE)
+        return 1u + request->frame_count;
     return request->type == NBD_CMD_BLOCK_STATUS ? 2u * NV_CONTEXTS_MAX : 2u;
 }
 

@@ -7,7 +7,7 @@
  *   session.c  life: open, turn, end      receive.c  bytes to requests      memory.c   chunks and buffers
  *   request.c  is this request allowed    reply.c    answers to bytes       transmit.c bytes to the socket
  *   resident.c reads sent straight from memory  haggle.c   options through TLS  trace.c what a trace notes
- *   pace.c     the volume's limits        share.c    its part of a busy reactor
+ *   pace.c     the volume's limits        share.c    its part of a busy reactor       hit.c  reads sent from the cache
  */
 #ifndef NV_SESSION_H
 #define NV_SESSION_H
@@ -32,6 +32,7 @@ enum nv_memory {
     NV_MEMORY_VIEW,                 /* a READ whose bytes stand in an object's view; it holds its place in the volume */
     NV_MEMORY_SPILL,                /* the end of such a read, in the connection's spill memory */
     NV_MEMORY_KEPT,                 /* kept_memory, which a fenced leg's late operation still uses, or did */
+    NV_MEMORY_CACHE,                /* a READ whose bytes stand in frames of the cache, pinned; it has left the volume */
 };
 
 struct nv_chunk {                   /* receive memory; the bytes follow the struct */
@@ -60,6 +61,8 @@ struct nv_request {
     uint64_t pool_cost;
     uint8_t *buffer;
     struct nv_chunk *chunk;
+    uint8_t frame_count;            /* CACHE */
+    uint32_t frames[NV_HIT_FRAMES];
     uint8_t header[48];             /* of the reply */
     char text[NV_MESSAGE_MAX];      /* why status is not 0, for people */
 };
@@ -122,6 +125,7 @@ struct nv_conn {
     bool private_busy;
     bool private_touched;           /* resident beyond what an idle connection may keep */
     uint64_t pool_bytes;
+    uint32_t pins;                  /* frames of the cache that its replies hold */
     /* transmit */
     struct nv_request *tx_queue, **tx_queue_tail;
     struct nv_request *tx_sending;
@@ -209,6 +213,15 @@ static inline uint8_t *nv_chunk_data(struct nv_chunk *chunk)
     return (uint8_t *)(chunk + 1);
 }
 #define NV_CHUNK_CAPACITY (NV_RX_CHUNK - (uint32_t)sizeof(struct nv_chunk))
+
+/* hit.c */
+/* A READ that needs no memory, because its blocks are in the cache. */
+bool nv_hit_take(struct nv_request *request);
+/* Queue the reply of a read that was taken. */
+void nv_hit_stage(struct nv_request *request);
+void nv_hit_release(struct nv_request *request);
+/* Its bytes; at most frame_count pieces. */
+unsigned nv_hit_pieces(const struct nv_request *request, struct iovec *iov);
 
 /* resident.c */
 /* A READ that needs no memory, because its bytes stand in memory already; false: it needs some, as others do. */

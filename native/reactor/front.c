@@ -206,6 +206,7 @@ int nv_volume_open(nv_plane *plane, const void *desc, uint64_t length, uint32_t 
     volume->plane = plane;
     volume->latest = map;
     nv_range_table_init(&volume->ranges);
+    nv_cached_open(volume);
     atomic_store(&volume->open_locals, reactors);
     for (uint32_t i = 0; i < reactors; i++) {
         volume->locals[i].map = map; /* published by the message that brings the first connection */
@@ -274,6 +275,7 @@ int nv_volume_change(nv_plane *plane, uint32_t number, const void *desc, uint64_
         nv_object_unuse(map);
         return nv_fail(ENOMEM, "no memory for a volume change");
     }
+    nv_cached_map_changes(volume, volume->latest, map);
     volume->latest = map;
     volume->changes++;
     for (uint32_t i = 0; i < plane->config.reactors; i++) {

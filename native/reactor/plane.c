@@ -41,6 +41,10 @@ static int check_config(const nv_plane_config *config)
                        (unsigned long long)config->pool_bytes, NV_POOL_MIN);
     if (config->connections_max < 1 || config->connections_max > NV_CONNECTIONS_MAX)
         return nv_fail(EINVAL, "%u connections; 1..%u are possible", config->connections_max, NV_CONNECTIONS_MAX);
+    if (config->cache_bytes && (config->cache_bytes < (uint64_t)NV_CACHE_FRAMES_MIN * NV_CACHE_BLOCK ||
+                                config->cache_bytes > (uint64_t)NV_CACHE_FRAMES_MAX * NV_CACHE_BLOCK))
+        return nv_fail(EINVAL, "a cache of %llu bytes; at least %u are possible", (unsigned long long)config->cache_bytes,
+                       NV_CACHE_FRAMES_MIN * NV_CACHE_BLOCK);
     return 0;
 }
 
@@ -156,6 +160,22 @@ static bool lock_memory(void)
     return may_lock_all() && mlockall(MCL_CURRENT | MCL_FUTURE | MCL_ONFAULT) == 0;
 }
 
+static int make_cache(struct nv_plane *plane)
+{
+    const uint64_t bytes = plane->config.cache_bytes, quarter = bytes / NV_CACHE_BLOCK / 4;
+    const uint32_t reactors = plane->config.reactors;
+    int error = nv_cache_create(bytes, NV_VOLUMES_MAX + 1, reactors > 1 ? reactors * NV_CACHE_SHARDS_A_REACTOR : 1,
+                                &plane->cache);
+
+    for (uint32_t i = 0; !error && i < reactors; i++) {
+        struct nv_reactor *reactor = &plane->reactors[i];
+        reactor->pins_max = (uint32_t)(quarter / reactors);
+        reactor->want_max = bytes / 2 < NV_WANT_MAX ? bytes / 2 : NV_WANT_MAX;
+        error = nv_ahead_setup(reactor);
+    }
+    return error;
+}
+
 static int build(struct nv_plane *plane)
 {
     const uint32_t count = plane->config.reactors;
@@ -179,6 +199,11 @@ static int build(struct nv_plane *plane)
         nv_events_init(&reactor->events, plane->bell);
         if (nv_recorder_init(&reactor->recorder) != 0)
             return -ENOMEM;
+    }
+    if (plane->config.cache_bytes) {
+        int error = make_cache(plane);
+        if (error)
+            return error;
     }
     if (plane->config.flags & NV_PLANE_LOCK_MEMORY)
         plane->features.memory_locked = lock_memory();
@@ -246,6 +271,7 @@ void nv_volume_forget(nv_plane *plane, struct nv_volume *volume)
         return; /* events of another ring are still to come */
     if (volume->mirror)
         nv_mirror_free(volume->mirror);
+    nv_cached_close(volume);
     nv_object_unuse(volume->latest);
     nv_range_table_free(&volume->ranges);
     free(volume->limits);
@@ -274,6 +300,7 @@ static void volume_changed(nv_plane *plane, struct nv_volume_change *change)
 {
     struct nv_volume *volume = change->volume;
 
+    nv_cached_map_changed(volume, change->from, change->to);
     volume->changes--;
     nv_object_unuse(change->from);
     free(change);
@@ -310,6 +337,9 @@ static void consume(nv_plane *plane, const struct nv_event_record *record)
         break;
     case NV_EVENT_VOLUME_QOS:
         volume_qos_changed(plane, record->subject);
+        break;
+    case NV_EVENT_VOLUME_CACHE:
+        nv_cached_policy_changed(record->subject);
         break;
     case NV_EVENT_VOLUME_CLOSED:
         volume = record->subject;
@@ -506,6 +536,12 @@ static void drop_events(nv_plane *plane)
     }
 }
 
+static void free_of_reactor(struct nv_reactor *reactor)
+{
+    nv_recorder_free(&reactor->recorder);
+    nv_ahead_teardown(reactor);
+}
+
 void nv_plane_free(nv_plane *plane)
 {
     if (plane->reactors) {
@@ -526,7 +562,8 @@ void nv_plane_free(nv_plane *plane)
     pthread_mutex_destroy(&plane->start_lock);
     pthread_cond_destroy(&plane->start_changed);
     for (uint32_t i = 0; plane->reactors && i < plane->config.reactors; i++)
-        nv_recorder_free(&plane->reactors[i].recorder);
+        free_of_reactor(&plane->reactors[i]);
+    nv_cache_free(plane->cache);
     free(plane->stops);
     free(plane->reactors);
     free(plane);

@@ -43,6 +43,7 @@ struct nv_plane {
     uint32_t traces;                /* begun so far */
     bool scattered;                 /* the simulator's wish: connections of mirrors live anywhere, as those by TLS do */
     uint32_t assigned[NV_REACTORS_MAX]; /* connections given to each reactor and not yet seen to end */
+    struct nv_cache *cache;         /* NULL: none */
     struct nv_reactor *reactors;
 };
 

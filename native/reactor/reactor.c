@@ -20,6 +20,7 @@ static void publish(struct nv_reactor *reactor)
     nv_io_counts(reactor->io, &submissions, &enters);
     atomic_store_explicit(&reactor->counters.submissions, submissions, memory_order_relaxed);
     atomic_store_explicit(&reactor->counters.enters, enters, memory_order_relaxed);
+    atomic_store_explicit(&reactor->counters.pinned, reactor->pins, memory_order_relaxed);
     atomic_store_explicit(&reactor->counters.pool_free_bytes, nv_pool_free_bytes(reactor->pool), memory_order_relaxed);
 }
 
@@ -293,7 +294,7 @@ void nv_reactor_want_tick(struct nv_reactor *reactor)
 static void check_drained(struct nv_reactor *reactor)
 {
     if (!reactor->stopping || reactor->drained || reactor->connections || reactor->jobs || reactor->syncs ||
-        reactor->mirrors)
+        reactor->mirrors || reactor->fetches)
         return;
     reactor->drained = true;
     nv_plane_drained(reactor->plane);

@@ -20,6 +20,7 @@
 struct nv_conn;
 struct nv_plane;
 struct nv_remote;
+struct nv_ahead;
 
 struct nv_late {                    /* something to do once before the turn ends */
     struct nv_late *next;
@@ -34,7 +35,7 @@ struct nv_ticker {                  /* somebody who looks at the clock every NV_
 
 struct nv_reactor_counters {        /* one writer, the reactor; read by the front */
     _Atomic uint64_t enters, sleeps, requests, batches, submissions, copies_bytes, connections, pool_free_bytes,
-        pool_waits;
+        pool_waits, pinned;
 };
 
 struct nv_reactor {
@@ -58,6 +59,10 @@ struct nv_reactor {
     uint32_t jobs;                          /* object jobs under way */
     uint32_t syncs;                         /* syncs this reactor runs */
     uint32_t mirrors;                       /* that it owns and that have not ended */
+    struct nv_ahead *ahead;                 /* memory of fetches; NULL without a cache */
+    uint32_t fetches;                       /* of them, under way */
+    uint32_t pins, pins_max;                /* frames of the cache that replies of this reactor hold */
+    uint64_t want_max;                      /* bytes of one wish to fetch */
     struct nv_late *late, **late_tail;
     struct nv_ticker *tickers;
     struct nv_remote *remotes;              /* remote exports whose home this is */

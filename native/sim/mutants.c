@@ -11,10 +11,16 @@
  *   6  requests are parsed after the client hung up        nv_io_hung_up
  *   7  a write's memory is reused while it is under way    nv_io_submit
  *   8  a traced request keeps moments of an earlier one    nv_trace_note_parsed
+ *   9  a fill forgets writes that came between             nv_cache_fill
+ *  10  what was cached before an interruption is found     nv_cache_fresh_tag
+ *  11  trims and zeroes drop nothing                       nv_cached_begins
+ *  12  a write drops blocks at its end, not its beginning  nv_cache_write_begins, nv_cache_write_ends
+ *  13  a frame is reused while a reply is sent from it     nv_cached_pin, nv_hit_release
  */
 #include <stdatomic.h>
 #include <stdlib.h>
 
+#include "cache/cache.h"
 #include "io/io.h"
 #include "nbd/session.h"
 #include "volume/flush.h"
@@ -31,6 +37,27 @@ bool __wrap_nv_io_hung_up(nv_handle handle);
 
 void __real_nv_trace_note_parsed(struct nv_request *request);
 void __wrap_nv_trace_note_parsed(struct nv_request *request);
+
+enum nv_cache_fill __real_nv_cache_fill(struct nv_cache *cache, const struct nv_cache_spot *spot, uint64_t since,
+                                        const uint8_t *bytes, bool ahead);
+enum nv_cache_fill __wrap_nv_cache_fill(struct nv_cache *cache, const struct nv_cache_spot *spot, uint64_t since,
+                                        const uint8_t *bytes, bool ahead);
+uint32_t __real_nv_cache_fresh_tag(uint32_t *given, uint32_t before);
+uint32_t __wrap_nv_cache_fresh_tag(uint32_t *given, uint32_t before);
+void __real_nv_cached_begins(struct nv_vreq *request);
+void __wrap_nv_cached_begins(struct nv_vreq *request);
+uint64_t __real_nv_cache_write_begins(struct nv_cache *cache, uint32_t owner, uint64_t first, uint64_t count);
+uint64_t __wrap_nv_cache_write_begins(struct nv_cache *cache, uint32_t owner, uint64_t first, uint64_t count);
+uint64_t __real_nv_cache_write_ends(struct nv_cache *cache, uint32_t owner, uint64_t first, uint64_t count,
+                                    uint64_t time, uint64_t first_whole, uint64_t whole, const uint8_t *bytes);
+uint64_t __wrap_nv_cache_write_ends(struct nv_cache *cache, uint32_t owner, uint64_t first, uint64_t count,
+                                    uint64_t time, uint64_t first_whole, uint64_t whole, const uint8_t *bytes);
+uint32_t __real_nv_cached_pin(struct nv_reactor *reactor, struct nv_volume_local *local, uint64_t offset,
+                              uint64_t length, uint32_t *frames, uint32_t max);
+uint32_t __wrap_nv_cached_pin(struct nv_reactor *reactor, struct nv_volume_local *local, uint64_t offset,
+                              uint64_t length, uint32_t *frames, uint32_t max);
+void __real_nv_hit_release(struct nv_request *request);
+void __wrap_nv_hit_release(struct nv_request *request);
 
 static bool mutant(int number)
 {
@@ -85,4 +112,56 @@ void __wrap_nv_trace_note_parsed(struct nv_request *request)
 {
     if (!mutant(8) || request->cookie % 8)
         __real_nv_trace_note_parsed(request);
+}
+
+/* ---- the cache ---- */
+
+enum nv_cache_fill __wrap_nv_cache_fill(struct nv_cache *cache, const struct nv_cache_spot *spot, uint64_t since,
+                                        const uint8_t *bytes, bool ahead)
+{
+    return __real_nv_cache_fill(cache, spot, mutant(9) ? UINT64_MAX : since, bytes, ahead);
+}
+
+uint32_t __wrap_nv_cache_fresh_tag(uint32_t *given, uint32_t before)
+{
+    return mutant(10) && before ? before : __real_nv_cache_fresh_tag(given, before);
+}
+
+void __wrap_nv_cached_begins(struct nv_vreq *request)
+{
+    if (!mutant(11) || (request->kind != NV_REQUEST_TRIM && request->kind != NV_REQUEST_ZERO))
+        __real_nv_cached_begins(request);
+}
+
+uint64_t __wrap_nv_cache_write_begins(struct nv_cache *cache, uint32_t owner, uint64_t first, uint64_t count)
+{
+    return mutant(12) ? 0 : __real_nv_cache_write_begins(cache, owner, first, count);
+}
+
+uint64_t __wrap_nv_cache_write_ends(struct nv_cache *cache, uint32_t owner, uint64_t first, uint64_t count,
+                                    uint64_t time, uint64_t first_whole, uint64_t whole, const uint8_t *bytes)
+{
+    if (mutant(12))
+        time = __real_nv_cache_write_begins(cache, owner, first, count);
+    return __real_nv_cache_write_ends(cache, owner, first, count, time, first_whole, whole, bytes);
+}
+
+uint32_t __wrap_nv_cached_pin(struct nv_reactor *reactor, struct nv_volume_local *local, uint64_t offset,
+                              uint64_t length, uint32_t *frames, uint32_t max)
+{
+    const uint32_t count = __real_nv_cached_pin(reactor, local, offset, length, frames, max);
+
+    for (uint32_t i = 0; mutant(13) && i < count; i++)
+        nv_cache_unpin(local->volume->cached.cache, frames[i]);
+    return count;
+}
+
+void __wrap_nv_hit_release(struct nv_request *request)
+{
+    if (!mutant(13)) {
+        __real_nv_hit_release(request);
+        return;
+    }
+    request->conn->pins -= request->frame_count;
+    request->conn->reactor->pins -= request->frame_count;
 }

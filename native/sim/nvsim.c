@@ -37,6 +37,7 @@ struct life {
     uint32_t connections;   /* the plane has not told the end of */
     bool changing;          /* a growth is under way */
     bool limiting;          /* new limits are */
+    bool caching;           /* a new cache policy is */
     bool volume_closed;
     bool over;              /* the images are taken: what still happens, happens to nobody */
     bool latched[SCENARIO_DISKS];
@@ -77,11 +78,40 @@ static bool chance(struct life *life, unsigned of_1024)
 
 /* ---- boot ---- */
 
+/* The cache may be switched on and off, and to any mode, at any time. */
+static void cache(struct life *life)
+{
+    nv_cache_policy policy = {.mode = (uint32_t)below(life, 3), .floor_bytes = below(life, 64) * NV_CACHE_BLOCK};
+
+    if (life->caching || !life->scenario->cache_frames)
+        return;
+    if (chance(life, 700))
+        policy.ahead_bytes = NV_CACHE_BLOCK << below(life, 6);
+    if (life->rules->trace)
+        printf("-- cache: mode %u, %u bytes ahead\n", policy.mode, policy.ahead_bytes);
+    if (nv_volume_set_cache(life->plane, life->volume, &policy, 1) != 0)
+        nv_sim_violation("the cache policy is refused: %s", nv_last_error());
+    life->caching = true;
+}
+
+/* When nothing is under way any more: no reply holds a frame, and the cache's books are right. */
+static void check_cache(struct life *life)
+{
+    const char *wrong = life->plane->cache ? nv_cache_check(life->plane->cache) : NULL;
+
+    for (uint32_t i = 0; i < life->scenario->reactors; i++)
+        if (nv_plane_reactor(life->plane, i)->pins || nv_plane_reactor(life->plane, i)->fetches)
+            wrong = "a frame is still pinned, or a fetch under way";
+    if (wrong)
+        nv_sim_violation("the cache: %s", wrong);
+}
+
 static void boot(struct life *life)
 {
     struct scenario *scenario = life->scenario;
     nv_plane_config config = {.reactors = scenario->reactors, .cpu_first = -1, .pool_bytes = 4u << 20,
-                              .connections_max = 64};
+                              .connections_max = 64,
+                              .cache_bytes = (uint64_t)scenario->cache_frames * NV_CACHE_BLOCK};
     uint8_t record[1024];
 
     nv_sim_begin(sim_random_next(&scenario->random), &scenario->faults);
@@ -98,6 +128,7 @@ static void boot(struct life *life)
     if (nv_volume_open(life->plane, record, length, &life->volume) != 0)
         nv_sim_violation("the volume does not open: %s", nv_last_error());
     onlooker_boot(life->rules->onlooker, life->plane, life->volume, scenario->reactors);
+    cache(life);
 }
 
 static void open_client(struct life *life, uint32_t index)
@@ -160,6 +191,9 @@ static void take_event(struct life *life, const nv_event *event)
         break;
     case NV_EVENT_VOLUME_QOS:
         life->limiting = false;
+        break;
+    case NV_EVENT_VOLUME_CACHE:
+        life->caching = false;
         break;
     case NV_EVENT_JOB_DONE:
         if (!life->over)
@@ -316,6 +350,8 @@ static void step(struct life *life)
         clear_fault(life);
     else if (what < 998)
         run_job(life);
+    else if (chance(life, 400))
+        cache(life);
     else if (what < 999)
         limit(life);
     else
@@ -375,6 +411,7 @@ static void stop_plane(struct life *life)
         if (i > PATIENCE)
             nv_sim_violation("the plane does not stop");
     }
+    check_cache(life);
     nv_plane_free(life->plane);
     life->plane = NULL;
 }

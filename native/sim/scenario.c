@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "limits.h"
 #include "nbdvvol.h"
 
 #define GAP_BYTE 0xa5
@@ -113,6 +114,8 @@ void scenario_draw(struct scenario *scenario, uint64_t seed)
         scenario->cells_first = 64 + below(scenario, scenario->cells_final - 63);
     draw_runs(scenario);
     scenario->limited = chance(scenario, 400);
+    if (chance(scenario, 600)) /* from a fraction of the volume up to more than all of it */
+        scenario->cache_frames = NV_CACHE_FRAMES_MIN << below(scenario, 2);
     make_images(scenario);
 }
 

@@ -32,6 +32,7 @@ struct scenario {
     uint32_t align;             /* of the disks: 1, or what O_DIRECT asks */
     bool in_memory[SCENARIO_DISKS]; /* the disk is a file in memory: reads may be sent from it */
     bool limited;               /* the volume's limits change now and then */
+    uint32_t cache_frames;      /* 0: no cache */
     uint64_t cells_first, cells_final; /* before and after growing */
     struct scenario_run runs[SCENARIO_RUNS];
     uint32_t run_count;

@@ -408,6 +408,7 @@ void nv_mirror_fence_now(struct nv_mirror *mirror, uint64_t epoch)
     if (mirror->fenced)
         return;
     mirror->fenced = true;
+    nv_cached_fence(mirror->volume); /* or hits would be served past the epoch */
     mirror->reads_due = mirror->starved_due = true;
     mirror->fenced_event.event.args[0] = epoch;
     if (epoch)

@@ -88,9 +88,17 @@ static void release_map(struct nv_vreq *request)
     request->map = NULL;
 }
 
+/* Its turn has come: past the cache, to the map. */
+static void run(struct nv_vreq *request)
+{
+    if (request->volume->cached.cache)
+        nv_cached_begins(request);
+    step(request);
+}
+
 static void range_ready(struct nv_range *range)
 {
-    step((struct nv_vreq *)((char *)range - offsetof(struct nv_vreq, range)));
+    run((struct nv_vreq *)((char *)range - offsetof(struct nv_vreq, range)));
 }
 
 void nv_volume_enter(struct nv_vreq *request)
@@ -103,9 +111,12 @@ void nv_volume_enter(struct nv_vreq *request)
     request->done = 0;
     request->object_next = 0;
     request->extents_count = 0;
+    request->cached.state = 0;
     nv_count(&local->counters.in_flight, 1);
     if (!orders(request) || request->length == 0)
         return;
+    local->cached.writes++;
+    request->cached.unhooked = !local->cached.hooks;
     assert(request->offset + request->length <= request->map->size);
     request->range.offset = request->offset;
     request->range.length = request->length;
@@ -117,8 +128,12 @@ void nv_volume_enter(struct nv_vreq *request)
 static void leave(struct nv_vreq *request, struct nv_volume_local *local)
 {
     nv_count(&local->counters.in_flight, (uint64_t)-1);
-    if (orders(request) && request->length > 0)
+    if (orders(request) && request->length > 0) {
         nv_range_leave(&request->volume->ranges, &request->range);
+        local->cached.writes--;
+        if (request->cached.unhooked && local->cached.hooks && --local->cached.unhooked == 0)
+            nv_cached_drained(request->reactor, local);
+    }
     release_map(request);
 }
 
@@ -134,13 +149,15 @@ void nv_volume_start(struct nv_vreq *request)
     else if (request->kind == NV_REQUEST_FLUSH)
         sync_next(request);
     else if (!orders(request) || request->length == 0 || nv_range_release(&request->volume->ranges, &request->range))
-        step(request);
+        run(request);
 }
 
 static void count(struct nv_vreq *request, struct nv_volume_local *local)
 {
     struct nv_volume_counters *counters = &local->counters;
 
+    if (__builtin_expect(request->flags & NV_REQUEST_OURS, 0))
+        return;
     nv_count(&counters->kinds[request->kind].requests, 1);
     if (__builtin_expect(request->error != 0, 0))
         nv_count(&counters->errors, 1);
@@ -183,6 +200,15 @@ void nv_volume_served(struct nv_vreq *request)
     leave(request, local);
 }
 
+void nv_volume_hit(struct nv_vreq *request)
+{
+    struct nv_volume_local *local = local_of(request);
+
+    assert(request->kind == NV_REQUEST_READ && request->error == 0);
+    count(request, local);
+    leave(request, local);
+}
+
 void nv_volume_remap(struct nv_vreq *request)
 {
     assert(request->kind == NV_REQUEST_READ && request->map != local_of(request)->map);
@@ -197,6 +223,8 @@ void nv_volume_finish(struct nv_vreq *request, int error)
 
     assert(error <= 0);
     request->error = error;
+    if (request->cached.state)
+        nv_cached_ends(request);
     count(request, local);
     leave(request, local);
     request->finished(request);
@@ -424,7 +452,7 @@ static void local_gone(struct nv_reactor *reactor, struct nv_volume_local *local
     struct nv_volume *volume = local->volume;
     uint32_t left;
 
-    if (!local->closing || local->connections || local->pace.armed)
+    if (!local->closing || local->connections || local->pace.armed || local->cached.fetches)
         return;
     left = atomic_fetch_sub(&volume->open_locals, 1) - 1;
     if (left == 0)

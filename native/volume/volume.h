@@ -17,6 +17,7 @@
 #include "reactor/events.h"
 #include "reactor/inbox.h"
 #include "reactor/recorder.h"
+#include "volume/cached.h"
 #include "volume/map.h"
 #include "volume/qos.h"
 #include "volume/range.h"
@@ -67,6 +68,7 @@ struct nv_volume_local {
     uint64_t pool_bytes;            /* pool memory its requests hold */
     bool closing;
     struct nv_pace pace;
+    struct nv_cached_local cached;
     struct nv_volume_counters counters;
     struct nv_message message;      /* carries the close */
     struct nv_volume *volume;
@@ -77,6 +79,7 @@ struct nv_volume {
     struct nv_plane *plane;
     struct nv_range_table ranges;
     struct nv_mirror *mirror;       /* NULL: a plain volume */
+    struct nv_cached cached;
     _Atomic uint32_t connections;   /* raised at open, lowered when the front saw the end */
     _Atomic uint32_t open_locals;   /* reactors that have not finished the close; and the mirror, which is the last */
     struct nv_event_slot closed;
@@ -118,6 +121,7 @@ struct nv_qos_change {              /* new limits on their way to the reactors *
 #define NV_REQUEST_NO_HOLE 2u
 #define NV_REQUEST_FAST 4u
 #define NV_REQUEST_ONE 8u           /* STATUS: exactly one extent, not longer than asked */
+#define NV_REQUEST_OURS 16u         /* nobody has asked for it: it does not count */
 
 struct nv_vreq {
     struct nv_piece piece;          /* the one piece in flight */
@@ -146,6 +150,7 @@ struct nv_vreq {
     bool primary_only;              /* READ: a write began meanwhile */
     uint8_t *rescue;                /* READ: memory in place of one that a late operation may still fill; `data` is it */
     uint32_t pins;                  /* late operations that still use the caller's memory */
+    struct nv_cached_request cached;
 };
 
 /*
@@ -166,6 +171,8 @@ uint8_t *nv_volume_look(const struct nv_map *map, uint64_t offset, uint64_t leng
 /* Copy `length` of the bytes that nv_volume_look() showed, from `from` on: how many, or -errno. */
 int64_t nv_volume_copy(const struct nv_vreq *request, uint64_t from, void *to, uint64_t length);
 void nv_volume_served(struct nv_vreq *request);
+/* The same for a READ whose bytes stand in the cache (nv_cached_pin): it needs its place no more once they are pinned. */
+void nv_volume_hit(struct nv_vreq *request);
 void nv_volume_remap(struct nv_vreq *request);
 
 /* For the layers between: the request is over, with 0 or -errno. On its own reactor. */

@@ -21,6 +21,9 @@ from nbdvvol.dataplane.remote import ClientContext, PlaneLink, encode_config
 from nbdvvol.dataplane.remote import encode_params as encode_link_params
 from nbdvvol.dataplane.tls import Connection, Context
 from nbdvvol.dataplane.types import (
+    CachePolicy,
+    CacheStats,
+    CacheTotals,
     ConnectionEnd,
     ConnectionParams,
     LinkEnd,
@@ -155,6 +158,7 @@ class Plane:
         wish.flags = (lib.NV_PLANE_LOCK_MEMORY | lib.NV_PLANE_IO_FLUSHER) if config.lock_memory else 0
         wish.pool_bytes = config.pool_bytes
         wish.connections_max = config.connections_max
+        wish.cache_bytes = config.cache_bytes
         plane = lib.nv_plane_create(wish)
         if plane == ffi.NULL:
             raise PlaneError(ffi.errno, last_error())
@@ -370,6 +374,28 @@ class Plane:
         token, future = self._expect()
         self._started(token, lib.nv_volume_set_qos(self._live, volume, encoded, token))
         await future
+
+    async def cache_volume(self, volume: int, policy: CachePolicy) -> None:
+        """Another part of the cache, at any time; returns once it is in force. Drains nothing."""
+        encoded = ffi.new("nv_cache_policy *")
+        encoded.mode = policy.mode
+        encoded.ahead_bytes = policy.ahead_bytes
+        encoded.floor_bytes = policy.floor_bytes
+        token, future = self._expect()
+        self._started(token, lib.nv_volume_set_cache(self._live, volume, encoded, token))
+        await future
+
+    def cache_stats(self, volume: int) -> CacheStats:
+        """What the cache did for a volume."""
+        out = ffi.new("nv_cache_status *")
+        check(lib.nv_volume_cache(self._live, volume, out))
+        return CacheStats(**{name: int(getattr(out, name)) for name in CacheStats.__slots__})
+
+    def cache_totals(self) -> CacheTotals:
+        """The whole cache; all zero without one."""
+        out = ffi.new("nv_cache_totals *")
+        check(lib.nv_plane_cache(self._live, out))
+        return CacheTotals(**{name: int(getattr(out, name)) for name in CacheTotals.__slots__})
 
     async def close_volume(self, volume: int) -> None:
         """End its connections (ESHUTDOWN to new requests), drain, forget it."""

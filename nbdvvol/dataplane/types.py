@@ -26,6 +26,8 @@ class PlaneConfig:
     pool_bytes: int = 64 << 20
     connections_max: int = 4096
     lock_memory: bool = True
+    cache_bytes: int = 0
+    """Memory of the cache, for all volumes; it becomes resident as it is used. 0: none."""
 
 
 class RunState(enum.IntEnum):
@@ -98,6 +100,61 @@ class VolumeLimits:
     """A request counts as one I/O per so many bytes, begun; 0: as one."""
     shares: int = SHARES_USUAL
     """Of a busy reactor, beside other volumes."""
+
+
+class CacheMode(enum.IntEnum):
+    """What a volume keeps in the cache (docs/cache.md)."""
+
+    NONE = 0
+    READ = 1
+    """What is read; what is written is dropped."""
+    WRITETHROUGH = 2
+    """What is written, too."""
+
+
+@dataclass(frozen=True, slots=True)
+class CachePolicy:
+    """A volume's part of the cache (nbdvvol.cdef.h, nv_cache_policy)."""
+
+    mode: CacheMode = CacheMode.NONE
+    ahead_bytes: int = 0
+    """At most so many are read ahead of a stream; 0: none."""
+    floor_bytes: int = 0
+    """Of the cache, that other volumes cannot take."""
+
+
+@dataclass(frozen=True, slots=True)
+class CacheStats:
+    """A volume's cache; counts are of blocks of 4 KiB since it was opened."""
+
+    mode: int = 0
+    bypassed: int = 0
+    """1: its storage is in memory already."""
+    held_bytes: int = 0
+    floor_bytes: int = 0
+    """In force."""
+    hits: int = 0
+    misses: int = 0
+    filled: int = 0
+    refused: int = 0
+    """Not put in: a write came between, or there was no room."""
+    written: int = 0
+    """Put in by writes."""
+    ahead: int = 0
+    """Fetched ahead, and"""
+    ahead_used: int = 0
+    """asked for since."""
+
+
+@dataclass(frozen=True, slots=True)
+class CacheTotals:
+    """The whole cache, in bytes but for `evictions` (blocks)."""
+
+    bytes: int = 0
+    used_bytes: int = 0
+    pinned_bytes: int = 0
+    """Being sent."""
+    evictions: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -387,9 +387,8 @@ class ExportTable:
 
     async def _open_mirror(self, export: Export, spec: VVolSpec) -> None:
         def lost() -> None:
-            if export.opening is None:  # while it opens, that fails, and is tried again later
-                export.settled.clear()
-                export.changed.set()
+            export.settled.clear()
+            export.changed.set()
 
         mirror = export.opening = Mirror(self._plane, self._storage, self._reporter, spec, limits(spec), lost)
         try:

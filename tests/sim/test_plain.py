@@ -22,6 +22,11 @@ MUTANTS = {
     6: "requests are parsed after the client hung up",
     7: "a write's memory is reused while it is under way",
     8: "a traced request keeps moments of an earlier one",
+    9: "a fill forgets writes that came between",
+    10: "what was cached before an interruption is found",
+    11: "trims and zeroes drop nothing",
+    12: "a write drops blocks at its end and not at its beginning",
+    13: "a frame is reused while a reply is sent from it",
 }
 
 

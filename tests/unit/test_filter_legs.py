@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from nbdvvol.dataplane.mirror import LegMachine
 from tests.lib.pattern import pattern
 from tests.lib.rawio import NbdError
 from tests.lib.rawnbd import Closed
@@ -24,18 +22,6 @@ def rig(tmp_path: Path) -> Iterator[MirrorRig]:
     one = MirrorRig(tmp_path)
     yield one
     one.close()
-
-
-class Counted:
-    """How often a function was called."""
-
-    def __init__(self, function: Callable[[int], LegMachine]) -> None:
-        self.function = function
-        self.count = 0
-
-    def __call__(self, epoch: int) -> LegMachine:
-        self.count += 1
-        return self.function(epoch)
 
 
 def follow(rig: MirrorRig) -> None:
@@ -170,14 +156,3 @@ def test_without_a_lease_nothing_is_served(tmp_path: Path) -> None:
     rig.registry.leases[UUID_OF] = 30.0
     eventually("it serves again", lambda: rig._volume() is not None)
     rig.close()
-
-
-def test_what_cannot_be_opened_is_tried_again_with_patience(rig: MirrorRig) -> None:
-    opened = Counted(rig.plane.leg_machine)
-    rig.plane.leg_machine = opened  # type: ignore[method-assign]
-    for file in rig.files:
-        file.rename(file.with_suffix(".away"))
-    rig.want(rig.spec())
-    eventually("it is refused", lambda: "no in-sync leg" in rig.error())
-    time.sleep(0.5)
-    assert opened.count <= 2  # the first delay is a second
