@@ -121,13 +121,16 @@ def test_a_request_that_is_passed_over_ends_its_link(rig: Rig, servers: list[Fak
     volume = remote.volume()
     client, other = rig.connect(volume, timeout_s=20), rig.connect(volume, timeout_s=20)
     cookie = client.send(w.CMD_READ, 0, 512)
+    others = []
     while not remote.ends[0].done():
-        other.write(8192, b"y" * 512, flags=w.CMD_FLAG_FUA)
-        time.sleep(0.02)
+        others.append(other.send(w.CMD_TRIM, 8192, 512))  # the last ones wait for a link
+        time.sleep(0.05)
     assert remote.ends[0].result().errno == errno.ETIMEDOUT
     held.release.set()
     remote.link()
     client.wait(cookie).check()
+    for one in others:
+        other.wait(one).check()
 
 
 def test_a_link_that_leaves_finishes_what_is_in_flight_and_flushes(rig: Rig, servers: list[FakeServer]) -> None:
