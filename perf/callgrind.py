@@ -17,7 +17,7 @@ from perf.generators import PointError
 from perf.peers import ROOT
 
 ROOMS = ("nbd", "reactor", "volume", "backend")
-LOADS = {"read": 32, "structured": 32, "write": 15}
+LOADS = {"read": 32, "structured": 32, "write": 15, "mirror": 15}
 """What steady.c does, and how many requests it has in a batch."""
 FEW, MANY = 5, 25
 _COST = re.compile(r"(?:\+|-)?\d+|\*")
@@ -57,7 +57,7 @@ def _run(program: Path, load: str, batches: int) -> Counter[str]:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise PointError(f"callgrind: {done.stderr.strip()[-400:]}")
-        return rooms(parse(out.read_text()))
+        return parse(out.read_text())
 
 
 def build() -> Path:
@@ -69,8 +69,20 @@ def build() -> Path:
     return ROOT / done.stdout.strip() / "nvsim_steady"
 
 
-def per_request(program: Path, load: str) -> dict[str, float]:
-    """Instructions per request by room: what 20 batches more cost. Raises PointError."""
+def _more(program: Path, load: str) -> Counter[str]:
+    """Instructions by source file that 20 batches more cost."""
     many = _run(program, load, MANY)
     many.subtract(_run(program, load, FEW))
-    return {room: cost / ((MANY - FEW) * LOADS[load]) for room, cost in many.items()}
+    return many
+
+
+def per_request(program: Path, load: str) -> dict[str, float]:
+    """Instructions per request by room: what 20 batches more cost. Raises PointError."""
+    return {room: cost / ((MANY - FEW) * LOADS[load]) for room, cost in rooms(_more(program, load)).items()}
+
+
+def share(program: Path, load: str, files: frozenset[str]) -> float:
+    """The part of a request's instructions that lies in these source files (native/...). Raises PointError."""
+    costs = _more(program, load)
+    inside = sum(cost for file, cost in costs.items() if any(file.endswith(f"native/{name}") for name in files))
+    return inside / sum(rooms(costs).values())

@@ -5,7 +5,8 @@
  * Invariants: a send that reads views takes what the socket has room for and never waits for the client, so a stalled
  * client pins no byte of a VVol, and a block is read as a whole, as one read would. What the socket did not take goes
  * back to the queue; only the reply of which a part has gone is made the connection's own, in its spill
- * memory, and sent from there. A queued read holds the volume's present map: nv_conn_remap() sees to that.
+ * memory, and sent from there. A queued read holds the volume's present map: nv_conn_remap() sees to that. Of a mirror,
+ * whose legs fail, it is looked at once more just before the send.
  *
  * Not here: whether bytes are in memory (backend/view.c). A byte that memory cannot give after all (-EFAULT: the file
  * was cut, or memory is full) makes the reads start again in the usual way, which tells the client what is wrong.
@@ -15,8 +16,28 @@
 
 #include "nbd/session.h"
 #include "nbd/trace.h"
+#include "volume/mirror.h"
 
 #define LINE 64u
+
+/* A mirror says by itself what may be read where, and only on its own reactor. */
+static __attribute__((noinline)) uint8_t *look_at_mirror(const struct nv_conn *conn, struct nv_request *request,
+                                                         const struct nv_map *map)
+{
+    struct nv_mirror *mirror = conn->volume->mirror;
+
+    if (nv_mirror_owner(mirror) != conn->reactor)
+        return NULL;
+    return nv_mirror_view(mirror, map, request->offset, request->length, &request->v.piece.object);
+}
+
+static inline __attribute__((always_inline)) uint8_t *look(const struct nv_conn *conn, struct nv_request *request,
+                                                           const struct nv_map *map)
+{
+    if (__builtin_expect(map->flags & NV_VOLUME_MIRROR, 0))
+        return look_at_mirror(conn, request, map);
+    return nv_volume_look(map, request->offset, request->length, &request->v.piece.object);
+}
 
 bool nv_resident_take(struct nv_request *request)
 {
@@ -25,7 +46,7 @@ bool nv_resident_take(struct nv_request *request)
 
     if (request->length > NV_NOW_BYTES || conn->tls)
         return false;
-    at = nv_volume_look(conn->local->map, request->offset, request->length, &request->v.piece.object);
+    at = look(conn, request, conn->local->map);
     if (!at)
         return false;
     for (uint32_t i = 0; i < NV_PREFETCH_BYTES && i < request->length; i += LINE)
@@ -102,9 +123,17 @@ static bool change_over(struct nv_request *request)
 /* True: the reply can stand in the queue. */
 static bool look_again(struct nv_request *request)
 {
-    if (request->memory != NV_MEMORY_VIEW || request->v.map == request->conn->local->map || !change_over(request))
+    const struct nv_map *present = request->conn->local->map;
+
+    if (request->memory != NV_MEMORY_VIEW)
         return true;
-    request->buffer = nv_volume_look(request->v.map, request->offset, request->length, &request->v.piece.object);
+    if (request->v.map == present) {
+        if (!(present->flags & NV_VOLUME_MIRROR)) /* a mirror may have lost the leg */
+            return true;
+    } else if (!change_over(request)) {
+        return true;
+    }
+    request->buffer = look(request->conn, request, present);
     return request->buffer;
 }
 

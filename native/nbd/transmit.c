@@ -100,8 +100,11 @@ static void gather(struct nv_conn *conn)
 
 bool nv_conn_gather(struct nv_conn *conn)
 {
-    if (!conn->tx_sending && conn->tx_queue)
+    if (!conn->tx_sending && conn->tx_queue) {
+        if (conn->local && (conn->local->map->flags & NV_VOLUME_MIRROR))
+            nv_conn_remap(conn); /* reads from memory: is the leg still one to read from? */
         gather(conn);
+    }
     return conn->tx_sending;
 }
 

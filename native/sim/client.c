@@ -304,17 +304,31 @@ void client_request(struct client *client)
     send_request(client, request);
 }
 
-bool client_read(struct client *client, uint64_t first, uint64_t count)
+static bool ask(struct client *client, uint16_t command, uint16_t flags, uint64_t first, uint64_t count)
 {
-    struct client_request *request = free_request(client, 0);
+    const uint64_t length = count * client->rules->cell_bytes;
+    struct client_request *request = free_request(client, command == COMMAND_WRITE ? length : 0);
 
     if (!request)
         return false;
     free(request->data);
-    *request = (struct client_request){.type = COMMAND_READ, .offset = first * client->rules->cell_bytes,
-                                       .length = count * client->rules->cell_bytes};
+    *request = (struct client_request){.type = command, .flags = flags, .offset = first * client->rules->cell_bytes,
+                                       .length = length};
     send_request(client, request);
     return true;
+}
+
+bool client_read(struct client *client, uint64_t first, uint64_t count)
+{
+    return ask(client, COMMAND_READ, 0, first, count);
+}
+
+void client_ask(struct client *client, uint16_t command, uint16_t flags, uint64_t first, uint64_t count)
+{
+    const bool fits = ask(client, command, flags, first, count);
+
+    assert(fits);
+    (void)fits;
 }
 
 /* ---- moving bytes ---- */

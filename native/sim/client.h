@@ -18,7 +18,7 @@
 
 struct client_rules {           /* what the scenario allows, shared by its clients */
     struct check *check;
-    struct onlooker *onlooker;
+    struct onlooker *onlooker;  /* NULL: none */
     struct sim_random *random;
     uint32_t cell_bytes;
     uint32_t block_min;         /* of the volume: what is no multiple of it is EINVAL */
@@ -52,6 +52,8 @@ uint32_t client_id(const struct client *client);
 void client_request(struct client *client);
 /* READ of a range, for the final look; false: no room now. */
 bool client_read(struct client *client, uint64_t first, uint64_t count);
+/* One command on a range of cells, with its flags, both as on the wire. It must fit. */
+void client_ask(struct client *client, uint16_t command, uint16_t flags, uint64_t first, uint64_t count);
 /* Bytes of the stream that the handshake may have taken in already; they are not sent again. */
 uint32_t client_early(struct client *client, uint8_t *out, uint32_t capacity);
 /* Move some bytes each way and judge complete answers. False: nothing moved. */

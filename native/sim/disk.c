@@ -8,6 +8,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#define DISTINCT 32u /* contents that a power cut chooses from: the newest of a sector */
+
 struct version {
     struct version *older;
     uint64_t time;
@@ -197,22 +199,50 @@ void sim_disk_reset(struct sim_disk *disk, const uint8_t *image)
         disk->versions[disk->touched[i]] = NULL;
     }
     disk->touched_count = 0;
+    memset(disk->allocated, true, disk->size / SIM_BLOCK); /* a hole may have bytes again */
     memcpy(disk->now, image, disk->size);
     memcpy(disk->durable, image, disk->size);
 }
 
-void sim_disk_crash(const struct sim_disk *disk, struct sim_random *random, uint8_t *image)
+/* What the sector may hold after a power cut, each content once, the newest first. */
+static uint32_t list_contents(const struct sim_disk *disk, uint64_t sector, const uint8_t *out[DISTINCT])
+{
+    const struct version *version = disk->versions[sector];
+    uint32_t count = 0;
+
+    for (bool durable = false; !durable && count < DISTINCT;) {
+        const uint8_t *bytes = version ? version->bytes : disk->durable + sector * SIM_SECTOR;
+        uint32_t same = 0;
+        while (same < count && memcmp(out[same], bytes, SIM_SECTOR) != 0)
+            same++;
+        if (same == count)
+            out[count++] = bytes;
+        durable = !version;
+        version = version ? version->older : NULL;
+    }
+    return count;
+}
+
+void sim_disk_crash_by(const struct sim_disk *disk, sim_pick *pick, void *context, uint8_t *image)
 {
     memcpy(image, disk->durable, disk->size);
     for (size_t i = 0; i < disk->touched_count; i++) {
-        uint64_t sector = disk->touched[i], count = 0;
-        const struct version *version = disk->versions[sector];
-        for (const struct version *v = version; v; v = v->older)
-            count++;
-        uint64_t age = sim_random_below(random, count + 1); /* count: the durable one */
-        while (version && age-- > 0)
-            version = version->older;
-        if (version)
-            memcpy(image + sector * SIM_SECTOR, version->bytes, SIM_SECTOR);
+        const uint64_t sector = disk->touched[i];
+        const uint8_t *contents[DISTINCT];
+        const uint32_t count = list_contents(disk, sector, contents);
+        if (count > 1)
+            memcpy(image + sector * SIM_SECTOR, contents[pick(context, count)], SIM_SECTOR);
+        else
+            memcpy(image + sector * SIM_SECTOR, contents[0], SIM_SECTOR);
     }
+}
+
+static uint64_t by_chance(void *random, uint64_t bound)
+{
+    return sim_random_below(random, bound);
+}
+
+void sim_disk_crash(const struct sim_disk *disk, struct sim_random *random, uint8_t *image)
+{
+    sim_disk_crash_by(disk, by_chance, random, image);
 }

@@ -49,5 +49,8 @@ bool sim_disk_has_lost(const struct sim_disk *disk);
 void sim_disk_reset(struct sim_disk *disk, const uint8_t *image);
 /* What a power cut leaves: drawn by chance into `image` (size bytes). */
 void sim_disk_crash(const struct sim_disk *disk, struct sim_random *random, uint8_t *image);
+/* The same, where somebody picks: a number below `bound` for each sector that could hold several things, 0 the newest. */
+typedef uint64_t sim_pick(void *context, uint64_t bound);
+void sim_disk_crash_by(const struct sim_disk *disk, sim_pick *pick, void *context, uint8_t *image);
 
 #endif

@@ -88,6 +88,10 @@ void farm_draw(struct farm *farm, uint64_t seed)
         farm->zero_to = farm->zero_from + 512;
     }
     draw_troubles(farm);
+    farm->in_memory = farm->align == 1 && farm_chance(farm, 150);
+    farm->host_count = farm->in_memory ? 1 : FARM_HOSTS;
+    if (farm->in_memory)
+        farm->hang = farm->drop = farm->swap = 0;
     if (farm->must_serve) { /* slow is not hung, and nobody gives up */
         farm->policy.hold_deadline_ms = NV_DEADLINE_MAX_MS;
         farm->policy.op_deadline_ms = 20000;
@@ -97,6 +101,23 @@ void farm_draw(struct farm *farm, uint64_t seed)
         farm->uuid[i] = (uint8_t)farm_below(farm, 256);
     for (uint32_t leg = 0; leg < farm->leg_count; leg++)
         draw_runs(farm, &farm->legs[leg]);
+}
+
+void farm_plain(struct farm *farm)
+{
+    *farm = (struct farm){.seed = 1, .random = {77}, .owner = FARM_HOSTS, .reactors = 1, .cell_bytes = 512, .block_min = 512,
+                          .align = 1, .cells = 8, .size = 8u * 512u, .leg_count = 2, .host_count = FARM_HOSTS,
+                          .region_shift = 10, .good = FARM_LEGS};
+    farm->policy = (nv_desc_mirror){.region_shift = farm->region_shift, .op_deadline_ms = 3000, .hold_deadline_ms = 5000,
+                                    .intent_idle_ms = 300};
+    farm->faults.atom = farm->cell_bytes;
+    memset(farm->uuid, 0x5a, sizeof farm->uuid);
+    for (uint32_t leg = 0; leg < farm->leg_count; leg++) {
+        farm->legs[leg].runs[0] = (struct farm_run){.length = farm->size};
+        farm->legs[leg].run_count = 1;
+        farm->legs[leg].meta_offset = farm->size;
+        farm->legs[leg].disk_size = farm->legs[leg].meta_offset + REGION_BYTES;
+    }
 }
 
 static void put_label(const struct farm *farm, uint32_t leg, uint8_t *region)
@@ -118,7 +139,7 @@ void farm_make_disks(struct farm *farm)
         for (uint32_t j = 0; j < leg->run_count; j++)
             memset(image + leg->runs[j].object_offset, 0, leg->runs[j].length);
         put_label(farm, i, image + leg->meta_offset);
-        leg->file = nv_sim_file(sim_disk_create(image, leg->disk_size), farm->align, false);
+        leg->file = nv_sim_file(sim_disk_create(image, leg->disk_size), farm->align, farm->in_memory);
         leg->path = i;
         leg->snapshot = image;
         leg->snapshot_generation = 1;
@@ -255,6 +276,11 @@ void farm_cut(struct farm *farm, uint32_t host)
 
 /* ---- disks ---- */
 
+void farm_fence(int file)
+{
+    nv_sim_trouble(file)->fenced = true;
+}
+
 void farm_power_cut(struct farm *farm, uint32_t index)
 {
     struct farm_leg *leg = &farm->legs[index];
@@ -262,7 +288,10 @@ void farm_power_cut(struct farm *farm, uint32_t index)
     uint8_t *image = malloc(leg->disk_size);
 
     assert(image);
-    sim_disk_crash(disk, &farm->random, image);
+    if (farm->pick)
+        sim_disk_crash_by(disk, farm->pick, farm->pick_context, image);
+    else
+        sim_disk_crash(disk, &farm->random, image);
     sim_disk_reset(disk, image);
     free(image);
     leg->rebooted = true;

@@ -61,6 +61,8 @@ struct farm {
     uint32_t leg_count;
     struct farm_leg legs[FARM_LEGS];
     uint8_t uuid[16];
+    bool in_memory;                 /* the legs are files in memory: of one host, which has them as long as it lives */
+    uint32_t host_count;            /* that the volume is bound to */
     uint32_t lives, steps;
     uint32_t good;                  /* this leg has no trouble of its own; FARM_LEGS: none is promised that */
     bool must_serve;                /* nothing may fail for the clients, because of the good leg */
@@ -74,9 +76,14 @@ struct farm {
     struct check *check;
     struct client_rules rules;
     uint64_t commits, inspections;
+    uint64_t crashes;               /* ends of a process, of a host's right to serve, or of power, so far */
+    sim_pick *pick;                 /* what a power cut leaves; NULL: by chance */
+    void *pick_context;
 };
 
 void farm_draw(struct farm *farm, uint64_t seed);
+/* A small one, of two legs and without troubles, for exhaustive.c. */
+void farm_plain(struct farm *farm);
 /* Make the disks in the world that has begun, freshly formatted: all legs in sync at epoch 0, generation 1. */
 void farm_make_disks(struct farm *farm);
 void farm_free(struct farm *farm);
@@ -92,12 +99,16 @@ bool farm_receive(struct farm *farm, uint32_t host, struct farm_message *out);
 void farm_cut(struct farm *farm, uint32_t host);
 
 /* Disks. */
+/* The leg's server knows of a newer epoch: nothing goes through this file of a host any more. */
+void farm_fence(int file);
 void farm_power_cut(struct farm *farm, uint32_t leg);
 void farm_take_snapshot(struct farm *farm, uint32_t leg);
 bool farm_roll_back(struct farm *farm, uint32_t leg); /* false: nothing would show that it was */
 void farm_inspect(struct farm *farm);
 /* The bytes of a leg's disk that are the volume's at the offset. */
 const uint8_t *farm_place(const struct farm *farm, uint32_t leg, uint64_t offset);
+/* Change bytes of a leg behind everybody's back. */
+void farm_write(struct farm *farm, uint32_t leg, uint64_t offset, const void *bytes, size_t size);
 /* All legs hold the same bytes, and no intent is set. */
 void farm_expect_equal(struct farm *farm);
 /* A change was acknowledged: each leg that the registry has in sync has it. */

@@ -142,8 +142,8 @@ static uint64_t describe(const struct host *host, const nv_legs_record *registry
     memcpy(header.uuid, farm->uuid, sizeof header.uuid);
     for (uint32_t leg = 0; leg < farm->leg_count; leg++) {
         const struct host_leg *mine = &host->legs[leg];
-        legs[leg] = (nv_desc_leg){.id = FARM_LEG_ID(leg),
-                                  .state = registry->legs[leg].state == NV_LEG_IN_SYNC ? NV_LEG_IN_SYNC : NV_LEG_STALE};
+        const bool in_sync = mine->described && registry->legs[leg].state == NV_LEG_IN_SYNC;
+        legs[leg] = (nv_desc_leg){.id = FARM_LEG_ID(leg), .state = in_sync ? NV_LEG_IN_SYNC : NV_LEG_STALE};
         metas[leg] = (nv_desc_meta){.object = 0};
         if (!mine->described)
             continue;
@@ -296,6 +296,7 @@ static void took_events(struct host *host, const nv_event *event)
         host->verifying = false;
         host->verified = event->args[0];
         host->differed = event->args[1];
+        host->repaired = event->args[2];
         break;
     case NV_EVENT_VOLUME_ATTACHED:
         host->attached = event->result == 0;
@@ -432,20 +433,37 @@ void host_clear_faults(struct host *host)
     }
 }
 
-bool host_leg_in_sync(const struct host *host, uint32_t leg)
+static const struct nv_mirror *mirror_of(const struct host *host)
 {
     const struct nv_volume *volume = nv_table_get(&host->plane->volumes, host->volume);
 
-    for (uint32_t lane = 0; volume && lane < NV_LEGS_MAX; lane++)
-        if (volume->mirror->lanes[lane].id == FARM_LEG_ID(leg))
-            return volume->mirror->lanes[lane].state == NV_LANE_IN_SYNC;
+    return volume ? volume->mirror : NULL;
+}
+
+bool host_leg_in_sync(const struct host *host, uint32_t leg)
+{
+    const struct nv_mirror *mirror = mirror_of(host);
+
+    for (uint32_t lane = 0; mirror && lane < NV_LEGS_MAX; lane++)
+        if (mirror->lanes[lane].id == FARM_LEG_ID(leg))
+            return mirror->lanes[lane].state == NV_LANE_IN_SYNC;
     return false;
 }
 
-void host_verify(struct host *host)
+uint32_t host_other_leg(const struct host *host)
+{
+    const struct nv_mirror *mirror = mirror_of(host);
+
+    for (uint32_t lane = 0; mirror && lane < NV_LEGS_MAX; lane++)
+        if (lane != mirror->primary && (mirror->in_sync & nv_lane_bit(lane)))
+            return mirror->lanes[lane].id - FARM_LEG_ID(0);
+    return FARM_LEGS;
+}
+
+void host_verify(struct host *host, bool repair)
 {
     host->verifying = true;
-    if (nv_volume_verify(host->plane, host->volume, false, TOKEN_VERIFY) != 0)
+    if (nv_volume_verify(host->plane, host->volume, repair, TOKEN_VERIFY) != 0)
         nv_sim_violation("the mirror does not verify: %s", nv_last_error());
 }
 
@@ -509,6 +527,15 @@ void host_act(struct host *host)
         client_pump(client, false);
     else
         client_request(client);
+}
+
+struct client *host_client(struct host *host)
+{
+    if (host->clients[0] && client_ended(host->clients[0]))
+        forget_client(host, 0);
+    if (!host->clients[0])
+        open_client(host, 0);
+    return host->clients[0];
 }
 
 bool host_serves(const struct host *host)
@@ -609,7 +636,7 @@ void host_depose(struct host *host)
 {
     for (uint32_t i = 0; i < host->file_count; i++) {
         nv_sim_settle(host->files[i], &host->farm->random);
-        nv_sim_trouble(host->files[i])->fenced = true;
+        farm_fence(host->files[i]);
     }
     for (uint32_t i = 0; i < HOST_CLIENTS; i++)
         if (host->clients[i])

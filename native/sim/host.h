@@ -46,7 +46,7 @@ struct host {
     uint32_t numbers[HOST_CLIENTS];
     uint64_t *next_id;              /* of connections */
     bool verifying;
-    uint64_t verified, differed;
+    uint64_t verified, differed, repaired;
 };
 
 /* Bind: the registry has given this host its epoch, the legs are fenced. Boot, look at the legs. */
@@ -64,6 +64,8 @@ void host_set_troubles(struct host *host);
 /* Look at stale legs that are there again, and have them resynced; `eager`: blank ones too, on the operator's word. */
 void host_tend(struct host *host, bool eager);
 void host_act(struct host *host);   /* a client does something */
+/* The first client, who is made now if there is none. The volume is open. */
+struct client *host_client(struct host *host);
 void host_leg_rebooted(struct host *host, uint32_t disk);
 void host_clear_faults(struct host *host);
 void host_close_volume(struct host *host);
@@ -75,6 +77,8 @@ void host_depose(struct host *host);
 void host_kill(struct host *host);
 /* The end of a plane whose volume is closed, or was never opened. */
 void host_stop(struct host *host);
-void host_verify(struct host *host);
+void host_verify(struct host *host, bool repair);
+/* A leg that the plane has in sync and that is not its primary; FARM_LEGS: none. */
+uint32_t host_other_leg(const struct host *host);
 
 #endif

@@ -12,14 +12,25 @@
 
 #define BITMAP_BYTES (2u * NV_META_PAGE)
 
-const uint8_t *farm_place(const struct farm *farm, uint32_t leg, uint64_t offset)
+/* Where on the leg's disk. */
+static uint64_t place_of(const struct farm *farm, uint32_t leg, uint64_t offset)
 {
     const struct farm_leg *at = &farm->legs[leg];
     uint32_t run = 0;
 
     while (offset >= at->runs[run].offset + at->runs[run].length)
         run++;
-    return sim_disk_bytes(nv_sim_disk(at->file)) + at->runs[run].object_offset + (offset - at->runs[run].offset);
+    return at->runs[run].object_offset + (offset - at->runs[run].offset);
+}
+
+const uint8_t *farm_place(const struct farm *farm, uint32_t leg, uint64_t offset)
+{
+    return sim_disk_bytes(nv_sim_disk(farm->legs[leg].file)) + place_of(farm, leg, offset);
+}
+
+void farm_write(struct farm *farm, uint32_t leg, uint64_t offset, const void *bytes, size_t size)
+{
+    sim_disk_write(nv_sim_disk(farm->legs[leg].file), place_of(farm, leg, offset), bytes, size, 0, SIM_WRITE_DURABLE);
 }
 
 static const uint8_t *meta(const struct farm *farm, uint32_t leg)

@@ -1,5 +1,5 @@
 /*
- * Seeds of the mirrored volume (mirror.c): nvsim --mirror.
+ * The mirrored volume in the simulation, as nvsim runs it: seeds (mirror.c) and exhaustively (exhaustive.c).
  */
 #ifndef NV_SIM_MIRROR_H
 #define NV_SIM_MIRROR_H
@@ -7,8 +7,21 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-/* One seed; steps 0: as the seed has it. Answers judged. A violation ends the process. */
-uint64_t mirror_run(uint64_t seed, uint32_t steps, bool trace);
+struct mirror_figures {
+    uint64_t answers;               /* of requests, judged */
+    uint64_t crashes;               /* points at which a process, a host's right to serve, or the power ended */
+    uint64_t commits;               /* changes of the registry */
+    uint64_t inspections;           /* of the disks' bytes */
+};
+
+/* One seed; steps 0: as the seed has it. A violation ends the process. */
+struct mirror_figures mirror_run(uint64_t seed, uint32_t steps, bool trace);
+/* Every sequence of operations whose number leaves `part` when divided by `parts`; their count. */
+uint64_t exhaustive_run(uint32_t part, uint32_t parts, struct mirror_figures *figures);
+/* One run again, as a violation names it; false: it is not the name of one. */
+bool exhaustive_replay(const char *name, bool trace);
+/* How to say which run it is: empty if no exhaustive one is under way. */
+const char *exhaustive_name(void);
 /* Tell when the cell's bytes change on a leg. */
 void mirror_follow(uint64_t cell);
 /* What goes on, to stderr, for a violation. */

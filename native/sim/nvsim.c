@@ -4,9 +4,7 @@
  * requests with faults and hang-ups, and ends in a power cut, a kill or a clean stop, at any step. The last life reads
  * everything. What must hold is written in check.h and client.h.
  *
- * With --mirror the seeds are those of a mirrored volume (mirror.c).
- *
- * usage: nvsim [--mirror] --seeds A..B [--steps N] [--trace] [--follow CELL]
+ * usage: nvsim --seeds A..B [--steps N] [--trace]
  */
 #include <assert.h>
 #include <stdio.h>
@@ -18,7 +16,6 @@
 #include "reactor/plane.h"
 #include "sim/check.h"
 #include "sim/client.h"
-#include "sim/mirror.h"
 #include "sim/scenario.h"
 
 #define CLIENTS 4u
@@ -47,7 +44,6 @@ struct life {
 static struct {
     uint64_t seed;
     uint32_t life, step, steps_override;
-    bool mirror;
     const char *program;
     const struct life *now;
 } where;
@@ -58,9 +54,8 @@ static void tell_where(void)
     for (uint32_t i = 0; where.now && i < CLIENTS; i++)
         if (where.now->clients[i])
             client_describe(where.now->clients[i]);
-    mirror_describe();
-    fprintf(stderr, "replay: %s %s--seeds %llu..%llu", where.program, where.mirror ? "--mirror " : "",
-            (unsigned long long)where.seed, (unsigned long long)where.seed);
+    fprintf(stderr, "replay: %s --seeds %llu..%llu", where.program, (unsigned long long)where.seed,
+            (unsigned long long)where.seed);
     if (where.steps_override)
         fprintf(stderr, " --steps %u", where.steps_override);
     fputs(" --trace\n", stderr);
@@ -546,7 +541,7 @@ static uint64_t run_seed(uint64_t seed, bool trace)
 
 static int usage(const char *program)
 {
-    fprintf(stderr, "usage: %s [--mirror] --seeds A..B [--steps N] [--trace] [--follow CELL]\n", program);
+    fprintf(stderr, "usage: %s --seeds A..B [--steps N] [--trace]\n", program);
     return 2;
 }
 
@@ -563,10 +558,6 @@ int main(int argc, char **argv)
             where.steps_override = (uint32_t)strtoul(argv[++i], NULL, 10);
         else if (!strcmp(argv[i], "--trace"))
             trace = true;
-        else if (!strcmp(argv[i], "--follow") && i + 1 < argc)
-            mirror_follow(strtoull(argv[++i], NULL, 10));
-        else if (!strcmp(argv[i], "--mirror"))
-            where.mirror = true;
         else
             return usage(argv[0]);
     }
@@ -574,10 +565,8 @@ int main(int argc, char **argv)
         return usage(argv[0]);
     where.program = argv[0];
     nv_sim_on_violation = tell_where;
-    for (uint64_t seed = first; seed <= last; seed++) {
-        where.seed = seed;
-        answers += where.mirror ? mirror_run(seed, where.steps_override, trace) : run_seed(seed, trace);
-    }
+    for (uint64_t seed = first; seed <= last; seed++)
+        answers += run_seed(seed, trace);
     printf("%llu seeds, %llu answers judged, no violation\n", last - first + 1, (unsigned long long)answers);
     return 0;
 }

@@ -83,6 +83,8 @@ static bool recording(struct onlooker *onlooker)
 
 void onlooker_sent(struct onlooker *onlooker, const struct onlooker_request *request)
 {
+    if (!onlooker)
+        return;
     if (onlooker->count == onlooker->capacity) {
         onlooker->capacity = onlooker->capacity ? 2 * onlooker->capacity : 256;
         onlooker->seen = realloc(onlooker->seen, onlooker->capacity * sizeof *onlooker->seen);
@@ -94,8 +96,11 @@ void onlooker_sent(struct onlooker *onlooker, const struct onlooker_request *req
 
 void onlooker_answered(struct onlooker *onlooker, uint64_t cookie, int error)
 {
-    struct seen *seen = find(onlooker, cookie);
+    struct seen *seen;
 
+    if (!onlooker)
+        return;
+    seen = find(onlooker, cookie);
     assert(seen && !seen->answered);
     seen->answered = true;
     if (seen->recorded && seen->error != error)
@@ -106,7 +111,7 @@ void onlooker_answered(struct onlooker *onlooker, uint64_t cookie, int error)
 
 void onlooker_gone(struct onlooker *onlooker, uint32_t connection)
 {
-    for (uint32_t i = 0; i < onlooker->count; i++)
+    for (uint32_t i = 0; onlooker && i < onlooker->count; i++)
         onlooker->seen[i].excused |= onlooker->seen[i].request.connection == connection;
 }
 

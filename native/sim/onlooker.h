@@ -27,7 +27,7 @@ struct onlooker_request {
     uint16_t type, flags;
 };
 
-/* The clients' words. */
+/* The clients' words. Without an onlooker (NULL) nobody listens. */
 void onlooker_sent(struct onlooker *onlooker, const struct onlooker_request *request);
 void onlooker_answered(struct onlooker *onlooker, uint64_t cookie, int error);
 void onlooker_gone(struct onlooker *onlooker, uint32_t connection); /* its requests may leave a record, or none */

@@ -6,7 +6,9 @@
  *
  * It does not: check contents (nvsim does), or say anything about the real port and the kernel.
  *
- * usage: nvsim_steady read|write|structured BATCHES
+ * `mirror` writes to a volume of two legs, whose one region has its intent set from the first batch on.
+ *
+ * usage: nvsim_steady read|write|structured|mirror BATCHES
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -14,18 +16,20 @@
 
 #include "io/io_sim.h"
 #include "nbd/wire.h"
+#include "limits.h"
 #include "reactor/plane.h"
 
 #define SEED 1u /* gives the socket queues that hold a whole batch; run_batch() says so if it does not */
 #define BLOCK 4096u
 #define VOLUME_BYTES (4u << 20)
+#define META_BYTES (NV_META_BITMAPS + 4u * NV_META_PAGE)
 #define READS 32u  /* a batch */
 #define WRITES 15u /* fit into one receive chunk */
 
 struct world {
     nv_plane *plane;
     int socket;
-    bool write, structured;
+    bool write, structured, mirror;
     uint32_t batch;
     uint64_t asked;
     uint8_t *requests; /* one batch's bytes */
@@ -38,9 +42,46 @@ _Noreturn static void fail(const char *what)
     exit(1);
 }
 
+static uint32_t open_object(struct world *world, uint64_t size)
+{
+    const int file = nv_sim_file(sim_disk_create(NULL, size), 1, false);
+    uint32_t object;
+
+    /* O_DIRECT: every request takes the port's ordinary way, none is answered by chance at once */
+    if (nv_object_open(world->plane, file, NV_OBJECT_DIRECT, 1, size, &object) != 0)
+        fail("an object does not open");
+    return object;
+}
+
+/* Two legs, each an object with its metadata behind the bytes. */
+static uint32_t open_mirror(struct world *world)
+{
+    struct {
+        nv_desc_header header;
+        nv_desc_leg legs[2];
+        nv_desc_mirror mirror;
+        nv_desc_meta metas[2];
+        nv_desc_run runs[2];
+    } record = {
+        .header = {.magic = NV_DESC_MAGIC, .version = NV_DESC_VERSION, .length = sizeof record, .size = VOLUME_BYTES,
+                   .epoch = 1, .generation = 1, .map_to = 1, .block_min = 1, .flags = NV_VOLUME_MIRROR, .leg_count = 2},
+        .mirror = {.region_shift = 22, .op_deadline_ms = 30000, .hold_deadline_ms = 30000, .intent_idle_ms = 30000},
+    };
+    uint32_t volume;
+
+    for (uint32_t i = 0; i < 2; i++) {
+        const uint32_t object = open_object(world, VOLUME_BYTES + META_BYTES);
+        record.legs[i] = (nv_desc_leg){.id = i + 1, .state = NV_LEG_IN_SYNC, .run_count = 1};
+        record.metas[i] = (nv_desc_meta){.object = object, .offset = VOLUME_BYTES, .bitmap_bytes = 2u * NV_META_PAGE};
+        record.runs[i] = (nv_desc_run){.length = VOLUME_BYTES, .object = object, .state = NV_RUN_MAPPED};
+    }
+    if (nv_volume_open(world->plane, &record, sizeof record, &volume) != 0)
+        fail("the mirror does not open");
+    return volume;
+}
+
 static uint32_t open_volume(struct world *world)
 {
-    const int file = nv_sim_file(sim_disk_create(NULL, VOLUME_BYTES), 1, false);
     struct {
         nv_desc_header header;
         nv_desc_leg leg;
@@ -49,13 +90,11 @@ static uint32_t open_volume(struct world *world)
         {.magic = NV_DESC_MAGIC, .version = NV_DESC_VERSION, .length = sizeof record, .size = VOLUME_BYTES, .map_to = 1,
          .block_min = 1, .leg_count = 1},
         {.id = 1, .state = NV_LEG_IN_SYNC, .run_count = 1},
-        {.length = VOLUME_BYTES, .state = NV_RUN_MAPPED},
+        {.length = VOLUME_BYTES, .object = open_object(world, VOLUME_BYTES), .state = NV_RUN_MAPPED},
     };
     uint32_t volume;
 
-    /* O_DIRECT: every request takes the port's ordinary way, none is answered by chance at once */
-    if (nv_object_open(world->plane, file, NV_OBJECT_DIRECT, 1, VOLUME_BYTES, &record.run.object) != 0 ||
-        nv_volume_open(world->plane, &record, sizeof record, &volume) != 0)
+    if (nv_volume_open(world->plane, &record, sizeof record, &volume) != 0)
         fail("the volume does not open");
     return volume;
 }
@@ -72,7 +111,7 @@ static void open_world(struct world *world)
     nv_sim_begin(SEED, &none);
     if (nv_plane_build(&config, false, &world->plane) != 0)
         fail("the plane does not start");
-    volume = open_volume(world);
+    volume = world->mirror ? open_mirror(world) : open_volume(world);
     world->socket = nv_sim_socket();
     if (nv_connection_open(world->plane, world->socket, volume, &params, NULL, 0, 1, &connection) != 0)
         fail("the connection does not open");
@@ -139,11 +178,13 @@ int main(int argc, char **argv)
     struct world world = {0};
     const long batches = argc == 3 ? strtol(argv[2], NULL, 10) : 0;
 
-    if (batches < 1 || (strcmp(argv[1], "read") && strcmp(argv[1], "write") && strcmp(argv[1], "structured"))) {
-        fputs("usage: nvsim_steady read|write|structured BATCHES\n", stderr);
+    if (batches < 1 || (strcmp(argv[1], "read") && strcmp(argv[1], "write") && strcmp(argv[1], "structured") &&
+                        strcmp(argv[1], "mirror"))) {
+        fputs("usage: nvsim_steady read|write|structured|mirror BATCHES\n", stderr);
         return 2;
     }
-    world.write = strcmp(argv[1], "write") == 0;
+    world.mirror = strcmp(argv[1], "mirror") == 0;
+    world.write = world.mirror || strcmp(argv[1], "write") == 0;
     world.structured = strcmp(argv[1], "structured") == 0;
     world.batch = world.write ? WRITES : READS;
     world.requests = calloc(world.batch, NBD_REQUEST_BYTES + BLOCK);

@@ -5,7 +5,7 @@
  *
  *   mirror.c        life, legs, freeze and release, queues, commands   mirror_write.c   writes, zeroes, trims, flushes
  *   mirror_io.c     operations on legs: late ones, pins, deadlines     mirror_read.c    reads, their conflicts, status
- *   mirror_meta.c   labels, pages of dirty maps                        mirror_attach.c  attach, the start of a resync
+ *   mirror_task.c   release, promotion, checkpoints, clearing, end     mirror_attach.c  attach, the start of a resync
  *   intent.c        regions, intent pages, lazy clearing               copier.c         reconcile, resync, repair, verify
  */
 #ifndef NV_MIRROR_H
@@ -20,6 +20,7 @@
 
 struct nv_map;
 struct nv_mirror;
+struct nv_object;
 struct nv_reactor;
 struct nv_volume;
 struct nv_vreq;
@@ -70,5 +71,13 @@ void nv_mirror_send_end(struct nv_mirror *mirror);
 
 /* Any reactor: run a request whose turn has come. */
 void nv_mirror_run(struct nv_vreq *request);
+/*
+ * Where a range of the volume stands in memory, and of which object, if a read may be answered from there now (NULL: it
+ * may not, run it). "Now" is this turn of the owner: who sends later asks again.
+ */
+uint8_t *nv_mirror_view(struct nv_mirror *mirror, const struct nv_map *map, uint64_t offset, uint64_t length,
+                        struct nv_object **object);
+/* Copy `length` of the bytes that nv_mirror_view() has just shown, from `from` on: how many, or -errno. */
+int64_t nv_mirror_copy(const struct nv_vreq *request, uint64_t from, void *to, uint64_t length);
 
 #endif

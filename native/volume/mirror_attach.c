@@ -1,7 +1,7 @@
 /*
  * How a mirror begins (docs/mirror.md section 2, attach), and how a resync does. Attach reads the metadata of every in-sync
  * leg, page by page, then writes the union of it to all of them. A leg that is lost meanwhile is asked for like any
- * other, and attach begins again without it. What counts as unreadable counts as "every bit set".
+ * other, and attach begins again without it. What is damaged counts as "every bit set".
  */
 #include <assert.h>
 #include <errno.h>
@@ -20,11 +20,14 @@ static void give_up(struct nv_mirror *mirror, int error)
     nv_task_end(mirror);
 }
 
-/* A leg was lost: the registry must know before this goes on. True: the task has ended. */
+/* A leg was lost: the registry must know before this goes on; the last one fails: that is the end. True: it has ended. */
 static bool begin_again(struct nv_mirror *mirror)
 {
-    if (!nv_mirror_frozen(mirror) && !mirror->fenced)
-        return false;
+    if (!nv_mirror_frozen(mirror) && !mirror->fenced) {
+        if (mirror->task.error)
+            give_up(mirror, mirror->task.error);
+        return mirror->broken;
+    }
     nv_task_end(mirror);
     return true;
 }
@@ -35,10 +38,6 @@ static void attached(struct nv_mirror *mirror)
 {
     if (begin_again(mirror))
         return;
-    if (mirror->task.error) {
-        give_up(mirror, mirror->task.error);
-        return;
-    }
     mirror->attaching = false;
     mirror->attached.event.result = 0;
     mirror->attached.event.args[0] = mirror->intent.doubtful_count;
@@ -51,11 +50,7 @@ static void attached(struct nv_mirror *mirror)
 
 static void write_labels(struct nv_mirror *mirror)
 {
-    if (begin_again(mirror))
-        return;
-    if (mirror->task.error)
-        give_up(mirror, mirror->task.error);
-    else
+    if (!begin_again(mirror))
         nv_task_labels(mirror, mirror->in_sync, false, attached);
 }
 
@@ -99,10 +94,18 @@ static void read_page(struct nv_mirror *mirror, uint32_t lane, uint64_t offset, 
     nv_mio_go(mio);
 }
 
-/* An error of metadata is no loss of the leg: the page counts as full, and is written anew. */
-static bool readable(const struct nv_mio *mio)
+/*
+ * A page that cannot be read takes its leg with it, or the attach where there is no other: without its sequence nobody can
+ * tell which slot the next copy may be written to, and a copy that seems older than it is would be believed later.
+ */
+static bool readable(struct nv_mirror *mirror, struct nv_mio *mio)
 {
-    return mio->parts[mio->number].result >= 0;
+    const uint32_t lane = mio->number;
+    const int error = mio->late ? -ETIMEDOUT : (int)(mio->parts[lane].result < 0 ? mio->parts[lane].result : 0);
+
+    if (error && (mirror->in_sync & nv_lane_bit(lane)) && !nv_mirror_fault(mirror, lane, error))
+        mirror->task.error = error;
+    return !error;
 }
 
 /* The next lane of this page; true: there is one. */
@@ -121,8 +124,9 @@ static bool next_lane(struct nv_mirror *mirror)
 static void dirty_read(struct nv_mio *mio)
 {
     struct nv_mirror *mirror = mio->mirror;
+    const bool good = readable(mirror, mio);
 
-    mirror->task.known |= nv_dirty_merge(mirror, mirror->task.page, mio->memory, readable(mio));
+    mirror->task.known |= nv_dirty_merge(mirror, mirror->task.page, mio->memory, good);
     nv_mio_end(mio);
     read_dirty(mirror);
 }
@@ -161,8 +165,9 @@ static void read_dirty(struct nv_mirror *mirror)
 static void intents_read(struct nv_mio *mio)
 {
     struct nv_mirror *mirror = mio->mirror;
+    const bool good = readable(mirror, mio);
 
-    nv_intent_merge(mirror, mirror->task.page, mio->memory, readable(mio), 0);
+    nv_intent_merge(mirror, mirror->task.page, mio->memory, good, 0);
     nv_mio_end(mio);
     read_intents(mirror);
 }
@@ -244,10 +249,10 @@ static void own_read(struct nv_mio *mio)
 {
     struct nv_mirror *mirror = mio->mirror;
 
-    if (mio->late)
-        mirror->task.error = -ETIMEDOUT;
+    if (mio->late || mio->parts[mio->number].result < 0)
+        mirror->task.error = mio->late ? -ETIMEDOUT : (int)mio->parts[mio->number].result;
     else if (still(mirror, NV_LANE_STALE))
-        nv_intent_merge(mirror, mirror->task.page, mio->memory, readable(mio), nv_lane_bit(mirror->task.lane));
+        nv_intent_merge(mirror, mirror->task.page, mio->memory, true, nv_lane_bit(mirror->task.lane));
     nv_mio_end(mio);
     mirror->task.page++;
     read_own(mirror);

@@ -283,12 +283,22 @@ bool nv_mirror_run_landed(struct nv_mirror *mirror)
     return any;
 }
 
+/* The trace's moment `submitted` (nbd/trace.h). */
+static void note_submitted(const struct nv_mio *mio)
+{
+    const struct nv_reactor *reactor = mio->mirror->reactor;
+
+    if (nv_recording(reactor) && mio->request && mio->request->stamps.submitted_ns == 0)
+        mio->request->stamps.submitted_ns = nv_io_now_ns(reactor->io);
+}
+
 static struct nv_part *begin_part(struct nv_mio *mio, uint32_t lane)
 {
     struct nv_part *part = &mio->parts[lane];
     const uint8_t bit = nv_lane_bit(lane);
 
     assert(mio->starting && !(mio->sent & bit) && !(mio->pending & bit));
+    note_submitted(mio);
     mio->sent |= bit;
     mio->pending |= bit;
     mio->mirror->lanes[lane].outstanding++;

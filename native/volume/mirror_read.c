@@ -267,6 +267,38 @@ static void read_span(struct nv_vreq *request, uint64_t offset, uint64_t length)
     start_read(request, mio, lane);
 }
 
+/*
+ * Only the primary's bytes will do: they are right whatever is being written. An object whose sync has failed is for the
+ * ordinary read to see to.
+ */
+uint8_t *nv_mirror_view(struct nv_mirror *mirror, const struct nv_map *map, uint64_t offset, uint64_t length,
+                        struct nv_object **object)
+{
+    const struct nv_map_leg *leg = map->by_lane[mirror->primary];
+    const struct nv_run *run;
+    struct nv_view *view;
+
+    if (mirror->attaching || mirror->fenced || mirror->broken || mirror->settling || !leg || leg->run_count == 0 ||
+        !(mirror->in_sync & nv_lane_bit(mirror->primary)) || offset >= map->size || length > map->size - offset ||
+        nv_mirror_doubtful(mirror, offset, length) || nv_leg_latched(leg))
+        return NULL;
+    run = nv_leg_find(leg, offset);
+    if (!run->object || length > run->offset + run->length - offset)
+        return NULL;
+    mirror->requests_seen++;
+    *object = run->object;
+    view = atomic_load_explicit(&run->object->view, memory_order_acquire);
+    return view ? nv_view_at(view, run->object_offset + (offset - run->offset), length) : NULL;
+}
+
+int64_t nv_mirror_copy(const struct nv_vreq *request, uint64_t from, void *to, uint64_t length)
+{
+    const struct nv_run *run = nv_leg_find(request->map->by_lane[request->volume->mirror->primary], request->offset);
+
+    assert(run->object == request->piece.object && from + length <= request->length);
+    return nv_io_copy(run->object->handle, to, length, run->object_offset + request->offset - run->offset + from);
+}
+
 static void read_nothing(struct nv_vreq *request, uint64_t length)
 {
     if (request->kind == NV_REQUEST_STATUS) {

@@ -186,6 +186,8 @@ int64_t nv_volume_copy(const struct nv_vreq *request, uint64_t from, void *to, u
 {
     const struct nv_run *run = nv_map_find(request->map, request->offset);
 
+    if (run->state == NV_RUN_LEGS)
+        return nv_mirror_copy(request, from, to, length);
     assert(run->object && from + length <= request->length);
     return nv_io_copy(run->object->handle, to, length, run->object_offset + request->offset - run->offset + from);
 }

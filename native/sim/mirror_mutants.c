@@ -1,0 +1,175 @@
+/*
+ * Deliberate bugs of the mirror, to prove that its simulation would see them: nvmirror_mutants is nvmirror with some
+ * functions replaced at link time (--wrap), so that the data plane's own code has no hooks; NVSIM_MUTANT=n in the
+ * environment chooses one:
+ *
+ *   1  a change is acknowledged before the registry knows of the lost leg     nv_mirror_acknowledge
+ *   2  a write does not wait for its intent                                   nv_intent_enter
+ *   3  intents are cleared without the flush before                           nv_mio_sync
+ *   4  a read is answered from a leg that is being copied to                  nv_mio_piece
+ *   5  a flush leaves one leg out                                             nv_mio_sync
+ *   6  an unclean attach forgets the intents that it finds                   nv_intent_merge
+ *   7  a lost leg's dirty map starts empty                                    nv_intent_lost
+ *   8  a resync begins while an old write to the leg is still in flight       nv_mirror_next_task
+ *   9  a leg that has rebooted is taken back as if nothing had happened       nv_object_latch_fault
+ *  10  the second leg's bytes are taken later, when the client may have changed them   nv_mio_piece
+ *  11  legs let hosts of an older epoch through                               farm_fence
+ *  12  a leg's label is not held against its stamp                            nv_legs_begin
+ *  13  writes of clients and copies between legs pass each other              nv_range_enter
+ */
+#include <stdlib.h>
+
+#include "sim/farm.h"
+#include "volume/mirror_state.h"
+
+void __real_nv_mirror_acknowledge(struct nv_vreq *request);
+void __wrap_nv_mirror_acknowledge(struct nv_vreq *request);
+bool __real_nv_intent_enter(struct nv_mirror *mirror, uint64_t offset, uint64_t length);
+bool __wrap_nv_intent_enter(struct nv_mirror *mirror, uint64_t offset, uint64_t length);
+void __real_nv_mio_sync(struct nv_mio *mio, uint32_t lane);
+void __wrap_nv_mio_sync(struct nv_mio *mio, uint32_t lane);
+void __real_nv_mio_piece(struct nv_mio *mio, uint32_t lane, uint8_t kind, uint8_t flags, uint64_t offset, uint64_t length,
+                         uint8_t *data);
+void __wrap_nv_mio_piece(struct nv_mio *mio, uint32_t lane, uint8_t kind, uint8_t flags, uint64_t offset, uint64_t length,
+                         uint8_t *data);
+void __real_nv_intent_merge(struct nv_mirror *mirror, uint32_t page, const uint8_t *slots, bool readable, uint8_t own);
+void __wrap_nv_intent_merge(struct nv_mirror *mirror, uint32_t page, const uint8_t *slots, bool readable, uint8_t own);
+void __real_nv_intent_lost(struct nv_mirror *mirror, uint8_t lanes);
+void __wrap_nv_intent_lost(struct nv_mirror *mirror, uint8_t lanes);
+bool __real_nv_mirror_next_task(struct nv_mirror *mirror);
+bool __wrap_nv_mirror_next_task(struct nv_mirror *mirror);
+int __real_nv_object_latch_fault(nv_plane *plane, uint32_t object);
+int __wrap_nv_object_latch_fault(nv_plane *plane, uint32_t object);
+void __real_farm_fence(int file);
+void __wrap_farm_fence(int file);
+void __real_nv_legs_begin(nv_legs *legs, const nv_legs_record *record, const nv_leg_look *looks);
+void __wrap_nv_legs_begin(nv_legs *legs, const nv_legs_record *record, const nv_leg_look *looks);
+void __real_nv_range_enter(struct nv_range_table *table, struct nv_range *range);
+void __wrap_nv_range_enter(struct nv_range_table *table, struct nv_range *range);
+
+static bool mutant(int number)
+{
+    static int chosen = -1;
+
+    if (chosen < 0) {
+        const char *text = getenv("NVSIM_MUTANT");
+        chosen = text ? (int)strtol(text, NULL, 10) : 0;
+    }
+    return chosen == number;
+}
+
+void __wrap_nv_mirror_acknowledge(struct nv_vreq *request)
+{
+    if (mutant(1) && !request->volume->mirror->fenced)
+        nv_mirror_finish(request, 0);
+    else
+        __real_nv_mirror_acknowledge(request);
+}
+
+bool __wrap_nv_intent_enter(struct nv_mirror *mirror, uint64_t offset, uint64_t length)
+{
+    return __real_nv_intent_enter(mirror, offset, length) || mutant(2);
+}
+
+/* A sync of nothing: the leg counts as synced. */
+static void pretend_sync(struct nv_mio *mio, uint32_t lane)
+{
+    struct nv_map_leg *leg = (struct nv_map_leg *)(uintptr_t)mio->map->by_lane[lane];
+    const uint32_t objects = leg->object_count;
+
+    leg->object_count = 0;
+    __real_nv_mio_sync(mio, lane);
+    leg->object_count = objects;
+}
+
+void __wrap_nv_mio_sync(struct nv_mio *mio, uint32_t lane)
+{
+    const struct nv_mirror *mirror = mio->mirror;
+    const bool clears = !mio->request && (mirror->task.kind == NV_TASK_CLEAN || mirror->task.kind == NV_TASK_END);
+
+    if ((mutant(3) && clears) || (mutant(5) && mio->request && lane != mirror->primary))
+        pretend_sync(mio, lane);
+    else
+        __real_nv_mio_sync(mio, lane);
+}
+
+void __wrap_nv_mio_piece(struct nv_mio *mio, uint32_t lane, uint8_t kind, uint8_t flags, uint64_t offset, uint64_t length,
+                         uint8_t *data)
+{
+    const struct nv_map_leg *own = mio->map->by_lane[lane];
+    const uint8_t syncing = mio->mirror->syncing;
+
+    if (mutant(4) && mio->request && kind == NV_PIECE_READ && syncing)
+        mio->map->by_lane[lane] = mio->map->by_lane[__builtin_ctz(syncing)];
+    if (mutant(10) && mio->request && kind == NV_PIECE_WRITE && mio->sent)
+        data[length - 1] ^= 1;
+    __real_nv_mio_piece(mio, lane, kind, flags, offset, length, data);
+    mio->map->by_lane[lane] = own;
+}
+
+void __wrap_nv_intent_merge(struct nv_mirror *mirror, uint32_t page, const uint8_t *slots, bool readable, uint8_t own)
+{
+    if (!mutant(6) || own)
+        __real_nv_intent_merge(mirror, page, slots, readable, own);
+}
+
+void __wrap_nv_intent_lost(struct nv_mirror *mirror, uint8_t lanes)
+{
+    if (!mutant(7) || mirror->attaching)
+        __real_nv_intent_lost(mirror, lanes);
+}
+
+bool __wrap_nv_mirror_next_task(struct nv_mirror *mirror)
+{
+    uint32_t late[NV_LEGS_MAX] = {0};
+    bool began;
+
+    if (!mutant(8))
+        return __real_nv_mirror_next_task(mirror);
+    for (uint32_t lane = 0; lane < NV_LEGS_MAX; lane++)
+        if (mirror->lanes[lane].resync) {
+            late[lane] = mirror->lanes[lane].outstanding;
+            mirror->lanes[lane].outstanding = 0;
+        }
+    began = __real_nv_mirror_next_task(mirror);
+    for (uint32_t lane = 0; lane < NV_LEGS_MAX; lane++)
+        mirror->lanes[lane].outstanding += late[lane];
+    return began;
+}
+
+int __wrap_nv_object_latch_fault(nv_plane *plane, uint32_t object)
+{
+    return mutant(9) ? 0 : __real_nv_object_latch_fault(plane, object);
+}
+
+void __wrap_farm_fence(int file)
+{
+    if (!mutant(11))
+        __real_farm_fence(file);
+}
+
+void __wrap_nv_legs_begin(nv_legs *legs, const nv_legs_record *record, const nv_leg_look *looks)
+{
+    nv_leg_look better[NV_LEGS_MAX];
+
+    for (uint32_t i = 0; i < record->leg_count; i++) {
+        const nv_leg_record *leg = &record->legs[i];
+        better[i] = looks[i];
+        if (mutant(12) && looks[i].look == NV_LOOK_LABEL && looks[i].epoch < leg->stamp_epoch)
+            better[i].epoch = leg->stamp_epoch;
+        if (mutant(12) && looks[i].look == NV_LOOK_LABEL && looks[i].generation < leg->stamp_generation)
+            better[i].generation = leg->stamp_generation;
+    }
+    __real_nv_legs_begin(legs, record, better);
+}
+
+void __wrap_nv_range_enter(struct nv_range_table *table, struct nv_range *range)
+{
+    static uint64_t unique;
+
+    if (mutant(13)) {
+        range->offset = (1ull << 60) + ++unique; /* a place where nobody else is */
+        range->length = 1;
+    }
+    __real_nv_range_enter(table, range);
+}
