@@ -6,10 +6,22 @@ from typing import Annotated
 
 from fastapi import APIRouter, Header
 
-from nbdvvol.control.registry import farm, stores, tasks, vvols
+from nbdvvol.control.registry import farm, mirrors, stores, tasks, vvols
 from nbdvvol.control.service import Control
 from nbdvvol.model.errors import NvError
-from nbdvvol.model.resources import ApplyRequest, ApplyResult, BindVVol, CreateVVol, ResizeVVol, Task, TaskRef
+from nbdvvol.model.resources import (
+    AddLeg,
+    ApplyRequest,
+    ApplyResult,
+    BindVVol,
+    CreateVVol,
+    ResizeVVol,
+    ResyncLeg,
+    Task,
+    TaskRef,
+    VerifyMirror,
+    VVol,
+)
 
 Key = Annotated[str | None, Header(alias="Idempotency-Key", min_length=1, max_length=256)]
 
@@ -44,6 +56,8 @@ def write_routes(control: Control) -> APIRouter:
         """Take a VVol from its host."""
         return await once(key, TaskRef, vvols.begin_unbind, vm, name, body)
 
+    _mirror_routes(router, control)
+
     @router.post("/apply")
     async def apply(body: ApplyRequest, key: Key = None) -> ApplyResult:
         """Bring the farm to what a farm file declares; nothing is deleted by its absence."""
@@ -67,3 +81,27 @@ def write_routes(control: Control) -> APIRouter:
         return await once(key, TaskRef, stores.begin_clear_fault, name)
 
     return router
+
+
+def _mirror_routes(router: APIRouter, control: Control) -> None:
+    once = control.registry.run_once
+
+    @router.post("/vvols/{vm}/{name}/legs", status_code=202)
+    async def add_leg(vm: str, name: str, body: AddLeg, key: Key = None) -> TaskRef:
+        """Give a VVol another copy, on a datastore."""
+        return await once(key, TaskRef, mirrors.begin_add_leg, vm, name, body)
+
+    @router.delete("/vvols/{vm}/{name}/legs/{leg}", status_code=202)
+    async def remove_leg(vm: str, name: str, leg: str, key: Key = None) -> TaskRef:
+        """Take a copy away, named by its number or its datastore."""
+        return await once(key, TaskRef, mirrors.begin_remove_leg, vm, name, leg)
+
+    @router.post("/vvols/{vm}/{name}/legs/{leg}/resync")
+    async def resync(vm: str, name: str, leg: str, body: ResyncLeg, key: Key = None) -> VVol:
+        """Copy to a leg that is not in sync, or stop copying."""
+        return await once(key, VVol, mirrors.resync, vm, name, leg, body.full, body.stop)
+
+    @router.post("/vvols/{vm}/{name}/verify", status_code=202)
+    async def verify(vm: str, name: str, body: VerifyMirror, key: Key = None) -> TaskRef:
+        """Compare the copies that are in sync."""
+        return await once(key, TaskRef, mirrors.begin_verify, vm, name, body.repair)
