@@ -55,7 +55,9 @@ class HaveVVol:
     profile: str
     read_only: bool
     description: str
-    datastore: str
+    places: list[str]
+    """The datastores that its legs lie on, or are to lie on."""
+    mirror: bool
     adopt: AdoptConfig | None
     state: str
     host: str | None
@@ -200,7 +202,7 @@ def _compare_datastore(plan: Plan, have: Have, name: str, new: DatastoreConfig) 
     blind = sorted(
         f"{vm}/{short}"
         for (vm, short), vvol in have.vvols.items()
-        if vvol.datastore == name and new.hosts is not None and vvol.host is not None and vvol.host not in new.hosts
+        if name in vvol.places and new.hosts is not None and vvol.host is not None and vvol.host not in new.hosts
     )
     if blind:
         raise NvError(
@@ -234,10 +236,12 @@ def _check_paths(have: Have, farm: Farm) -> None:
 
 def _compare_profile(plan: Plan, have: Have, farm: Farm, name: str, profile: ProfileConfig) -> None:
     policy.check_profile(name, profile)
-    if profile.datastore is not None and profile.datastore not in {*have.datastores, *farm.datastores}:
-        raise NvError(
-            Code.NOT_FOUND, f"profile {name}: no datastore {profile.datastore}", "declare it under datastores"
-        )
+    named = [profile.datastore] if profile.datastore is not None else []
+    if profile.mirror is not None:
+        named += [*profile.mirror.legs, *profile.mirror.spares]
+    for datastore in named:
+        if datastore not in {*have.datastores, *farm.datastores}:
+            raise NvError(Code.NOT_FOUND, f"profile {name}: no datastore {datastore}", "declare it under datastores")
     old = have.profiles.get(name)
     if old == profile:
         plan.say("profile", name, "keep")
@@ -278,7 +282,7 @@ def _compare_vvol(plan: Plan, have: Have, farm: Farm, vm: str, short: str, new: 
         raise NvError(Code.NOT_FOUND, f"VVol {name}: no profile {new.profile}", "declare it under profiles")
     profile = (new.profile, profiles[new.profile]) if new.profile is not None else None
     named = new.adopt.datastore if new.adopt is not None else new.datastore
-    where = policy.choose_datastore(name, named, profile, stores)
+    where = policy.choose_places(name, named, profile, stores)
     if new.size is not None and new.adopt is None:
         policy.check_size(name, new.size)
     old = have.vvols.get((vm, short))
@@ -289,14 +293,15 @@ def _compare_vvol(plan: Plan, have: Have, farm: Farm, vm: str, short: str, new: 
         plan.say("vvol", name, "keep", "is being deleted; apply again when it is gone, to create it anew")
         return
     if old.state == "creating":
-        other = (old.datastore, old.adopt) != (where, new.adopt) or (not old.adopt and old.size != new.size)
+        other = (old.places, old.adopt) != (where, new.adopt) or (not old.adopt and old.size != new.size)
         plan.say("vvol", name, "keep", "is being created as it was declared before; apply again then" if other else "")
         return
-    _check_same_place(name, old, new, where)
+    mirror = profile is not None and profile[1].mirror is not None
+    notes = _check_same_place(name, old, new, where, mirror)
     read_only = new.read_only or (profile is not None and profile[1].read_only)
-    done, notes = _update_vvol(plan, old, new, read_only, vm_host(have, farm, vm), have.vms.get(vm))
+    done, more = _update_vvol(plan, old, new, read_only, vm_host(have, farm, vm), have.vms.get(vm))
     done += _change_profile(plan, old, new.profile or "", have.profiles, profiles)
-    plan.say("vvol", name, "update" if done else "keep", ", ".join([*done, *notes]))
+    plan.say("vvol", name, "update" if done else "keep", ", ".join([*done, *notes, *more]))
 
 
 def _change_profile(
@@ -307,21 +312,22 @@ def _change_profile(
     if old.profile != profile:
         plan.profile_of.append((old.uuid, profile))
         done.append(f"profile: {old.profile or 'none'} → {profile or 'none'}")
-    had = before[old.profile].qos if old.profile in before else None
-    gets = after[profile].qos if profile in after else None
-    if had != gets:
-        done.append(f"qos: {_words(had)} → {_words(gets)}")
+    had = before.get(old.profile, ProfileConfig())
+    gets = after.get(profile, ProfileConfig())
+    if had.qos != gets.qos:
+        done.append(f"qos: {_words(had.qos)} → {_words(gets.qos)}")
+    if old.mirror and had.mirror != gets.mirror:
+        done.append("how its mirror is run")
     return done
 
 
-def _create_vvol(plan: Plan, vm: str, short: str, new: VVolConfig, where: str, failed: HaveVVol | None) -> None:
+def _create_vvol(plan: Plan, vm: str, short: str, new: VVolConfig, where: list[str], failed: HaveVVol | None) -> None:
     """Create it; or try again, as it is declared now, what failed before."""
     name = f"{vm}/{short}"
     keys = ("size", "profile", "type", "adopt", "read_only", "description")
-    body = CreateVVol(
-        vm=vm, name=short, datastore=None if new.adopt else where, **{key: getattr(new, key) for key in keys}
-    )
-    what = f"{format_size(new.size) if new.size is not None else 'adopted'} on datastore {where}"
+    place = where[0] if len(where) == 1 and new.adopt is None else None
+    body = CreateVVol(vm=vm, name=short, datastore=place, **{key: getattr(new, key) for key in keys})
+    what = f"{format_size(new.size) if new.size is not None else 'adopted'} on datastore {', '.join(where)}"
     if failed is None:
         plan.create.append(body)
         plan.say("vvol", name, "create", what)
@@ -332,17 +338,31 @@ def _create_vvol(plan: Plan, vm: str, short: str, new: VVolConfig, where: str, f
         plan.say("vvol", name, "update", f"try again to create it: {what}")
 
 
-def _check_same_place(name: str, old: HaveVVol, new: VVolConfig, where: str) -> None:
-    if old.datastore != where:
+def _check_same_place(name: str, old: HaveVVol, new: VVolConfig, where: list[str], mirror: bool) -> list[str]:
+    """What is to be said of a VVol that lies elsewhere than it is declared to. Raises NvError where that cannot be."""
+    notes: list[str] = []
+    if mirror and not old.mirror:
         raise NvError(
             Code.UNSUPPORTED,
-            f"VVol {name} lies on datastore {old.datastore}; moving it to {where} is not built yet",
+            f"VVol {name} has one copy and no mirror's metadata; profile {new.profile} has a mirror",
+            f"unbind it and add a leg, which makes it a mirror: nbdvvol mirror add-leg {name} DATASTORE; then apply again",
+        )
+    if mirror and sorted(old.places) != sorted(where):
+        notes.append(
+            f"keeps its legs on {', '.join(old.places)}; the profile's are {', '.join(where)}: "
+            "nbdvvol mirror add-leg and remove-leg"
+        )
+    elif not mirror and where[0] not in old.places:
+        raise NvError(
+            Code.UNSUPPORTED,
+            f"VVol {name} lies on datastore {', '.join(old.places)}; moving it to {where[0]} is not built yet",
             "make a new VVol and copy",
         )
     if old.adopt != new.adopt:
         raise NvError(
             Code.CONFLICT, f"VVol {name}: what it adopts cannot change", "delete it (adopted bytes stay), apply again"
         )
+    return notes
 
 
 def _update_vvol(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from typing import Literal
 
+from nbdvvol.control.clock import moment
 from nbdvvol.control.registry import bindings, faults, space, stores
-from nbdvvol.control.registry.space import Placement
+from nbdvvol.control.registry.space import LegPlace, Placement
 from nbdvvol.control.registry.stores import Store
 from nbdvvol.control.tasks import Body, Context
 from nbdvvol.datastores import format as disk
@@ -13,13 +15,14 @@ from nbdvvol.model.errors import Code, NvError
 from nbdvvol.model.resources import VVolState
 
 
-def file_name(full_name: str, uuid: str) -> str:
+def file_name(full_name: str, uuid: str, leg: int) -> str:
     """The file of a leg in a `dir`: readable, safe, unique."""
     safe = re.sub(r"[^A-Za-z0-9._-]", "_", full_name.replace("/", "-"))
-    return f"{safe[:120]}-{uuid}.img"
+    return f"{safe[:120]}-{uuid}{f'.leg{leg}' if leg else ''}.img"
 
 
-async def _placement(context: Context) -> Placement | None:
+async def get_placement(context: Context) -> Placement | None:
+    """The task's VVol as it is now; None when it is gone."""
     return await context.registry.run(space.placement, context.job.vvol)
 
 
@@ -52,67 +55,120 @@ async def _format(context: Context, name: str) -> None:
 
 
 async def _place(context: Context, placement: Placement) -> None:
-    store = await _probed(context, placement.datastore)
+    """Give every leg that has none yet its place."""
     if placement.adopt is not None:
-        await context.say(0.2, f"looks at what to adopt on {store.name}")
-        if store.is_dir:
-            file = placement.adopt.file or ""
-            stat = await context.work(store, "file_stat", "adopt.stat", object=file)
-            await context.registry.run(space.place_adopted, placement.uuid, int(stat["size"]), "")
-        else:
-            found = await context.links.probe(store.name, await context.host_for(store))
-            header = found.get("header", "")
-            await context.registry.run(space.place_adopted, placement.uuid, int(found["size"]), header)
-    elif store.is_dir:
-        await context.registry.run(space.place_file, placement.uuid, file_name(placement.name, placement.uuid))
-    else:
-        await _format(context, store.name)
-        await context.registry.run(space.place, placement.uuid)
-
-
-async def _scrub(context: Context, placement: Placement, share: tuple[float, float]) -> None:
-    """Zeros over everything this VVol took that may hold another's bytes."""
-    if placement.scrub:
-        store = await context.store(placement.datastore)
-        ranges = [list(piece) for piece in placement.scrub]
-        await context.work(store, "scrub", "scrub", share=share, ranges=ranges)
-    await context.registry.run(space.scrubbed, placement.uuid)
-
-
-async def _write_metadata(context: Context, placement: Placement) -> None:
-    """The leg's map copy, its label, then its directory entry: each names only what is there already."""
-    if placement.slot is None:
+        await _place_adopted(context, placement)
         return
-    store = await context.store(placement.datastore)
-    layout = disk.region_layout(placement.meta_length, placement.size)
-    label, copy = await context.registry.run(space.stamp, placement.uuid)
-    at = placement.meta_offset
-    map_at = at + layout.maps[copy.version % 2]
-    await context.work(store, "write_meta", "meta.map", offset=map_at, data=disk.encode_map(copy).hex())
-    label_at = at + layout.labels[label.sequence % 2]
-    await context.work(store, "write_meta", "meta.label", offset=label_at, data=disk.encode_label(label).hex())
-    await _write_directory(context, store, placement.slot)
+    for number, datastore in enumerate(placement.places):
+        if placement.leg(number) is None:
+            await place_leg(context, placement, number, datastore)
+
+
+async def place_leg(
+    context: Context,
+    placement: Placement,
+    number: int,
+    datastore: str,
+    life: Literal["live", "making"] = "live",
+    replaces: int | None = None,
+) -> None:
+    """Give one leg its place on a datastore, which is formatted if it has to be."""
+    store = await _probed(context, datastore)
+    if store.is_dir:
+        name = file_name(placement.name, placement.uuid, number)
+        await context.registry.run(space.place_file, placement.uuid, number, datastore, name, life, replaces)
+        return
+    await _format(context, datastore)
+    await context.registry.run(space.place, placement.uuid, number, datastore, life, replaces)
+
+
+async def _place_adopted(context: Context, placement: Placement) -> None:
+    assert placement.adopt is not None, "only for adoptions"
+    if placement.legs:
+        return
+    (name,) = placement.places
+    store = await _probed(context, name)
+    await context.say(0.2, f"looks at what to adopt on {name}")
+    if store.is_dir:
+        file = placement.adopt.file or ""
+        stat = await context.work(store, "file_stat", "adopt.stat", object=file)
+        await context.registry.run(space.place_adopted, placement.uuid, int(stat["size"]), "")
+    else:
+        found = await context.links.probe(name, await context.host_for(store))
+        await context.registry.run(space.place_adopted, placement.uuid, int(found["size"]), found.get("header", ""))
+
+
+async def make_leg(context: Context, placement: Placement, leg: LegPlace, share: tuple[float, float]) -> None:
+    """Zeros over all that a leg took and that may hold another's bytes, or its file; then what says whose it is."""
+    store = await context.store(leg.datastore)
+    if store.is_dir:
+        await context.say(share[0], f"makes its file on datastore {store.name}")
+        size = leg.meta_length + placement.size
+        await context.work(store, "file_create", f"file.create.{leg.id}", share=share, object=leg.object, size=size)
+    else:
+        await _scrub(context, placement, leg, share)
+        await context.check_cancel()
+    await write_metadata(context, placement, leg)
+
+
+async def _scrub(context: Context, placement: Placement, leg: LegPlace, share: tuple[float, float]) -> None:
+    """Zeros over everything this leg took that may hold another's bytes."""
+    if leg.scrub:
+        store = await context.store(leg.datastore)
+        ranges = [list(piece) for piece in leg.scrub]
+        await context.work(store, "scrub", f"scrub.{leg.id}", share=share, ranges=ranges)
+    await context.registry.run(space.scrubbed, placement.uuid, leg.datastore)
+
+
+async def write_metadata(context: Context, placement: Placement, leg: LegPlace) -> None:
+    """The leg's map copy, its label, then its directory entry: each names only what is there already."""
+    if leg.adopted or not leg.meta_length:
+        return
+    await write_map(context, placement, leg)
+    label = await context.registry.run(space.label, placement.uuid, leg.id)
+    if label is not None:
+        at = leg.meta_offset + disk.region_layout(leg.meta_length, placement.size).labels[label.sequence % 2]
+        await _write_at(context, leg, f"meta.label.{leg.id}", at, disk.encode_label(label))
+    if leg.slot is not None:
+        await _write_directory(context, await context.store(leg.datastore), leg.slot)
+
+
+async def write_map(context: Context, placement: Placement, leg: LegPlace) -> None:
+    """The leg's map copy. Its slot is free for it, or holds its newest copy: then the other one is written first."""
+    copy, written = await context.registry.run(space.map_copy, placement.uuid, leg.id)
+    slots = disk.region_layout(leg.meta_length, placement.size).maps
+    raw = disk.encode_map(copy)
+    if written != copy.version and written % 2 == copy.version % 2:
+        at = leg.meta_offset + slots[(copy.version + 1) % 2]
+        await _write_at(context, leg, f"meta.map.{leg.id}.other", at, raw)
+    await _write_at(context, leg, f"meta.map.{leg.id}", leg.meta_offset + slots[copy.version % 2], raw)
+    await context.registry.run(space.map_is_written, placement.uuid, leg.id, copy.version)
+
+
+async def _write_at(context: Context, leg: LegPlace, key: str, offset: int, data: bytes) -> None:
+    store = await context.store(leg.datastore)
+    where = {"object": leg.object} if leg.object else {}
+    await context.work(store, "write_meta", key, offset=offset, data=data.hex(), **where)
 
 
 async def _write_directory(context: Context, store: Store, slot: int) -> None:
     async with context.store_lock(store.name):
         offset, page = await context.registry.run(stores.directory_page, store.name, slot)
-        await context.work(store, "write_meta", "meta.directory", offset=offset, data=page.hex())
+        await context.work(store, "write_meta", f"meta.directory.{store.name}", offset=offset, data=page.hex())
 
 
 async def create(context: Context) -> None:
-    """Place, scrub, write metadata (or make the file), be ready, then bind to the VM's host."""
-    placement = await _placement(context)
+    """Place, scrub, write metadata (or make the files), be ready, then bind to the VM's host."""
+    placement = await get_placement(context)
     if placement is not None and placement.state == VVolState.DELETING:
         await _give_back(context)
         await context.registry.run(space.start_over, context.job.vvol, **context.job.args["instead"])
-        placement = await _placement(context)
+        placement = await get_placement(context)
     if placement is None:
         return
     if placement.state == VVolState.CREATING:
         await context.settled(but_mine=True)
-        if not placement.placed:
-            await _place(context, placement)
+        await _place(context, placement)
         await _make(context)
         await context.registry.run(space.ready, placement.uuid)
     home = await context.registry.run(bindings.home, placement.uuid)
@@ -120,25 +176,23 @@ async def create(context: Context) -> None:
 
 
 async def _make(context: Context) -> None:
-    placement = await _placement(context)
-    assert placement is not None and placement.placed, "a VVol is placed before it is made"
-    store = await context.store(placement.datastore)
-    if placement.adopted:
-        return
-    if store.is_dir:
-        await context.say(0.3, "makes its file")
-        where = {"object": placement.object, "size": placement.size}
-        await context.work(store, "file_create", "file.create", share=(0.3, 0.9), **where)
-        return
-    await _scrub(context, placement, (0.3, 0.8))
-    await context.check_cancel()
-    await _write_metadata(context, placement)
+    placement = await get_placement(context)
+    assert placement is not None and placement.legs, "a VVol is placed before it is made"
+    for index, leg in enumerate(placement.legs):
+        if not leg.adopted:
+            await make_leg(context, placement, leg, share_of(index, len(placement.legs), 0.3, 0.8))
+
+
+def share_of(index: int, count: int, begin: float, end: float) -> tuple[float, float]:
+    """The part of a task's progress that one of several equal steps has."""
+    step = (end - begin) / count
+    return begin + index * step, begin + (index + 1) * step
 
 
 async def _bind_to(context: Context, host: str, *, force: bool) -> None:
     """Bind, then wait for the host's word while it is connected."""
     uuid = context.job.vvol
-    await context.until(0.9, lambda: context.registry.run(bindings.bind, uuid, host, force))
+    await context.until(0.9, lambda: context.registry.run(bindings.bind, uuid, host, force, moment()), again_s=2.0)
     hint = f"look at the log of host {host}'s filter"
 
     async def served() -> str:
@@ -163,26 +217,37 @@ async def unbind(context: Context) -> None:
 
 
 async def resize(context: Context) -> None:
-    """Take what is missing, scrub it, commit the size, tell the holders, write the leg's metadata."""
+    """Take what is missing on every leg, scrub it, commit the size, tell the holders, write the legs' metadata."""
     size = int(context.job.args["size"])
-    placement = await _placement(context)
+    placement = await get_placement(context)
     assert placement is not None, "a VVol with a task is not deleted"
     await context.settled(but_mine=True)
-    store = await _probed(context, placement.datastore)
-    if placement.size < size and store.is_dir:
-        await context.registry.run(space.reserve_file_growth, placement.uuid, size)
-        await context.work(store, "file_grow", "file.grow", share=(0.2, 0.8), object=placement.object, size=size)
-    elif placement.size < size:
+    if placement.size < size:
+        for leg in placement.legs:
+            await _probed(context, leg.datastore)
         await context.registry.run(space.reserve_growth, placement.uuid, size)
-        reserved = await _placement(context)
+        reserved = await get_placement(context)
         assert reserved is not None, "a VVol with a task is not deleted"
-        await _scrub(context, reserved, (0.2, 0.8))
+        for index, leg in enumerate(reserved.legs):
+            await _grow_leg(context, reserved, leg, size, share_of(index, len(reserved.legs), 0.2, 0.8))
         await context.check_cancel()
     await context.registry.run(space.commit_growth, placement.uuid, size)
     context.firm = True
-    grown = await _placement(context)
+    grown = await get_placement(context)
     assert grown is not None, "a VVol with a task is not deleted"
-    await _write_metadata(context, grown)
+    for leg in grown.legs:
+        await write_metadata(context, grown, leg)
+
+
+async def _grow_leg(
+    context: Context, placement: Placement, leg: LegPlace, size: int, share: tuple[float, float]
+) -> None:
+    store = await context.store(leg.datastore)
+    if store.is_dir:
+        length = leg.meta_length + size
+        await context.work(store, "file_grow", f"file.grow.{leg.id}", share=share, object=leg.object, size=length)
+    else:
+        await _scrub(context, placement, leg, share)
 
 
 async def delete(context: Context) -> None:
@@ -196,7 +261,7 @@ async def delete(context: Context) -> None:
         hosts = await context.registry.run(bindings.unreleased, uuid)
         return f"host {', '.join(hosts)} to release it" if hosts else ""
 
-    if await _placement(context) is None:
+    if await get_placement(context) is None:
         return
     await context.until(0.1, released, cancellable=False)
     await _give_back(context)
@@ -204,19 +269,25 @@ async def delete(context: Context) -> None:
 
 
 async def _give_back(context: Context) -> None:
-    """Scrub what a VVol has, or remove its file; adopted bytes stay as they are."""
+    """Scrub what a VVol has, or remove its files; adopted bytes stay as they are."""
     await context.settled(but_mine=True)
     await context.registry.run(space.begin_freeing, context.job.vvol)
-    placement = await _placement(context)
+    placement = await get_placement(context)
     assert placement is not None, "only this task takes away what the VVol has"
-    store = await context.store(placement.datastore)
-    if placement.placed and not placement.adopted and store.is_dir:
-        await context.work(store, "file_remove", "file.remove", object=placement.object)
-    elif placement.slot is not None:
-        await _write_directory(context, store, placement.slot)
-        ranges = [list(piece) for piece in placement.freeing]
+    for index, leg in enumerate(placement.legs):
+        await wipe_leg(context, leg, share_of(index, len(placement.legs), 0.2, 0.9))
+
+
+async def wipe_leg(context: Context, leg: LegPlace, share: tuple[float, float]) -> None:
+    """Scrub what a leg has, or remove its file, once nobody names it any more; adopted bytes stay as they are."""
+    store = await context.store(leg.datastore)
+    if store.is_dir and not leg.adopted:
+        await context.work(store, "file_remove", f"file.remove.{leg.id}", object=leg.object)
+    elif leg.slot is not None:
+        await _write_directory(context, store, leg.slot)
+        ranges = [list(piece) for piece in leg.freeing]
         if ranges:
-            await context.work(store, "scrub", "free.scrub", share=(0.2, 0.9), ranges=ranges)
+            await context.work(store, "scrub", f"free.scrub.{leg.id}", share=share, ranges=ranges)
 
 
 async def probe(context: Context) -> None:

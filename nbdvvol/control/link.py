@@ -16,11 +16,13 @@ import structlog
 from pydantic import ValidationError
 
 from nbdvvol.control import queries
-from nbdvvol.control.registry import Registry, bindings, faults, feed, orders, stores
+from nbdvvol.control.clock import moment
+from nbdvvol.control.registry import Registry, bindings, faults, feed, leases, legs, mirrors, orders, stores
 from nbdvvol.control.registry.orders import Order
 from nbdvvol.control.signal import Signals
 from nbdvvol.model import link
 from nbdvvol.model.errors import Code, NvError
+from nbdvvol.model.mirror import LegChange, Leased, MirrorReport, Renew
 
 log = structlog.get_logger()
 HELLO_TIMEOUT_S = 10.0
@@ -71,6 +73,8 @@ class HostLink:
         """The revision up to which the filter said that it runs everything."""
         self.questions: dict[int, tuple[type[Any], asyncio.Future[Any]]] = {}
         """Asked and not answered yet: the kind of answer, and who waits for it."""
+        self.mirrors: dict[str, MirrorReport] = {}
+        """What it said last of each mirror that it runs."""
 
     def answered(self, answer: link.Counters | link.Traced) -> None:
         """Hand an answer to whoever waits for it; one of the wrong kind, or to nobody, is ignored."""
@@ -98,6 +102,11 @@ class Links:
         for host in hosts:
             if host in self.connected:
                 self.connected[host].dirty.set()
+
+    def mirror(self, host: str, uuid: str) -> MirrorReport | None:
+        """What a host said last of a mirror that it runs; None when it is away or said nothing."""
+        me = self.connected.get(host)
+        return me.mirrors.get(uuid) if me is not None else None
 
     def runs(self, host: str, revision: int) -> bool:
         """Whether the host's filter runs everything up to a revision, or is away and will hear of it first."""
@@ -252,6 +261,16 @@ class Links:
             case link.Released():
                 await self.registry.run(bindings.released, me.host, message.uuid, message.epoch)
                 me.told.discard(message.uuid)
+                me.mirrors.pop(message.uuid, None)
+            case LegChange():
+                await me.send(await self.registry.run(legs.leg_change, me.host, message))
+            case link.LegReleased():
+                await self.registry.run(legs.leg_released, me.host, message.uuid, message.leg)
+            case Renew():
+                given = await self.registry.run(leases.renew, me.host, message.vvols, moment())
+                await me.send(Leased(id=message.id, vvols=given))
+            case MirrorReport():
+                me.mirrors[message.uuid] = message
             case link.Notice():
                 await self._notice(me.host, message)
             case link.WorkProgress():
@@ -273,6 +292,7 @@ class Links:
             await self.registry.run(stores.lost, message.subject, f"host {host}: {message.message}")
         elif message.event == "remote_back":
             await self.registry.run(stores.back, message.subject)
+            await self.registry.run(mirrors.store_is_back, message.subject)
 
     async def _done(self, message: link.WorkDone) -> None:
         entry = self._waiting.pop(message.id, None)
@@ -347,4 +367,6 @@ class Links:
             raise NvError(
                 Code.CONFLICT, f"datastore {name} is not what it was: {wrong}", "check its path; nothing was changed"
             )
+        if store.state not in ("online", "unknown"):
+            await self.registry.run(mirrors.store_is_back, name)
         return result

@@ -70,6 +70,33 @@ def choose_datastore(
     return wanted
 
 
+def choose_places(
+    vvol: str, named: str | None, profile: tuple[str, ProfileConfig] | None, datastores: list[str]
+) -> list[str]:
+    """The datastores of a new VVol: those of its profile's mirror, or the one that `choose_datastore` finds.
+
+    Raises CONFIG when the VVol names one beside its profile's mirror, NOT_FOUND for a leg that is none of `datastores`."""
+    mirror = profile[1].mirror if profile is not None else None
+    if mirror is None:
+        return [choose_datastore(vvol, named, profile, datastores)]
+    assert profile is not None, "a mirror is a profile's"
+    check_profile(*profile)
+    if named is not None:
+        raise NvError(
+            Code.CONFIG,
+            f"VVol {vvol} lies where its profile {profile[0]} has its mirror's legs, not on datastore {named}",
+            "take the datastore out, or use a profile without a mirror",
+        )
+    for leg in [*mirror.legs, *mirror.spares]:
+        if leg not in datastores:
+            raise NvError(
+                Code.NOT_FOUND,
+                f"profile {profile[0]}: no datastore {leg}; there are: {', '.join(datastores) or 'none'}",
+                "declare it in the farm file and apply",
+            )
+    return list(mirror.legs)
+
+
 def check_size(vvol: str, size: int, step: int = SECTOR) -> None:
     """Raise INVALID unless `size` is a positive multiple of `step` bytes that the allocator can hold."""
     if not 0 < size <= SIZE_MAX:

@@ -10,11 +10,11 @@ from pathlib import Path
 import structlog
 
 from nbdvvol import __version__
-from nbdvvol.control import observe
+from nbdvvol.control import lifecycle, mirrors, observe
 from nbdvvol.control.credentials import HostTokens, read_tokens
-from nbdvvol.control.lifecycle import BODIES, UNDO
 from nbdvvol.control.link import Links
-from nbdvvol.control.registry import Committed, Registry, farm, upkeep, views
+from nbdvvol.control.registry import Committed, Registry, farm, stores, upkeep, views
+from nbdvvol.control.registry import mirrors as tending
 from nbdvvol.control.signal import Signal, Signals
 from nbdvvol.control.status import host_view, problems
 from nbdvvol.control.tasks import Tasks
@@ -26,6 +26,12 @@ from nbdvvol.model.resources import Event, Host, Reactor, Status, Task, TaskStat
 log = structlog.get_logger()
 TASKS_SHOWN = 50
 UPKEEP_S = 3600.0
+TEND_S = 5.0
+"""How often control looks whether a mirror needs a spare."""
+LOOK_FOR_S = 30.0
+"""How often it looks for a datastore that is missing and that stale legs lie on."""
+BODIES = lifecycle.BODIES | mirrors.BODIES
+UNDO = lifecycle.UNDO | mirrors.UNDO
 
 
 class Control:
@@ -66,6 +72,8 @@ class Control:
         self._running = [
             asyncio.create_task(self.tasks.run(), name="tasks"),
             asyncio.create_task(self._keep_short(), name="upkeep"),
+            asyncio.create_task(self._tend(), name="mirrors"),
+            asyncio.create_task(self._look_for_stores(), name="missing datastores"),
         ]
 
     async def _keep_short(self) -> None:
@@ -73,6 +81,29 @@ class Control:
         while True:
             await self.registry.run(upkeep.prune)
             await asyncio.sleep(UPKEEP_S)
+
+    async def _tend(self) -> None:
+        """Do by itself what a profile says about mirrors."""
+        while True:
+            try:
+                await self.registry.run(tending.tend)
+            except NvError as error:
+                log.error("mirrors are not looked after now", error=str(error))
+            await asyncio.sleep(TEND_S)
+
+    async def _look_for_stores(self) -> None:
+        """Look whether a missing datastore with stale legs is back: its filter tries only what it needs."""
+        while True:
+            await asyncio.sleep(LOOK_FOR_S)
+            for name in await self.registry.run(tending.missing_stores):
+                store = await self.registry.run(stores.store, name)
+                host = next((host for host in store.hosts if host in self.links.connected), None)
+                if host is None:
+                    continue
+                try:
+                    await self.links.probe(name, host)
+                except NvError as error:
+                    log.debug("still missing", datastore=name, error=str(error))
 
     async def stop(self) -> None:
         """End the links, leave the tasks where they are, close the registry."""

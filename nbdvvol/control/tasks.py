@@ -54,9 +54,16 @@ class Context:
             await self.registry.run(tasks.progress, self.job.id, fraction, detail)
 
     async def until(
-        self, fraction: float, waits_for: Callable[[], Awaitable[str]], *, cancellable: bool = True
+        self,
+        fraction: float,
+        waits_for: Callable[[], Awaitable[str]],
+        *,
+        cancellable: bool = True,
+        again_s: float = LOOK_AGAIN_S,
     ) -> None:
-        """Wait until `waits_for` returns "". Raises CancelledByRequestError when the task is cancelled meanwhile."""
+        """Wait until `waits_for` returns "". Raises CancelledByRequestError when the task is cancelled meanwhile.
+
+        `again_s`: look again after so long when nothing is known to have changed."""
         while True:
             ticket = self._changed.ticket
             if cancellable:
@@ -65,7 +72,7 @@ class Context:
             if not missing:
                 return
             await self.say(fraction, f"waits for {missing}")
-            await self._changed.after(ticket, LOOK_AGAIN_S)
+            await self._changed.after(ticket, again_s)
 
     async def check_cancel(self) -> None:
         """Raise CancelledByRequestError when somebody cancelled the task."""
@@ -100,20 +107,22 @@ class Context:
         whole = {"store": store.spec.model_dump(mode="json"), **args}
         order = await self.registry.run(orders.outstanding, self.job.id, key)
         if order is not None:
-            result = await self._carry_out(order, share)
+            result = await self.carry_out(order, share)
             if order.args == whole:
                 return result
         where = host or await self.host_for(store, cancellable=not self.firm)
         order = await self.registry.run(orders.give, self.job.id, self.job.vvol, key, where, what, whole)
-        return await self._carry_out(order, share)
+        return await self.carry_out(order, share)
 
-    async def _carry_out(self, order: Order, share: tuple[float, float]) -> dict[str, Any]:
+    async def carry_out(self, order: Order, share: tuple[float, float]) -> dict[str, Any]:
+        """Have an order done that was written down; its progress is that share of the task's. Raises its NvError."""
         span = share[1] - share[0]
         running: set[asyncio.Task[None]] = set()
 
         def progress(fraction: float) -> None:
             if span:
-                what = f"{order.what} on {order.args['store']['name']}"
+                where = f" on {order.args['store']['name']}" if "store" in order.args else ""
+                what = f"{order.what}{where}"
                 running.add(asyncio.ensure_future(self.say(share[0] + span * fraction, what)))
 
         try:

@@ -32,9 +32,12 @@ Map copy
     0    8   magic `NVMAPCPY`                8    4   version (1)      12   4   leg id
     16   16  VVol UUID                       32   8   map version; the slot is map version mod 2
     40   8   size of the VVol                48   4   count of runs
+    52   4   length of the words              56   4   checksum of the words
     60   4   checksum of bytes 0..59 and of the runs
     64   32  each run: VVol offset 8, length 8, offset in the datastore 8, state 4 (0 mapped, 1 zero,
              2 write-protected), zero 4
+             then the words, at most 2048 bytes of JSON: what the VVol is called and which legs it has
+             (model/rebuild.py). A copy without them, or with damaged ones, is a map all the same
 
 Validity: a structure is valid when magic, version and checksum agree. A torn or damaged copy is passed over
 for the other one; of two valid ones the higher sequence (map version) counts; none valid is an error, never a
@@ -71,12 +74,13 @@ DIRTY_A_PAGE = PAGE - 128
 _HEADER = struct.Struct("<8sII16s16sQQQQQQ")
 _ENTRY = struct.Struct("<16sIIQQ")
 _LABEL = struct.Struct("<8sII16sQQQQI")
-_MAP = struct.Struct("<8sII16sQQI")
+_MAP = struct.Struct("<8sII16sQQIII")
 _RUN = struct.Struct("<QQQII")
 _CRC = struct.Struct("<I")
 _HEADER_MAGIC, _LABEL_MAGIC, _MAP_MAGIC = b"NVDSTORE", b"NVLABEL\0", b"NVMAPCPY"
 _SEALED = PAGE - _CRC.size
-RUNS_MAX = (MAP_SLOT_BYTES - ENTRY_BYTES) // _RUN.size
+WORDS_MAX = 2048
+RUNS_MAX = (MAP_SLOT_BYTES - ENTRY_BYTES - WORDS_MAX) // _RUN.size
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +145,8 @@ class MapCopy:
     version: int
     size: int
     runs: tuple[MapRun, ...]
+    words: bytes = b""
+    """What the VVol is, for a registry that has to be rebuilt; empty when they are not known or damaged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -356,19 +362,20 @@ def encode_map(copy: MapCopy) -> bytes:
             f"the map has {len(copy.runs)} runs, more than the {RUNS_MAX} that fit its copy on disk",
             "free a larger contiguous part of the datastore",
         )
-    head = _MAP.pack(_MAP_MAGIC, VERSION, copy.leg, copy.vvol.bytes, copy.version, copy.size, len(copy.runs))
-    head = head.ljust(ENTRY_BYTES - 4, b"\0")
+    assert len(copy.words) <= WORDS_MAX, "who writes the words keeps them short"
+    words = len(copy.words), google_crc32c.value(copy.words)
+    head = _MAP.pack(_MAP_MAGIC, VERSION, copy.leg, copy.vvol.bytes, copy.version, copy.size, len(copy.runs), *words)
     body = b"".join(_RUN.pack(run.offset, run.length, run.at, run.state, 0) for run in copy.runs)
-    raw = head + _CRC.pack(google_crc32c.value(head + body)) + body
+    raw = head + _CRC.pack(google_crc32c.value(head + body)) + body + copy.words
     return raw.ljust(round_up(len(raw), PAGE), b"\0")
 
 
 def _map_slot(raw: bytes) -> MapCopy | None:
     if len(raw) < ENTRY_BYTES or raw[:8] != _MAP_MAGIC:
         return None
-    _, version, leg, vvol, map_version, size, count = _MAP.unpack_from(raw)
+    _, version, leg, vvol, map_version, size, count, length, sum_of_words = _MAP.unpack_from(raw)
     end = ENTRY_BYTES + count * _RUN.size
-    if count > RUNS_MAX or end > len(raw):
+    if end > len(raw):
         return None
     body = raw[ENTRY_BYTES:end]
     (crc,) = _CRC.unpack_from(raw, ENTRY_BYTES - 4)
@@ -379,7 +386,10 @@ def _map_slot(raw: bytes) -> MapCopy | None:
     if version != VERSION:
         return None
     runs = tuple(MapRun(o, n, at, state) for o, n, at, state, _ in _RUN.iter_unpack(body))
-    return MapCopy(UUID(bytes=vvol), leg, map_version, size, runs)
+    words = raw[end : end + length] if length <= WORDS_MAX else b""
+    if google_crc32c.value(words) != sum_of_words:
+        words = b""
+    return MapCopy(UUID(bytes=vvol), leg, map_version, size, runs, words)
 
 
 def decode_map(slots: tuple[bytes, bytes]) -> MapCopy:

@@ -13,11 +13,13 @@ from nbdvvol.model.farm import (
     AdoptConfig,
     DatastoreKind,
     Farm,
+    MirrorConfig,
     ProfileConfig,
     QosConfig,
     SocketConfig,
     VVolType,
 )
+from nbdvvol.model.mirror import LegState, ResyncWish, Stamp
 from nbdvvol.model.observe import HostCounters, ReactorCounters
 from nbdvvol.model.units import Name, PositiveSize
 
@@ -45,10 +47,22 @@ class Leg(Model):
 
     id: int
     datastore: str
-    state: Literal["in-sync", "stale", "syncing"] = "in-sync"
+    state: LegState = "in-sync"
     object: str = ""
     """kind dir: the file's name inside the datastore; empty for datastores that are one object."""
     adopted: bool = False
+    life: Literal["making", "live", "leaving"] = "live"
+    """`making`: its space is being prepared. `leaving`: it was removed, its space is not free yet."""
+    stamp: Stamp = Stamp()
+    """The newest label that is known to be on it."""
+    resync: ResyncWish = "auto"
+    """What becomes of it while it is not in sync."""
+    lost: datetime | None = None
+    """Since when it is stale."""
+    why: str = ""
+    """Why it is not in sync."""
+    replaces: int | None = None
+    """The leg whose place it takes, as a spare."""
     regions: list[Region] = Field(default_factory=list)
 
 
@@ -73,6 +87,8 @@ class VVol(Model):
     profile: str
     qos: QosConfig | None = None
     """Its profile's limits; null: none, and the usual shares."""
+    mirror: MirrorConfig | None = None
+    """How its mirror is run; null: one copy, without a mirror's metadata. Its legs may be others than the profile's."""
     state: VVolState
     read_only: bool = False
     description: str = ""
@@ -258,6 +274,28 @@ class ResizeVVol(Model):
     """Body of POST …/resize: growing only."""
 
     size: PositiveSize
+
+
+class AddLeg(Model):
+    """Body of POST …/legs."""
+
+    datastore: Name
+
+
+class ResyncLeg(Model):
+    """Body of POST …/legs/LEG/resync."""
+
+    full: bool = False
+    """Copy everything, not only what is known to differ."""
+    stop: bool = False
+    """Stop copying, and leave the leg stale until it is asked for again."""
+
+
+class VerifyMirror(Model):
+    """Body of POST …/verify."""
+
+    repair: bool | None = None
+    """Left out, the profile's word."""
 
 
 class BindVVol(Model):

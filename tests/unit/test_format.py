@@ -173,9 +173,23 @@ def test_map_copies() -> None:
         disk.decode_map((bytes(4096), bytes(torn)))
 
 
+def test_a_map_copy_says_what_its_vvol_is_and_does_without() -> None:
+    runs = (disk.MapRun(0, MIB, MIB), disk.MapRun(MIB, MIB, 4 * MIB))
+    copy = disk.MapCopy(VVOL, 2, 6, 2 * MIB, runs, b'{"vm":"vm1"}')
+    raw = bytearray(disk.encode_map(copy))
+    assert disk.decode_map((bytes(raw), b"")) == copy
+    raw[64 + 2 * 32 + 3] ^= 1
+    read = disk.decode_map((bytes(raw), b""))
+    assert (read.runs, read.words) == (runs, b""), "damaged words harm no map"
+    old = disk.encode_map(disk.MapCopy(VVOL, 2, 6, 2 * MIB, runs))
+    assert old[52:60] == bytes(8), "as it was before there were words"
+
+
 def test_a_map_with_too_many_runs_is_refused() -> None:
     runs = tuple(disk.MapRun(n, 1, n) for n in range(disk.RUNS_MAX))
-    assert len(disk.encode_map(disk.MapCopy(VVOL, 0, 1, 1, runs))) == disk.MAP_SLOT_BYTES
+    words = bytes(range(256)) * (disk.WORDS_MAX // 256)
+    raw = disk.encode_map(disk.MapCopy(VVOL, 0, 1, 1, runs, words))
+    assert len(raw) == disk.MAP_SLOT_BYTES and disk.decode_map((raw, b"")).words == words
     with pytest.raises(NvError, match="runs"):
         disk.encode_map(disk.MapCopy(VVOL, 0, 1, 1, (*runs, runs[0])))
 

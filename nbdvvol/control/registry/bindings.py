@@ -11,7 +11,8 @@ from typing import Any
 
 from sqlalchemy import Row, delete, insert, select, update
 
-from nbdvvol.control.registry import faults, feed, orders
+from nbdvvol.control.clock import Moment
+from nbdvvol.control.registry import faults, feed, leases, orders
 from nbdvvol.control.registry import schema as s
 from nbdvvol.control.registry.tx import Tx, transaction
 from nbdvvol.control.registry.views import HELD, TOLD, vvol_row
@@ -75,10 +76,11 @@ def _let_go(tx: Tx, uuid: str, host: str, vm: str) -> None:
 
 
 @transaction
-def bind(tx: Tx, uuid: str, host: str, force: bool = False) -> str:
+def bind(tx: Tx, uuid: str, host: str, force: bool = False, now: Moment | None = None) -> str:
     """Bind to `host` under the next epoch, once nobody else may hold the VVol. Returns what it waits for, or "".
 
-    `force` takes it from hosts that do not answer: the operator's word that they no longer serve it."""
+    `force` takes it from hosts that do not answer: the operator's word that they no longer serve it. Without it, a host
+    whose lease has run out by `now` counts as one that stopped, if every leg keeps out what it still has in flight."""
     row = vvol_row(tx, uuid)
     if row.state != "ready":
         raise NvError(Code.CONFLICT, f"VVol {row.vm}/{row.name} is {row.state}, not ready", "wait for its task")
@@ -93,10 +95,18 @@ def bind(tx: Tx, uuid: str, host: str, force: bool = False) -> str:
         return risk
     waiting = _take(tx, row)
     if waiting and not force:
-        return f"host {', '.join(waiting)} to release it"
+        late = _leases_over(tx, uuid, waiting, now)
+        wait = [other for other in waiting if other not in late]
+        open_legs = leases.unfenced(tx, uuid) if late and not wait else []
+        if wait or open_legs:
+            return f"host {', '.join(waiting)} to release it{_open_words(name, open_legs)}"
     for other in waiting:
-        _force(tx, uuid, other, name)
-    tx.db.execute(delete(s.holders).where(s.holders.c.vvol == uuid, s.holders.c.host == host))
+        _force(tx, uuid, other, name, lease=not force)
+    here = s.holders.c.vvol == uuid, s.holders.c.host == host
+    if tx.db.execute(select(s.holders.c.state).where(*here)).one_or_none() is None:
+        for leg in tx.db.execute(select(s.legs).where(s.legs.c.vvol == uuid, s.legs.c.life == "leaving")).all():
+            let_go(tx, host, leg)
+    tx.db.execute(delete(s.holders).where(*here))
     advance_epoch(tx, uuid, row.epoch)
     tx.db.execute(insert(s.holders).values(vvol=uuid, host=host, epoch=row.epoch + 1, state="assigned"))
     faults.inherit(tx, uuid, host)
@@ -105,14 +115,48 @@ def bind(tx: Tx, uuid: str, host: str, force: bool = False) -> str:
     return ""
 
 
-def _force(tx: Tx, uuid: str, host: str, name: str) -> None:
+def _leases_over(tx: Tx, uuid: str, hosts: list[str], now: Moment | None) -> list[str]:
+    """Of these hosts, those that have stopped because their lease ran out."""
+    if now is None or leases.lease_of(tx, vvol_row(tx, uuid).profile) is None:
+        return []
+    held = select(s.holders).where(s.holders.c.vvol == uuid, s.holders.c.host.in_(hosts))
+    return [holder.host for holder in tx.db.execute(held).all() if leases.is_over(tx, holder, now)]
+
+
+def _open_words(name: str, stores: list[str]) -> str:
+    if not stores:
+        return ""
+    return (
+        f"; its lease has run out, but datastore {', '.join(stores)} cannot fence it, so that what it still has in flight "
+        f"may land later: if that machine is off, nbdvvol bind {name} --force"
+    )
+
+
+def _force(tx: Tx, uuid: str, host: str, name: str, *, lease: bool = False) -> None:
     _move(tx, uuid, host, "forced")
     tx.about.add(uuid)
-    risk = (
-        f"taken from host {host} by force: if its filter still runs, it may go on writing until it hears of this; "
-        "its extents stay unused until it confirms"
-    )
-    tx.event("vvol.forced", name, risk)
+    if lease:
+        text = f"taken over from host {host}, whose lease has run out; every leg fences what it may still have in flight"
+        tx.event("vvol.lease_over", name, text)
+    else:
+        tx.event("vvol.forced", name, f"taken from host {host} by force: {'; '.join(risks(tx, uuid))}")
+
+
+def risks(tx: Tx, uuid: str) -> list[str]:
+    """What taking a VVol by force from a host that does not answer puts at risk."""
+    if not vvol_row(tx, uuid).mirror:
+        return [
+            "if its filter still runs, it may go on writing until it hears of this; its extents stay unused until it "
+            "confirms"
+        ]
+    stores = leases.unfenced(tx, uuid)
+    if not stores:
+        return ["every leg fences: what its filter still writes is dropped there, and clients it still has get errors"]
+    return [
+        f"datastore {', '.join(stores)} cannot fence: if its filter still runs, what its clients write may land there "
+        "beside what the new host writes, and legs may then differ unnoticed; power that machine off first",
+        "a write that it acknowledged and that was not flushed may be lost",
+    ]
 
 
 @transaction
@@ -123,6 +167,8 @@ def unbind(tx: Tx, uuid: str, force: bool = False) -> str:
     if force:
         for host in waiting:
             _force(tx, uuid, host, f"{row.vm}/{row.name}")
+        if waiting:
+            advance_epoch(tx, uuid, row.epoch)  # what they ask for from now on is refused
         return ""
     return f"host {', '.join(waiting)} to release it" if waiting else ""
 
@@ -139,6 +185,14 @@ def home(tx: Tx, uuid: str) -> str:
     query = select(s.vms.c.host).join(s.vvols, s.vvols.c.vm == s.vms.c.name).where(s.vvols.c.uuid == uuid)
     host: str = tx.db.execute(query).scalar_one()
     return host
+
+
+@transaction
+def serving(tx: Tx, uuid: str) -> tuple[str, int] | None:
+    """(host, epoch) of the filter that serves a VVol, by its own word."""
+    query = select(s.holders.c.host, s.holders.c.epoch).where(s.holders.c.vvol == uuid, s.holders.c.state == "bound")
+    row = tx.db.execute(query).one_or_none()
+    return (row.host, row.epoch) if row is not None else None
 
 
 @transaction
@@ -236,6 +290,7 @@ def connect(tx: Tx, hello: Hello) -> Snapshot | Resumed:
             mine = update(s.holders).where(s.holders.c.vvol == row.vvol, s.holders.c.host == hello.host)
             tx.db.execute(mine.values(epoch=row.newest + 1, state="binding", facts="", error=""))
             touch_holder(tx, hello.host, row.vvol, row.vm)
+    _legs_gone_from(tx, hello)
     if (host.instance, host.run_dir, host.address) != (hello.instance, hello.run_dir, hello.address):
         values = {"instance": hello.instance, "run_dir": hello.run_dir, "address": hello.address}
         tx.db.execute(update(s.hosts).where(s.hosts.c.name == hello.host).values(**values))
@@ -244,6 +299,23 @@ def connect(tx: Tx, hello: Hello) -> Snapshot | Resumed:
     if known and hello.revision > 0:
         return Resumed(revision=hello.revision)
     return feed.snapshot(tx, hello.host)
+
+
+def _legs_gone_from(tx: Tx, hello: Hello) -> None:
+    """What a filter does not hold of legs that were taken out, it has let go of."""
+    holding = {held.uuid: held.legs for held in hello.held}
+    for leg in tx.db.execute(select(s.legs).where(s.legs.c.life == "leaving")).all():
+        if leg.id not in holding.get(leg.vvol, []):
+            let_go(tx, hello.host, leg)
+
+
+def let_go(tx: Tx, host: str, leg: Row[Any]) -> None:
+    """Nothing of a leg that was taken out is in flight on a host."""
+    if host not in leg.let_go.split("\n"):
+        mine = update(s.legs).where(s.legs.c.vvol == leg.vvol, s.legs.c.id == leg.id)
+        tx.db.execute(mine.values(let_go=f"{leg.let_go}\n{host}".strip()))
+        tx.about.add(leg.vvol)
+        tx.changed = True
 
 
 @transaction

@@ -6,7 +6,7 @@ from sqlalchemy import delete, select, update
 from sqlalchemy.dialects.sqlite import insert as upsert
 
 from nbdvvol.control.apply import Have, HaveDatastore, HaveVm, HaveVVol, Plan, compare
-from nbdvvol.control.registry import bindings, vvols
+from nbdvvol.control.registry import bindings, leases, vvols
 from nbdvvol.control.registry import schema as s
 from nbdvvol.control.registry.stores import touch_store
 from nbdvvol.control.registry.tasks import add_task
@@ -48,7 +48,8 @@ def _have(tx: Tx) -> Have:
             profile=row.profile,
             read_only=row.read_only,
             description=row.description,
-            datastore=row.datastore,
+            places=vvols.places_now(tx, row),
+            mirror=row.mirror,
             adopt=AdoptConfig.model_validate_json(row.adopt) if row.adopt else None,
             state=row.state,
             host=vvols.bound_host(tx, row.uuid),
@@ -98,7 +99,10 @@ def _touch_declared(tx: Tx, plan: Plan, have: Have) -> None:
             for host in every:
                 tx.touch(host, "datastore", row.name)
     for name, profile in plan.profiles.items():
-        if name in have.profiles and have.profiles[name].qos != profile.qos:
+        old = have.profiles.get(name)
+        if profile.mirror is None or profile.mirror.lease is None:
+            leases.forget(tx, name)
+        if old is not None and (old.qos, old.mirror) != (profile.qos, profile.mirror):
             for uuid in tx.db.execute(select(s.vvols.c.uuid).where(s.vvols.c.profile == name)).scalars().all():
                 bindings.touch_holders(tx, uuid)
     for name, vm in plan.vms.items():
@@ -132,6 +136,8 @@ def apply(tx: Tx, request: ApplyRequest) -> ApplyResult:
         bindings.touch_holders(tx, uuid)
     for uuid, profile in plan.profile_of:
         tx.db.execute(update(s.vvols).where(s.vvols.c.uuid == uuid).values(profile=profile))
+        if leases.lease_of(tx, profile) is None:
+            leases.forget(tx, profile)
         bindings.touch_holders(tx, uuid)
     for uuid, body in plan.retry:
         result.tasks.append(vvols.retry_create(tx, vvol_row(tx, uuid), body).id)

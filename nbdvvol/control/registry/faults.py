@@ -69,6 +69,7 @@ def inherit(tx: Tx, uuid: str, host: str) -> None:
 def elsewhere(tx: Tx, uuid: str, host: str) -> str:
     """What a VVol waits for before `host` may serve it, because a sync failed on another one; "" for nothing."""
     legs = select(s.legs).where(s.legs.c.vvol == uuid, s.legs.c.fault_host.not_in(("", host)))
+    legs = legs.where(s.legs.c.state == "in-sync")  # of a mirror's other legs nothing is read
     return "; ".join(
         f"the operator's word on the sync that failed on host {leg.fault_host}: "
         f"nbdvvol datastore clear-fault {leg.datastore}"

@@ -16,13 +16,13 @@ from nbdvvol.control.policy import opens_direct
 from nbdvvol.control.registry import faults
 from nbdvvol.control.registry import schema as s
 from nbdvvol.control.registry.tx import Tx, transaction
-from nbdvvol.control.registry.views import HELD, LegRows, leg_rows, limits_of_profiles
+from nbdvvol.control.registry.views import HELD, NO_POLICY, LegRows, leg_rows, mirror_policy, profile_specs
 from nbdvvol.model.check import place_of
 from nbdvvol.model.farm import (
     DatastoreConfig,
     DatastoreKind,
     HostConfig,
-    QosConfig,
+    ProfileConfig,
     SocketConfig,
     TlsFiles,
     VVolType,
@@ -38,6 +38,7 @@ from nbdvvol.model.link import (
     VVolSpec,
     remote_spec,
 )
+from nbdvvol.model.mirror import Stamp, mirror_spec
 
 
 def sees(config: DatastoreConfig, host: str) -> bool:
@@ -61,7 +62,7 @@ def datastore_spec(tx: Tx, row: Row[Any]) -> DatastoreSpec:
     )
 
 
-def _vvol_spec(row: Row[Any], found: LegRows, qos: QosConfig | None) -> VVolSpec:
+def _vvol_spec(row: Row[Any], found: LegRows, policy: ProfileConfig) -> VVolSpec:
     legs = [
         LegSpec(
             id=leg.id,
@@ -70,8 +71,14 @@ def _vvol_spec(row: Row[Any], found: LegRows, qos: QosConfig | None) -> VVolSpec
             object=leg.object,
             adopted=leg.adopted,
             runs=[RunSpec(o=o, n=n, at=at, s=state) for o, n, at, state in found.runs[row.uuid, leg.id]],
+            stamp=Stamp(epoch=leg.epoch, generation=leg.generation),
+            meta_offset=leg.meta_offset,
+            meta_length=leg.meta_length,
+            resync=leg.resync,
+            asked=leg.asked,
         )
         for leg in found.legs[row.uuid]
+        if leg.life == "live"
     ]
     return VVolSpec(
         uuid=row.uuid,
@@ -85,7 +92,8 @@ def _vvol_spec(row: Row[Any], found: LegRows, qos: QosConfig | None) -> VVolSpec
         generation=row.generation,
         map_version=row.map_version,
         legs=legs,
-        qos=qos,
+        qos=policy.qos,
+        mirror=mirror_spec(mirror_policy(policy, row)) if row.mirror else None,
     )
 
 
@@ -119,8 +127,8 @@ def _tell_vvols(tx: Tx, host: str, only: Iterable[str] | None = None) -> dict[st
     assigned = update(s.holders).where(s.holders.c.host == host, s.holders.c.state == "assigned", named)
     tx.db.execute(assigned.values(state="binding"))
     found = leg_rows(tx, rows)
-    limits = limits_of_profiles(tx)
-    return {row.uuid: _vvol_spec(row, found, limits.get(row.profile)) for row in rows}
+    specs = profile_specs(tx)
+    return {row.uuid: _vvol_spec(row, found, specs.get(row.profile, NO_POLICY)) for row in rows}
 
 
 def host_settings(tx: Tx, host: str) -> tuple[HostConfig, TlsFiles | None]:

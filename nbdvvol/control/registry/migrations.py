@@ -32,7 +32,34 @@ UPDATE legs SET fault_host = (SELECT host FROM holders WHERE holders.vvol = legs
     AND EXISTS (SELECT 1 FROM holders WHERE holders.vvol = legs.vvol);
 UPDATE datastores SET state = 'online', detail = '' WHERE state = 'faulty' AND detail LIKE 'sync failed%'
 """
-STEPS: dict[int, Callable[[Connection], None]] = {1: _to_2}
+
+
+def _to_3(connection: Connection) -> None:
+    """Mirrors: what is known of each leg, of leases, and which servers can fence. Every VVol has one leg, number 0."""
+    for statement in _STEP_2.strip().split("\n"):
+        connection.exec_driver_sql(statement)
+
+
+_STEP_2 = """
+ALTER TABLE datastores ADD COLUMN fences BOOLEAN NOT NULL DEFAULT 0
+ALTER TABLE vvols ADD COLUMN mirror BOOLEAN NOT NULL DEFAULT 0
+ALTER TABLE vvols ADD COLUMN places TEXT NOT NULL DEFAULT ''
+ALTER TABLE vvols ADD COLUMN next_leg INTEGER NOT NULL DEFAULT 1
+ALTER TABLE holders ADD COLUMN lease_boot VARCHAR NOT NULL DEFAULT ''
+ALTER TABLE holders ADD COLUMN lease_ends INTEGER NOT NULL DEFAULT 0
+ALTER TABLE holders ADD COLUMN lease_ms INTEGER NOT NULL DEFAULT 0
+ALTER TABLE legs ADD COLUMN life VARCHAR NOT NULL DEFAULT 'live'
+ALTER TABLE legs ADD COLUMN epoch INTEGER NOT NULL DEFAULT 0
+ALTER TABLE legs ADD COLUMN generation INTEGER NOT NULL DEFAULT 0
+ALTER TABLE legs ADD COLUMN resync VARCHAR NOT NULL DEFAULT 'auto'
+ALTER TABLE legs ADD COLUMN asked INTEGER NOT NULL DEFAULT 0
+ALTER TABLE legs ADD COLUMN lost VARCHAR NOT NULL DEFAULT ''
+ALTER TABLE legs ADD COLUMN why TEXT NOT NULL DEFAULT ''
+ALTER TABLE legs ADD COLUMN replaces INTEGER
+ALTER TABLE legs ADD COLUMN let_go TEXT NOT NULL DEFAULT ''
+ALTER TABLE legs ADD COLUMN map_written INTEGER NOT NULL DEFAULT 0
+"""
+STEPS: dict[int, Callable[[Connection], None]] = {1: _to_2, 2: _to_3}
 """Version → the step that leads from it to the next."""
 
 

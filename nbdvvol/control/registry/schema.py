@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from sqlalchemy import Boolean, Column, ForeignKey, Index, Integer, MetaData, String, Table, Text, UniqueConstraint
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 APPLICATION_ID = 0x4E564256
 """Marks the SQLite file as ours (`NVBV`)."""
 
@@ -44,8 +44,9 @@ datastores = Table(
     Column("block_size", Integer, nullable=False, default=0),
     Column("direct_ok", Boolean, nullable=True),
     Column("header", Text, nullable=False, default=""),
+    Column("fences", Boolean, nullable=False, default=False),
 )
-"""`header`: hex of the header that was (or is being) written."""
+"""`header`: hex of the header that was (or is being) written; `fences`: its server drops hosts of older epochs."""
 
 profiles = Table("profiles", schema, Column("name", String, primary_key=True), Column("spec", Text, nullable=False))
 
@@ -76,9 +77,14 @@ vvols = Table(
     Column("adopt", Text, nullable=True),
     Column("task", Integer, ForeignKey("tasks.id"), nullable=True),
     Column("error", Text, nullable=False, default=""),
+    Column("mirror", Boolean, nullable=False, default=False),
+    Column("places", Text, nullable=False, default=""),
+    Column("next_leg", Integer, nullable=False, default=1),
     UniqueConstraint("vm", "name"),
 )
-"""`task`: the one task that may change it now."""
+"""`task`: the one task that may change it now. `mirror`: it has labels, intents and dirty maps, and may have several legs.
+`places`: the datastores that its first legs are to lie on, as a JSON list; empty: `datastore` alone. `next_leg`: an id that
+none of its legs ever had."""
 
 holders = Table(
     "holders",
@@ -89,11 +95,16 @@ holders = Table(
     Column("state", String, nullable=False),
     Column("facts", Text, nullable=False, default=""),
     Column("error", Text, nullable=False, default=""),
+    Column("lease_boot", String, nullable=False, default=""),
+    Column("lease_ends", Integer, nullable=False, default=0),
+    Column("lease_ms", Integer, nullable=False, default=0),
 )
 """Hosts that a VVol is bound to, or that may still hold it. At most one host is `assigned` (no filter of it was told,
 or the one that was has stopped cleanly: nothing runs there), `binding` (told) or `bound` (serves it). Others are
 `releasing`, or `forced`: the operator took it away without the host's word; its extents are not handed out again
-before the host speaks."""
+before the host speaks.
+`lease_ends`: when its lease runs out, milliseconds since the boot `lease_boot` of control's machine; `lease_ms`: how long
+each one was; 0: it never had one, so that nobody knows when the filter stops."""
 
 legs = Table(
     "legs",
@@ -109,10 +120,24 @@ legs = Table(
     Column("meta_length", Integer, nullable=False, default=0),
     Column("stamp", Integer, nullable=False, default=0),
     Column("fault_host", String, nullable=False, default=""),
+    Column("life", String, nullable=False, default="live"),
+    Column("epoch", Integer, nullable=False, default=0),
+    Column("generation", Integer, nullable=False, default=0),
+    Column("resync", String, nullable=False, default="auto"),
+    Column("asked", Integer, nullable=False, default=0),
+    Column("lost", String, nullable=False, default=""),
+    Column("why", Text, nullable=False, default=""),
+    Column("replaces", Integer, nullable=True),
+    Column("let_go", Text, nullable=False, default=""),
+    Column("map_written", Integer, nullable=False, default=0),
     UniqueConstraint("datastore", "slot"),
 )
 """`slot`: its directory entry; `stamp`: sequence of its last label; `fault_host`: a sync failed there, so that bytes
-acknowledged there may be lost: another host serves it only once the operator accepts that."""
+acknowledged there may be lost: another host serves it only once the operator accepts that.
+`life`: `making` until it may be used, `live`, `leaving` once it was taken away and its space is not free yet.
+`epoch`, `generation`: the confirmed stamp. `resync`, `asked`: what is to become of it while it is not in sync. `lost`, `why`:
+since when and why it is stale. `replaces`: the leg whose place it takes as a spare. `let_go`: of a leaving leg, the hosts
+that said that nothing of it is in flight there, one a line. `map_written`: the map version of its newest copy on disk."""
 
 runs = Table(
     "runs",

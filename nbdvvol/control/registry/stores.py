@@ -129,6 +129,7 @@ def probed(tx: Tx, name: str, host: str, result: dict[str, Any]) -> str:
         "detail": "",
         "block_size": int(result.get("block_size", 0)),
         "direct_ok": result.get("direct_ok"),
+        "fences": bool(result.get("fences", False)),
     }
     tx.db.execute(update(s.datastores).where(s.datastores.c.name == name).values(**values))
     if row.use == "formatted" and size > row.size:
@@ -231,6 +232,7 @@ def directory_page(tx: Tx, name: str, slot: int) -> tuple[int, bytes]:
     page = slot // disk.ENTRIES_A_PAGE
     query = select(s.legs).join(s.vvols, s.vvols.c.uuid == s.legs.c.vvol)
     query = query.where(s.legs.c.datastore == name, s.legs.c.slot.is_not(None), s.vvols.c.state != "deleting")
+    query = query.where(s.legs.c.life != "leaving")
     entries = {
         leg.slot: disk.Entry(uuids.UUID(leg.vvol), leg.id, leg.meta_offset, leg.meta_length)
         for leg in tx.db.execute(query)

@@ -15,7 +15,10 @@ from nbdvvol.model.errors import Code, NvError
 from nbdvvol.model.resources import Task
 
 LIVE = ("queued", "running")
-CANCELLABLE = ("create", "resize", "bind")
+CANCELLABLE = ("create", "resize", "bind", "add-leg", "remove-leg", "verify")
+
+TELLING = ("verify",)
+"""What these said last is their result."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +33,10 @@ class Job:
     cancel: bool
 
 
-def add_task(tx: Tx, kind: str, subject: str, vvol: str = "", **args: object) -> Task:
-    """Queue a task; a VVol's task claims the VVol. Raises CONFLICT when another task has it."""
+def add_task(tx: Tx, kind: str, subject: str, vvol: str = "", *, claim: bool = True, **args: object) -> Task:
+    """Queue a task; a VVol's task claims the VVol, unless it changes nothing that others change.
+
+    Raises CONFLICT when another task has it."""
     when = now()
     row = {
         "kind": kind,
@@ -44,9 +49,9 @@ def add_task(tx: Tx, kind: str, subject: str, vvol: str = "", **args: object) ->
     }
     key = tx.db.execute(insert(s.tasks).values(**row)).inserted_primary_key
     assert key is not None, "the tasks table numbers its rows"
-    if vvol:
-        claim = update(s.vvols).where(s.vvols.c.uuid == vvol, s.vvols.c.task.is_(None)).values(task=key[0])
-        if tx.db.execute(claim).rowcount != 1:
+    if vvol and claim:
+        mine = update(s.vvols).where(s.vvols.c.uuid == vvol, s.vvols.c.task.is_(None)).values(task=key[0])
+        if tx.db.execute(mine).rowcount != 1:
             holder = vvol_row(tx, vvol).task
             running = tx.db.execute(select(s.tasks.c.kind).where(s.tasks.c.id == holder)).scalar_one()
             raise NvError(
@@ -82,7 +87,7 @@ def finish(tx: Tx, task_id: int, state: str, error: str = "") -> None:
         return
     values: dict[str, object] = {"state": state, "error": error, "updated": now()}
     if state == "success":
-        values |= {"progress": 1000, "detail": ""}
+        values |= {"progress": 1000, "detail": row.detail if row.kind in TELLING else ""}
     tx.db.execute(update(s.tasks).where(s.tasks.c.id == task_id).values(**values))
     tx.db.execute(update(s.vvols).where(s.vvols.c.task == task_id).values(task=None))
     if state != "success":

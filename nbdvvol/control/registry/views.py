@@ -14,7 +14,8 @@ from nbdvvol.control.registry import schema as s
 from nbdvvol.control.registry.tx import Tx, transaction
 from nbdvvol.control.uris import attach_lines, socket_path, tcp_uri, unix_uri
 from nbdvvol.model.errors import Code, NvError
-from nbdvvol.model.farm import DatastoreConfig, HostConfig, ProfileConfig, QosConfig, SocketConfig, VVolType
+from nbdvvol.model.farm import DatastoreConfig, HostConfig, MirrorConfig, ProfileConfig, SocketConfig, VVolType
+from nbdvvol.model.mirror import Stamp
 from nbdvvol.model.resources import (
     Binding,
     Datastore,
@@ -85,23 +86,26 @@ def _of(query: Select[Any], column: ColumnElement[str], rows: Sequence[Row[Any]]
     return query.where(column.in_([row.uuid for row in rows])) if len(rows) <= FEW else query
 
 
-def limits_of_profiles(tx: Tx) -> dict[str, QosConfig]:
-    """The limits of every profile that has some."""
-    found = {row.name: ProfileConfig.model_validate_json(row.spec).qos for row in tx.db.execute(select(s.profiles))}
-    return {name: qos for name, qos in found.items() if qos is not None}
+def profile_specs(tx: Tx) -> dict[str, ProfileConfig]:
+    """Every profile, by name."""
+    return {row.name: ProfileConfig.model_validate_json(row.spec) for row in tx.db.execute(select(s.profiles))}
+
+
+NO_POLICY = ProfileConfig()
+"""Of a VVol that names no profile."""
 
 
 def vvol_views(tx: Tx, rows: Sequence[Row[Any]]) -> list[VVol]:
     """VVols as the API shows them."""
     found = leg_rows(tx, rows)
-    limits = limits_of_profiles(tx)
+    specs = profile_specs(tx)
     bindings: dict[str, tuple[Binding, str]] = {}
     query = select(s.holders, s.hosts.c.run_dir).join(s.hosts, s.hosts.c.name == s.holders.c.host)
     for holder in tx.db.execute(_of(query.where(s.holders.c.state != "forced"), s.holders.c.vvol, rows)):
         if holder.vvol not in bindings or holder.state in HELD:
             binding = Binding(host=holder.host, epoch=holder.epoch, state=holder.state)
             bindings[holder.vvol] = binding, holder.run_dir
-    return [_vvol_view(row, found, bindings.get(row.uuid), limits.get(row.profile)) for row in rows]
+    return [_vvol_view(row, found, bindings.get(row.uuid), specs.get(row.profile, NO_POLICY)) for row in rows]
 
 
 def vvol_view(tx: Tx, row: Row[Any]) -> VVol:
@@ -109,7 +113,12 @@ def vvol_view(tx: Tx, row: Row[Any]) -> VVol:
     return vvol_views(tx, [row])[0]
 
 
-def _vvol_view(row: Row[Any], found: LegRows, bound: tuple[Binding, str] | None, qos: QosConfig | None) -> VVol:
+def mirror_policy(spec: ProfileConfig, row: Row[Any]) -> MirrorConfig:
+    """How a mirrored VVol of a profile is run; by the defaults, where the profile says nothing (any more)."""
+    return spec.mirror or MirrorConfig(legs=[row.datastore])
+
+
+def _vvol_view(row: Row[Any], found: LegRows, bound: tuple[Binding, str] | None, spec: ProfileConfig) -> VVol:
     legs = [
         Leg(
             id=leg.id,
@@ -117,6 +126,12 @@ def _vvol_view(row: Row[Any], found: LegRows, bound: tuple[Binding, str] | None,
             state=leg.state,
             object=leg.object,
             adopted=leg.adopted,
+            life=leg.life,
+            stamp=Stamp(epoch=leg.epoch, generation=leg.generation),
+            resync=leg.resync,
+            lost=leg.lost or None,
+            why=leg.why,
+            replaces=leg.replaces,
             regions=[
                 Region(offset=o, length=n, object_offset=at, state=REGION_STATES[state])
                 for o, n, at, state in found.runs[row.uuid, leg.id]
@@ -133,7 +148,8 @@ def _vvol_view(row: Row[Any], found: LegRows, bound: tuple[Binding, str] | None,
         size=row.size,
         type=VVolType(row.type),
         profile=row.profile,
-        qos=qos,
+        qos=spec.qos,
+        mirror=mirror_policy(spec, row) if row.mirror else None,
         state=VVolState(row.state),
         read_only=row.read_only,
         description=row.description,

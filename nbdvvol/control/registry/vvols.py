@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import uuid as uuids
 from typing import Any
 
@@ -10,6 +11,7 @@ from sqlalchemy import Row, insert, select, update
 from nbdvvol.control import policy
 from nbdvvol.control.registry import bindings, faults
 from nbdvvol.control.registry import schema as s
+from nbdvvol.control.registry.space import places_of
 from nbdvvol.control.registry.stores import store_row
 from nbdvvol.control.registry.tasks import add_task
 from nbdvvol.control.registry.tx import Tx, transaction
@@ -47,7 +49,8 @@ def _check_adoption(name: str, body: CreateVVol, config: DatastoreConfig) -> Non
         )
 
 
-def _check_sees(name: str, host: str, store: str, config: DatastoreConfig) -> None:
+def check_sees(name: str, host: str, store: str, config: DatastoreConfig) -> None:
+    """Raise INVALID when the host does not see the datastore."""
     if config.hosts is not None and host not in config.hosts:
         raise NvError(
             Code.INVALID,
@@ -69,12 +72,37 @@ def _declared(tx: Tx, body: CreateVVol) -> dict[str, Any]:
         raise NvError(
             Code.INVALID, f"VVol {name}: datastore {body.datastore} and adopt from {adopt.datastore}", "name one"
         )
-    where = policy.choose_datastore(name, adopt.datastore if adopt else body.datastore, profile, stores)
+    if adopt is not None and profile is not None and profile[1].mirror is not None:
+        raise NvError(
+            Code.UNSUPPORTED,
+            f"VVol {name}: adopted bytes are one copy and stay as they are; profile {profile[0]} has a mirror",
+            "use a profile without a mirror, or make a new VVol and copy",
+        )
+    places = policy.choose_places(name, adopt.datastore if adopt else body.datastore, profile, stores)
+    for where in places:
+        _check_place(tx, body, where, home)
+    mirror = profile is not None and profile[1].mirror is not None
+    return {
+        "size": body.size or 0,
+        "type": body.type.value,
+        "profile": body.profile or "",
+        "read_only": body.read_only or (profile is not None and profile[1].read_only),
+        "description": body.description,
+        "datastore": places[0],
+        "adopt": adopt.model_dump_json() if adopt is not None else None,
+        "mirror": mirror,
+        "places": json.dumps(places) if mirror else "",
+    }
+
+
+def _check_place(tx: Tx, body: CreateVVol, where: str, home: str) -> None:
+    """Raise NvError when a leg of this VVol cannot lie on a datastore."""
+    name = f"{body.vm}/{body.name}"
     store = store_row(tx, where)
     config = DatastoreConfig.model_validate_json(store.config)
     policy.check_datastore(where, config)
-    _check_sees(name, home, where, config)
-    if adopt is not None:
+    check_sees(name, home, where, config)
+    if body.adopt is not None:
         _check_adoption(name, body, config)
     elif body.size is None:
         raise NvError(
@@ -82,21 +110,13 @@ def _declared(tx: Tx, body: CreateVVol) -> dict[str, Any]:
         )
     else:
         policy.check_size(name, body.size)
-    if store.use == ("formatted" if adopt and config.kind is not DatastoreKind.DIR else "adopted"):
+    adopts = body.adopt is not None and config.kind is not DatastoreKind.DIR
+    if store.use == ("formatted" if adopts else "adopted"):
         raise NvError(
             Code.CONFLICT,
             f"VVol {name}: datastore {where} is {store.use}; a datastore holds new VVols or adopted bytes, never both",
             "name another datastore",
         )
-    return {
-        "size": body.size or 0,
-        "type": body.type.value,
-        "profile": body.profile or "",
-        "read_only": body.read_only or (profile is not None and profile[1].read_only),
-        "description": body.description,
-        "datastore": where,
-        "adopt": adopt.model_dump_json() if adopt is not None else None,
-    }
 
 
 def insert_vvol(tx: Tx, body: CreateVVol) -> Task:
@@ -107,7 +127,8 @@ def insert_vvol(tx: Tx, body: CreateVVol) -> Task:
         raise NvError(Code.EXISTS, f"VVol {name} exists already", "choose another name or delete it first")
     row = {"uuid": str(uuids.uuid4()), "vm": body.vm, "name": body.name, "state": "creating", **_declared(tx, body)}
     tx.db.execute(insert(s.vvols).values(**row))
-    tx.event("vvol.creating", name, f"on datastore {row['datastore']}")
+    where = json.loads(row["places"]) if row["places"] else [row["datastore"]]
+    tx.event("vvol.creating", name, f"on datastore {', '.join(where)}")
     return add_task(tx, "create", name, str(row["uuid"]))
 
 
@@ -127,15 +148,15 @@ def retry_create(tx: Tx, row: Row[Any], body: CreateVVol) -> Task:
 
     Where it has a place already that is not the one it is to have, it gives that back first."""
     wanted = _declared(tx, body)
-    place = {key: wanted[key] for key in ("size", "datastore", "adopt")}
-    same = place["datastore"] == row.datastore and place["adopt"] == row.adopt
+    place = {key: wanted[key] for key in ("size", "datastore", "adopt", "places", "mirror")}
+    same = all(place[key] == getattr(row, key) for key in ("datastore", "adopt", "places", "mirror"))
     if place["adopt"] is None:
         same = same and place["size"] == row.size
     placed = tx.db.execute(select(s.legs.c.id).where(s.legs.c.vvol == row.uuid)).first() is not None
     given_back = select(s.areas.c.offset).where(s.areas.c.owner == row.uuid, s.areas.c.state == "freeing")
     start_over = placed and not (same and tx.db.execute(given_back).first() is None)
     if start_over:
-        wanted |= {"state": "deleting", "size": row.size, "datastore": row.datastore, "adopt": row.adopt}
+        wanted |= {"state": "deleting", **{key: getattr(row, key) for key in place}}
     else:
         wanted |= {"state": "creating", **({"size": row.size} if placed else {})}
     tx.db.execute(update(s.vvols).where(s.vvols.c.uuid == row.uuid).values(**wanted, error=""))
@@ -198,7 +219,7 @@ def start_bind(tx: Tx, row: Row[Any], host: str, force: bool = False) -> Task:
     if tx.db.execute(select(s.hosts.c.name).where(s.hosts.c.name == host)).one_or_none() is None:
         raise NvError(Code.NOT_FOUND, f"no host {host}", "list them: nbdvvol get hosts")
     for leg in tx.db.execute(select(s.legs.c.datastore).where(s.legs.c.vvol == row.uuid)).scalars():
-        _check_sees(name, host, leg, DatastoreConfig.model_validate_json(store_row(tx, leg).config))
+        check_sees(name, host, leg, DatastoreConfig.model_validate_json(store_row(tx, leg).config))
     return add_task(tx, "bind", name, row.uuid, host=host, force=force)
 
 
@@ -236,6 +257,13 @@ def begin_unbind(tx: Tx, vm: str, name: str, body: BindVVol) -> TaskRef:
     task = add_task(tx, "unbind", f"{vm}/{name}", row.uuid, force=body.force)
     bindings.unbind(tx, row.uuid, body.force)
     return _ref(tx, task, row.uuid)
+
+
+def places_now(tx: Tx, row: Row[Any]) -> list[str]:
+    """The datastores that a VVol's legs lie on, or, until it is whole, are to lie on."""
+    legs = select(s.legs.c.datastore).where(s.legs.c.vvol == row.uuid, s.legs.c.life != "leaving")
+    found = list(tx.db.execute(legs.order_by(s.legs.c.id)).scalars())
+    return found if found and row.state == "ready" else places_of(row)
 
 
 def bound_host(tx: Tx, uuid: str) -> str | None:
