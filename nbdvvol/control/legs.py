@@ -99,7 +99,9 @@ class Standing:
     leaving: bool = False
 
 
-def spare_for(legs: Sequence[Standing], spares: Sequence[str], usable: Iterable[str], after_s: float) -> tuple[int, str] | None:
+def spare_for(
+    legs: Sequence[Standing], spares: Sequence[str], usable: Iterable[str], after_s: float
+) -> tuple[int, str] | None:
     """(lost leg, spare datastore): the leg that has been lost for longest beyond `after_s` and has no replacement yet, and
     the first of `spares` that is usable and holds no leg of the VVol. None when nothing is to be done, or can be."""
     live = [leg for leg in legs if not leg.leaving]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Any, Literal
 
 from nbdvvol.control.clock import moment
 from nbdvvol.control.registry import bindings, faults, space, stores
@@ -147,7 +147,7 @@ async def write_map(context: Context, placement: Placement, leg: LegPlace) -> No
 
 async def _write_at(context: Context, leg: LegPlace, key: str, offset: int, data: bytes) -> None:
     store = await context.store(leg.datastore)
-    where = {"object": leg.object} if leg.object else {}
+    where: dict[str, Any] = {"object": leg.object} if leg.object else {}
     await context.work(store, "write_meta", key, offset=offset, data=data.hex(), **where)
 
 

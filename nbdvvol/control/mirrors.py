@@ -96,7 +96,9 @@ async def remove_leg(context: Context) -> None:
 async def undo_remove_leg(context: Context, error: str) -> None:
     """It stays, and is copied to again as before."""
     log.info("a leg stays", vvol=context.job.subject, leg=context.job.args["leg"], error=error)
-    await context.registry.run(mirrors.keep_leg, context.job.vvol, int(context.job.args["leg"]), context.job.args["wish"])
+    await context.registry.run(
+        mirrors.keep_leg, context.job.vvol, int(context.job.args["leg"]), context.job.args["wish"]
+    )
 
 
 async def free_leg(context: Context) -> None:

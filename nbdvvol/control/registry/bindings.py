@@ -136,7 +136,9 @@ def _force(tx: Tx, uuid: str, host: str, name: str, *, lease: bool = False) -> N
     _move(tx, uuid, host, "forced")
     tx.about.add(uuid)
     if lease:
-        text = f"taken over from host {host}, whose lease has run out; every leg fences what it may still have in flight"
+        text = (
+            f"taken over from host {host}, whose lease has run out; every leg fences what it may still have in flight"
+        )
         tx.event("vvol.lease_over", name, text)
     else:
         tx.event("vvol.forced", name, f"taken from host {host} by force: {'; '.join(risks(tx, uuid))}")

@@ -481,5 +481,5 @@ def label(tx: Tx, uuid: str, leg: int) -> disk.Label | None:
         return None
     sequence = found.stamp + 1
     tx.db.execute(update(s.legs).where(s.legs.c.vvol == uuid, s.legs.c.id == leg).values(stamp=sequence))
-    stamp = (0, 0) if making else (row.epoch, row.generation)
-    return disk.Label(uuids.UUID(uuid), leg, *stamp, row.size, sequence, syncing=making)
+    epoch, generation = (0, 0) if making else (row.epoch, row.generation)
+    return disk.Label(uuids.UUID(uuid), leg, epoch, generation, row.size, sequence, making)

@@ -160,8 +160,10 @@ def retry_create(tx: Tx, row: Row[Any], body: CreateVVol) -> Task:
     else:
         wanted |= {"state": "creating", **({"size": row.size} if placed else {})}
     tx.db.execute(update(s.vvols).where(s.vvols.c.uuid == row.uuid).values(**wanted, error=""))
-    args = {"instead": place} if start_over else {}
-    return add_task(tx, "create", f"{row.vm}/{row.name}", row.uuid, **args)
+    name = f"{row.vm}/{row.name}"
+    if start_over:
+        return add_task(tx, "create", name, row.uuid, instead=place)
+    return add_task(tx, "create", name, row.uuid)
 
 
 @transaction
