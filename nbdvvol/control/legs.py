@@ -1,8 +1,8 @@
 """What control decides about the legs of mirrored VVols: pure, no SQL, no clock, no I/O (docs/mirror.md section 3).
 
-`decide` answers a filter's `leg_change`: it is the whole of the registry's compare-and-swap but for the rows. Invariants,
-whatever is asked, however often and however late: the generation only grows, and by one for each change of a leg's
-state; a stamp only grows and is never above the record; a record that had a leg in sync goes on having one.
+`decide` answers a filter's `leg_change`: it is the whole of the registry's compare-and-swap but for the rows.
+Invariants, whatever is asked, however often and however late: the generation only grows, and by one for each change of
+a leg's state; a stamp only grows and is never above the record; a record that had a leg in sync goes on having one.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class Standing:
 def spare_for(
     legs: Sequence[Standing], spares: Sequence[str], usable: Iterable[str], after_s: float
 ) -> tuple[int, str] | None:
-    """(lost leg, spare datastore): the leg that has been lost for longest beyond `after_s` and has no replacement yet, and
+    """(lost leg, spare datastore): the leg that was lost for longest beyond `after_s` and has no replacement yet, and
     the first of `spares` that is usable and holds no leg of the VVol. None when nothing is to be done, or can be."""
     live = [leg for leg in legs if not leg.leaving]
     replaced = {leg.replaces for leg in live}

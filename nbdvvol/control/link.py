@@ -22,7 +22,7 @@ from nbdvvol.control.registry.orders import Order
 from nbdvvol.control.signal import Signals
 from nbdvvol.model import link
 from nbdvvol.model.errors import Code, NvError
-from nbdvvol.model.mirror import LegChange, Leased, MirrorReport, Renew
+from nbdvvol.model.mirror import Leased, LegChange, MirrorReport, Renew
 
 log = structlog.get_logger()
 HELLO_TIMEOUT_S = 10.0
@@ -262,6 +262,28 @@ class Links:
                 await self.registry.run(bindings.released, me.host, message.uuid, message.epoch)
                 me.told.discard(message.uuid)
                 me.mirrors.pop(message.uuid, None)
+            case LegChange() | link.LegReleased() | Renew() | MirrorReport():
+                await self._take_of_mirrors(me, message)
+            case link.Notice():
+                await self._notice(me.host, message)
+            case link.WorkProgress():
+                self._progress(message)
+            case link.WorkDone():
+                await self._done(message)
+            case link.Query():
+                await me.send(await queries.answer(self.registry, me.host, message))
+            case link.Counters() | link.Traced():
+                me.answered(message)
+
+    def _progress(self, message: link.WorkProgress) -> None:
+        entry = self._waiting.get(message.id)
+        if entry is not None and entry[2] is not None:
+            entry[2](message.progress)
+
+    async def _take_of_mirrors(
+        self, me: HostLink, message: LegChange | link.LegReleased | Renew | MirrorReport
+    ) -> None:
+        match message:
             case LegChange():
                 await me.send(await self.registry.run(legs.leg_change, me.host, message))
             case link.LegReleased():
@@ -271,18 +293,6 @@ class Links:
                 await me.send(Leased(id=message.id, vvols=given))
             case MirrorReport():
                 me.mirrors[message.uuid] = message
-            case link.Notice():
-                await self._notice(me.host, message)
-            case link.WorkProgress():
-                entry = self._waiting.get(message.id)
-                if entry is not None and entry[2] is not None:
-                    entry[2](message.progress)
-            case link.WorkDone():
-                await self._done(message)
-            case link.Query():
-                await me.send(await queries.answer(self.registry, me.host, message))
-            case link.Counters() | link.Traced():
-                me.answered(message)
 
     async def _notice(self, host: str, message: link.Notice) -> None:
         await self.registry.run(bindings.notice, host, message.event, message.subject, message.message)

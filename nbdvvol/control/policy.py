@@ -75,7 +75,7 @@ def choose_places(
 ) -> list[str]:
     """The datastores of a new VVol: those of its profile's mirror, or the one that `choose_datastore` finds.
 
-    Raises CONFIG when the VVol names one beside its profile's mirror, NOT_FOUND for a leg that is none of `datastores`."""
+    Raises CONFIG when the VVol names one beside its profile's mirror, NOT_FOUND for a leg on none of `datastores`."""
     mirror = profile[1].mirror if profile is not None else None
     if mirror is None:
         return [choose_datastore(vvol, named, profile, datastores)]

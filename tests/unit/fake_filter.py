@@ -117,7 +117,13 @@ class FakeFilter:
         mine, theirs = Pipe.pair()
         self._pipe = mine
         held = [
-            link.Held(uuid=v.uuid, epoch=v.epoch, generation=v.generation, map_version=v.map_version)
+            link.Held(
+                uuid=v.uuid,
+                epoch=v.epoch,
+                generation=v.generation,
+                map_version=v.map_version,
+                legs=[leg.id for leg in v.legs],
+            )
             for v in self.serving.values()
         ]
         hello = link.Hello(
@@ -208,11 +214,18 @@ class FakeFilter:
         fresh = [spec for spec in wanted.values() if spec is not None]
         for spec in fresh:
             self.on_serve(self, spec)
+            before = self.serving.get(spec.uuid)
             self.serving[spec.uuid] = spec
+            await self._let_go(before, spec)
         self.revision = revision
         await self._report(fresh)
         if not self.hold_applied:
             await self.say(link.Applied(revision=revision))
+
+    async def _let_go(self, before: link.VVolSpec | None, spec: link.VVolSpec) -> None:
+        for leg in before.legs if before is not None else []:
+            if leg.id not in [now.id for now in spec.legs]:
+                await self.say(link.LegReleased(uuid=spec.uuid, epoch=spec.epoch, leg=leg.id))
 
     async def release(self) -> None:
         """Drain what control took away, and say so."""
@@ -309,6 +322,16 @@ def _file_remove(disks: Disks, args: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
+def _dir_list(disks: Disks, args: dict[str, Any]) -> dict[str, Any]:
+    inside = Disks.key(args) + "/"
+    found = [(key.removeprefix(inside), len(data)) for key, data in disks.bytes.items() if key.startswith(inside)]
+    return {"files": [{"name": name, "size": size} for name, size in sorted(found)]}
+
+
+def _verify(_disks: Disks, _args: dict[str, Any]) -> dict[str, Any]:
+    return {"compared_bytes": MIB, "differed": 2, "repaired": 2}
+
+
 def _file_stat(disks: Disks, args: dict[str, Any]) -> dict[str, Any]:
     return {"size": len(disks.at(args))}
 
@@ -322,4 +345,6 @@ DOERS: dict[str, Callable[[Disks, dict[str, Any]], dict[str, Any]]] = {
     "file_grow": _file_grow,
     "file_remove": _file_remove,
     "file_stat": _file_stat,
+    "dir_list": _dir_list,
+    "verify": _verify,
 }

@@ -127,8 +127,8 @@ def _open_words(name: str, stores: list[str]) -> str:
     if not stores:
         return ""
     return (
-        f"; its lease has run out, but datastore {', '.join(stores)} cannot fence it, so that what it still has in flight "
-        f"may land later: if that machine is off, nbdvvol bind {name} --force"
+        f"; its lease has run out, but datastore {', '.join(stores)} cannot fence it, so that what it still has in "
+        f"flight may land later: if that machine is off, nbdvvol bind {name} --force"
     )
 
 
@@ -136,9 +136,7 @@ def _force(tx: Tx, uuid: str, host: str, name: str, *, lease: bool = False) -> N
     _move(tx, uuid, host, "forced")
     tx.about.add(uuid)
     if lease:
-        text = (
-            f"taken over from host {host}, whose lease has run out; every leg fences what it may still have in flight"
-        )
+        text = f"taken over from host {host}, whose lease has run out; every leg fences what it still has in flight"
         tx.event("vvol.lease_over", name, text)
     else:
         tx.event("vvol.forced", name, f"taken from host {host} by force: {'; '.join(risks(tx, uuid))}")
@@ -147,16 +145,14 @@ def _force(tx: Tx, uuid: str, host: str, name: str, *, lease: bool = False) -> N
 def risks(tx: Tx, uuid: str) -> list[str]:
     """What taking a VVol by force from a host that does not answer puts at risk."""
     if not vvol_row(tx, uuid).mirror:
-        return [
-            "if its filter still runs, it may go on writing until it hears of this; its extents stay unused until it "
-            "confirms"
-        ]
+        text = "if its filter still runs, it may go on writing until it hears of this"
+        return [f"{text}; its extents stay unused until it confirms"]
     stores = leases.unfenced(tx, uuid)
     if not stores:
         return ["every leg fences: what its filter still writes is dropped there, and clients it still has get errors"]
+    land = f"datastore {', '.join(stores)} cannot fence: if its filter still runs, what it writes may land there"
     return [
-        f"datastore {', '.join(stores)} cannot fence: if its filter still runs, what its clients write may land there "
-        "beside what the new host writes, and legs may then differ unnoticed; power that machine off first",
+        f"{land} beside what the new host writes, and legs may differ unnoticed; power that machine off first",
         "a write that it acknowledged and that was not flushed may be lost",
     ]
 

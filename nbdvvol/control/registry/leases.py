@@ -1,8 +1,8 @@
 """Leases: how long a filter that control cannot reach may go on serving a mirrored VVol.
 
-A filter's time runs from before it asked, control's from after that, so that the filter's ends first; `MARGIN` is for clocks
-that do not run alike. Control's machine may have been started anew since a lease was given: then nobody knows how long ago
-that was, and it counts from the moment when control looks first.
+A filter's time runs from before it asked, control's from after that, so that the filter's ends first; `MARGIN` is for
+clocks that do not run alike. Control's machine may have been started anew since a lease was given: then nobody knows
+how long ago that was, and it counts from the moment when control looks first.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The record of a mirrored VVol's legs, and the steps by which it changes (docs/mirror.md section 3).
 
-`leg_change` is the compare-and-swap that filters ask for; what it decides is in control/legs.py. A leg comes in as `making`,
-is `live` once its space, metadata and label are there, and goes out as `leaving`: out of the record at once, its space
-is free only when no host can have anything of it in flight.
+`leg_change` is the compare-and-swap that filters ask for; what it decides is in control/legs.py. A leg comes in as
+`making`, is `live` once its space, metadata and label are there, and goes out as `leaving`: out of the record at once,
+its space is free only when no host can have anything of it in flight.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def _write(tx: Tx, row: Row[Any], before: Record, after: Record, change: LegChan
 
 
 def _history(tx: Tx, row: Row[Any], leg: RecordLeg, change: LegChange) -> dict[str, object]:
-    """Since when it is not in sync, and why; a leg that is copied whole needs no more than what differs from then on."""
+    """Since when it is not in sync, and why; a leg that was copied whole needs only what differs from then on."""
     if leg.state == "in-sync":
         return {"lost": "", "why": "", "resync": "auto", "fault_host": ""}
     if leg.state == "syncing":

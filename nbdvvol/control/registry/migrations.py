@@ -36,11 +36,11 @@ UPDATE datastores SET state = 'online', detail = '' WHERE state = 'faulty' AND d
 
 def _to_3(connection: Connection) -> None:
     """Mirrors: what is known of each leg, of leases, and which servers can fence. Every VVol has one leg, number 0."""
-    for statement in _STEP_2.strip().split("\n"):
+    for statement in STEP_2.strip().split("\n"):
         connection.exec_driver_sql(statement)
 
 
-_STEP_2 = """
+STEP_2 = """
 ALTER TABLE datastores ADD COLUMN fences BOOLEAN NOT NULL DEFAULT 0
 ALTER TABLE vvols ADD COLUMN mirror BOOLEAN NOT NULL DEFAULT 0
 ALTER TABLE vvols ADD COLUMN places TEXT NOT NULL DEFAULT ''

@@ -82,9 +82,9 @@ vvols = Table(
     Column("next_leg", Integer, nullable=False, default=1),
     UniqueConstraint("vm", "name"),
 )
-"""`task`: the one task that may change it now. `mirror`: it has labels, intents and dirty maps, and may have several legs.
-`places`: the datastores that its first legs are to lie on, as a JSON list; empty: `datastore` alone. `next_leg`: an id that
-none of its legs ever had."""
+"""`task`: the one task that may change it now. `mirror`: it has labels, intents and dirty maps, and may have several
+legs. `places`: the datastores that its first legs are to lie on, as a JSON list; empty: `datastore` alone. `next_leg`:
+an id that none of its legs ever had."""
 
 holders = Table(
     "holders",
@@ -103,8 +103,8 @@ holders = Table(
 or the one that was has stopped cleanly: nothing runs there), `binding` (told) or `bound` (serves it). Others are
 `releasing`, or `forced`: the operator took it away without the host's word; its extents are not handed out again
 before the host speaks.
-`lease_ends`: when its lease runs out, milliseconds since the boot `lease_boot` of control's machine; `lease_ms`: how long
-each one was; 0: it never had one, so that nobody knows when the filter stops."""
+`lease_ends`: when its lease runs out, milliseconds since the boot `lease_boot` of control's machine; `lease_ms`: how
+long each one was; 0: it never had one, so that nobody knows when the filter stops."""
 
 legs = Table(
     "legs",
@@ -135,9 +135,10 @@ legs = Table(
 """`slot`: its directory entry; `stamp`: sequence of its last label; `fault_host`: a sync failed there, so that bytes
 acknowledged there may be lost: another host serves it only once the operator accepts that.
 `life`: `making` until it may be used, `live`, `leaving` once it was taken away and its space is not free yet.
-`epoch`, `generation`: the confirmed stamp. `resync`, `asked`: what is to become of it while it is not in sync. `lost`, `why`:
-since when and why it is stale. `replaces`: the leg whose place it takes as a spare. `let_go`: of a leaving leg, the hosts
-that said that nothing of it is in flight there, one a line. `map_written`: the map version of its newest copy on disk."""
+`epoch`, `generation`: the confirmed stamp. `resync`, `asked`: what is to become of it while it is not in sync. `lost`,
+`why`: since when and why it is stale. `replaces`: the leg whose place it takes as a spare. `let_go`: of a leaving leg,
+the hosts that said that nothing of it is in flight there, one a line. `map_written`: the map version of its newest copy
+on disk."""
 
 runs = Table(
     "runs",

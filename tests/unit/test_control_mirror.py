@@ -1,0 +1,265 @@
+"""Mirrored VVols on the control side: legs come, fail, are copied to, are replaced and go; who is told what."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid as uuids
+from typing import Any
+
+import pytest
+
+from nbdvvol.control.clock import Moment
+from nbdvvol.control.registry import bindings, leases, legs, mirrors, vvols
+from nbdvvol.datastores import format as disk
+from nbdvvol.model.errors import Code, NvError
+from nbdvvol.model.mirror import LegChange, LegRecord, Stamp
+from nbdvvol.model.rebuild import MapWords
+from nbdvvol.model.resources import AddLeg, BindVVol, TaskState
+from tests.unit.control_farm import MIB, TestFarm, running_farm
+from tests.unit.fake_filter import FakeFilter
+
+__all__ = ["running_farm"]
+
+
+@pytest.fixture(autouse=True)
+def mirrors_are_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These tests are of control alone."""
+    monkeypatch.setattr("nbdvvol.control.policy.MIRROR_BUILT", True, raising=False)
+
+
+def _spec(**mirror: Any) -> dict[str, Any]:
+    stores = {name: {"kind": "file", "path": f"/fake/{name}.img", "size": "24MiB"} for name in ("a", "b", "s")}
+    return {
+        "hosts": {"one": {}, "two": {}},
+        "datastores": {**stores, "d": {"kind": "dir", "path": "/fake/d"}},
+        "profiles": {"gold": {"mirror": {"legs": ["a", "b"], **mirror}}, "plain": {"datastore": "a"}},
+        "vms": {"vm1": {"host": "one", "vvols": {"root": {"size": "4MiB", "profile": "gold"}}}},
+    }
+
+
+async def _mirror(farm: TestFarm, **mirror: Any) -> FakeFilter:
+    fake = await farm.filter("one", "/run/one")
+    await farm.settle(await farm.apply(_spec(**mirror)))
+    return fake
+
+
+async def _ask(farm: TestFarm, wanted: Any, leg: int, host: str = "one", **values: Any) -> LegRecord:
+    vvol = await farm.vvol()
+    base = {"id": 1, "vvol": vvol.uuid, "epoch": vvol.epoch, "generation": vvol.generation, "leg": leg}
+    change = LegChange.model_validate({**base, "wanted": wanted, **values})
+    return await farm.control.registry.run(legs.leg_change, host, change)
+
+
+async def _in_sync(farm: TestFarm, leg: int) -> None:
+    assert not (await _ask(farm, "syncing", leg)).refused
+    now = await farm.vvol()
+    stamp = Stamp(epoch=now.epoch, generation=now.generation)
+    assert not (await _ask(farm, "in-sync", leg, stamp=stamp)).refused
+
+
+def _label(farm: TestFarm, store: str, at: int) -> disk.Label:
+    return disk.decode_label(bytes(farm.disks.bytes[f"/fake/{store}.img"][at : at + 8192]))
+
+
+def _words(farm: TestFarm, store: str, at: int) -> MapWords:
+    raw = bytes(farm.disks.bytes[f"/fake/{store}.img"][at : at + disk.BITMAP_OFFSET])
+    slots = (raw[8192 : 8192 + disk.MAP_SLOT_BYTES], raw[8192 + disk.MAP_SLOT_BYTES :])
+    return MapWords.model_validate_json(disk.decode_map(slots).words)
+
+
+async def test_a_new_mirror_has_labelled_legs_before_it_is_bound(farm: TestFarm) -> None:
+    fake = await _mirror(farm)
+    (spec,) = fake.serving.values()
+    assert spec.mirror is not None and [(leg.id, leg.datastore, leg.state) for leg in spec.legs] == [
+        (0, "a", "in-sync"),
+        (1, "b", "in-sync"),
+    ]
+    for leg in spec.legs:
+        label = _label(farm, leg.datastore, leg.meta_offset)
+        assert (str(label.vvol), label.leg, label.size, label.syncing) == (spec.uuid, leg.id, 4 * MIB, False)
+        assert leg.stamp == Stamp(epoch=label.epoch, generation=label.generation)
+        words = _words(farm, leg.datastore, leg.meta_offset)
+        assert (words.vm, words.name, [one.datastore for one in words.legs]) == ("vm1", "root", ["a", "b"])
+        layout = disk.region_layout(leg.meta_length, spec.size)
+        at = leg.meta_offset + layout.intent
+        maps = farm.disks.bytes[f"/fake/{leg.datastore}.img"][at : leg.meta_offset + leg.meta_length]
+        assert not any(maps), "no intent, nothing dirty"
+
+
+async def test_a_leg_fails_and_comes_back_by_compare_and_swap(farm: TestFarm) -> None:
+    fake = await _mirror(farm)
+    before = await farm.vvol()
+    asked = await asyncio.gather(*(_ask(farm, "stale", leg, generation=before.generation) for leg in (0, 1)))
+    assert sorted(answer.refused for answer in asked) == ["", "generation"], "of two at once one is done"
+    after = await farm.vvol()
+    assert after.generation == before.generation + 1
+    (gone,) = [leg for leg in after.legs if leg.state == "stale"]
+    assert gone.lost is not None
+    assert (await _ask(farm, "stale", 1 - gone.id)).refused == "last-leg"
+    again = await _ask(farm, "stale", gone.id, generation=before.generation)
+    assert not again.refused and again.record is not None and again.record.generation == after.generation
+    refused = await _ask(farm, "stale", gone.id, host="two")
+    assert refused.refused == "epoch" and refused.record == again.record, "a host that does not hold it changes nothing"
+    await _in_sync(farm, gone.id)
+    whole = await farm.vvol()
+    assert [leg.state for leg in whole.legs] == ["in-sync", "in-sync"] and whole.legs[gone.id].lost is None
+
+    async def told() -> bool:
+        return fake.serving[whole.uuid].generation == whole.generation
+
+    await farm.until(told)
+
+
+async def test_a_host_from_which_it_was_taken_by_force_is_answered_with_the_newer_epoch(farm: TestFarm) -> None:
+    fake = await _mirror(farm)
+    before = await farm.vvol()
+    await fake.disconnect()
+    await farm.control.registry.run(vvols.begin_unbind, "vm1", "root", BindVVol(force=True))
+    answer = await _ask(farm, "stale", 1, epoch=before.epoch, generation=before.generation)
+    assert answer.refused == "epoch" and answer.record is not None and answer.record.epoch > before.epoch
+    assert all(leg.state == "in-sync" for leg in (await farm.vvol()).legs)
+
+
+async def test_legs_are_added_copied_to_and_removed(farm: TestFarm) -> None:
+    fake = await _mirror(farm)
+    run = farm.control.registry.run
+    with pytest.raises(NvError, match="lies on datastore a already"):
+        await run(mirrors.begin_add_leg, "vm1", "root", AddLeg(datastore="a"))
+    for number, store in ((2, "s"), (3, "d")):
+        ref = await run(mirrors.begin_add_leg, "vm1", "root", AddLeg(datastore=store))
+        assert (await farm.over(ref.task.id)).state is TaskState.SUCCESS
+        (spec,) = fake.serving.values()
+        leg = spec.legs[number]
+        assert (leg.id, leg.state, leg.resync, leg.datastore) == (number, "stale", "full", store)
+        key = "/fake/s.img" if store == "s" else f"/fake/d/{leg.object}"
+        label = disk.decode_label(bytes(farm.disks.bytes[key][leg.meta_offset : leg.meta_offset + 8192]))
+        assert label.syncing and (label.epoch, label.generation) == (0, 0), "below anything that is confirmed"
+        assert sum(run.n for run in leg.runs) == spec.size and all(run.at >= leg.meta_length for run in leg.runs)
+    await _in_sync(farm, 2)
+    ref = await run(mirrors.begin_remove_leg, "vm1", "root", "a")
+    await asyncio.sleep(0.05)
+    (spec,) = fake.serving.values()
+    assert [leg.resync for leg in spec.legs if leg.id == 0] == ["off"], "its host is asked to take it out of use first"
+    assert not (await _ask(farm, "stale", 0, reason="by request")).refused
+    assert (await farm.over(ref.task.id)).state is TaskState.SUCCESS
+
+    async def freed() -> bool:
+        return [leg.id for leg in (await farm.vvol()).legs] == [1, 2, 3]
+
+    await farm.until(freed)
+    (spec,) = fake.serving.values()
+    assert [leg.id for leg in spec.legs] == [1, 2, 3]
+    assert [one.id for one in _words(farm, "b", spec.legs[0].meta_offset).legs] == [1, 2, 3]
+    assert not any(farm.disks.bytes["/fake/a.img"][MIB:]), "what it had was scrubbed"
+    ref = await run(mirrors.begin_add_leg, "vm1", "root", AddLeg(datastore="a"))
+    await farm.over(ref.task.id)
+    assert [leg.id for leg in (await farm.vvol()).legs] == [1, 2, 3, 4], "an id is never given twice"
+
+
+async def test_a_leg_that_may_be_in_use_is_not_freed(farm: TestFarm) -> None:
+    fake = await _mirror(farm)
+    assert not (await _ask(farm, "stale", 1)).refused
+    await fake.disconnect()
+    ref = await farm.control.registry.run(mirrors.begin_remove_leg, "vm1", "root", "1")
+    assert (await farm.over(ref.task.id)).state is TaskState.SUCCESS
+    await asyncio.sleep(0.1)
+    (job,) = await farm.live()
+    assert job.kind == "free-leg"
+    assert (await farm.vvol()).legs[1].life == "leaving"
+    await fake.connect(farm.control.links)
+    assert (await farm.over(job.id)).state is TaskState.SUCCESS
+    assert [leg.id for leg in (await farm.vvol()).legs] == [0]
+
+
+async def test_the_last_leg_in_sync_stays(farm: TestFarm) -> None:
+    await _mirror(farm)
+    assert not (await _ask(farm, "stale", 0)).refused
+    with pytest.raises(NvError, match="the only copy") as refused:
+        await farm.control.registry.run(mirrors.begin_remove_leg, "vm1", "root", "b")
+    assert refused.value.code is Code.CONFLICT
+
+
+async def test_a_single_copy_becomes_a_mirror_while_nobody_serves_it(farm: TestFarm) -> None:
+    await _mirror(farm)
+    run = farm.control.registry.run
+    assert (await farm.create("solo", 2 * MIB, profile="plain")).state is TaskState.SUCCESS
+    with pytest.raises(NvError, match="serves VVol vm1/solo as a single copy"):
+        await run(mirrors.begin_add_leg, "vm1", "solo", AddLeg(datastore="b"))
+    await farm.over((await run(vvols.begin_unbind, "vm1", "solo", BindVVol())).task.id)
+    ref = await run(mirrors.begin_add_leg, "vm1", "solo", AddLeg(datastore="b"))
+    assert (await farm.over(ref.task.id)).state is TaskState.SUCCESS
+    solo = await farm.vvol("vm1/solo")
+    assert solo.mirror is not None and [leg.state for leg in solo.legs] == ["in-sync", "stale"]
+
+
+async def test_a_mirror_grows_on_every_leg_and_is_deleted_from_every_leg(farm: TestFarm) -> None:
+    fake = await _mirror(farm)
+    run = farm.control.registry.run
+    from nbdvvol.model.resources import ResizeVVol
+
+    ref = await run(vvols.begin_resize, "vm1", "root", ResizeVVol(size=6 * MIB))
+    assert (await farm.over(ref.task.id)).state is TaskState.SUCCESS
+    (spec,) = fake.serving.values()
+    assert all(sum(one.n for one in leg.runs) == 6 * MIB for leg in spec.legs)
+    ref = await run(vvols.begin_delete, "vm1", "root")
+    assert (await farm.over(ref.task.id)).state is TaskState.SUCCESS
+    for store in ("a", "b"):
+        assert not any(farm.disks.bytes[f"/fake/{store}.img"][MIB:]), "scrubbed"
+
+
+async def test_a_spare_takes_the_place_of_a_lost_leg(farm: TestFarm) -> None:
+    await _mirror(farm, spares=["s"], **{"spare-after": "0s"})
+    run = farm.control.registry.run
+    assert not (await _ask(farm, "stale", 1, reason="write: EIO")).refused
+    await run(mirrors.tend)
+    await run(mirrors.tend)
+
+    async def added() -> bool:
+        return [leg.life for leg in (await farm.vvol()).legs] == ["live"] * 3 and not await farm.live()
+
+    await farm.until(added)
+    spare = (await farm.vvol()).legs[2]
+    assert (spare.datastore, spare.replaces) == ("s", 1)
+    await _in_sync(farm, 2)
+    await run(mirrors.tend)
+
+    async def replaced() -> bool:
+        return [leg.id for leg in (await farm.vvol()).legs] == [0, 2]
+
+    await farm.until(replaced)
+
+
+async def test_verification_is_done_by_the_host_and_told(farm: TestFarm) -> None:
+    await _mirror(farm)
+    ref = await farm.control.registry.run(mirrors.begin_verify, "vm1", "root")
+    done = await farm.over(ref.task.id)
+    assert done.state is TaskState.SUCCESS and "2 pieces of 1MiB differed" in done.detail
+
+
+async def test_a_lease_that_ran_out_frees_a_mirror_only_where_every_leg_fences(farm: TestFarm) -> None:
+    fake = await _mirror(farm, lease="10s")
+    run = farm.control.registry.run
+    vvol = await farm.vvol()
+    given = await run(leases.renew, "one", {vvol.uuid: vvol.epoch, str(uuids.uuid4()): 1}, Moment("x", 1000))
+    assert given == {vvol.uuid: 10.0}
+    await fake.disconnect()
+    early, late = Moment("x", 11_999), Moment("x", 12_000)
+    assert "host one to release it" in await run(bindings.bind, vvol.uuid, "two", False, early)
+    assert await run(leases.renew, "one", {vvol.uuid: vvol.epoch}, early) == {}, "it is to be released"
+    waits = await run(bindings.bind, vvol.uuid, "two", False, late)
+    assert "cannot fence" in waits and "--force" in waits
+    other_boot = await run(bindings.bind, vvol.uuid, "two", False, Moment("y", 900_000))
+    assert "lease has run out" not in other_boot, "nobody knows how long ago it was given"
+    await run(bindings.bind, vvol.uuid, "two", True)
+    bound = (await farm.vvol()).binding
+    assert bound is not None and bound.host == "two" and bound.epoch > vvol.epoch
+
+
+async def test_adopted_bytes_are_one_copy(farm: TestFarm) -> None:
+    await _mirror(farm)
+    from nbdvvol.model.farm import AdoptConfig
+    from nbdvvol.model.resources import CreateVVol
+
+    body = CreateVVol(vm="vm1", name="old", adopt=AdoptConfig(datastore="s"), profile="gold")
+    with pytest.raises(NvError, match="adopted bytes are one copy"):
+        await farm.control.registry.run(vvols.begin_create, body)
