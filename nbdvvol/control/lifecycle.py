@@ -59,7 +59,7 @@ async def _place(context: Context, placement: Placement) -> None:
     if placement.adopt is not None:
         await _place_adopted(context, placement)
         return
-    for number, datastore in enumerate(placement.places):
+    for number, datastore in enumerate(placement.places, 1 if placement.mirror else 0):  # 0 is no leg to a mirror
         if placement.leg(number) is None:
             await place_leg(context, placement, number, datastore)
 

@@ -262,7 +262,7 @@ def ready(tx: Tx, uuid: str) -> None:
         return
     for name in _stores_of(tx, uuid):
         _with_space(tx, name, lambda space: space.commit(uuid))
-    values = {"state": "ready", "error": "", "next_leg": len(places_of(row))}
+    values = {"state": "ready", "error": "", "next_leg": len(places_of(row)) + bool(row.mirror)}
     tx.db.execute(update(s.vvols).where(s.vvols.c.uuid == uuid).values(**values))
     if row.mirror:
         stamp = {"epoch": row.epoch, "generation": row.generation}
@@ -445,7 +445,7 @@ def words_of(tx: Tx, row: Row[Any]) -> MapWords:
         profile=row.profile,
         read_only=row.read_only,
         mirror=row.mirror,
-        next_leg=max(row.next_leg, len(places_of(row))),
+        next_leg=max(row.next_leg, len(places_of(row)) + bool(row.mirror)),
         legs=[LegWords(id=leg.id, datastore=leg.datastore, uuid=leg.uuid) for leg in legs],
     )
 
