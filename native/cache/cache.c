@@ -273,7 +273,7 @@ uint64_t nv_cache_write_ends(struct nv_cache *cache, uint32_t owner, uint64_t fi
         const uint64_t mixed = nv_cache_mix(owner, spot.block), until = stripe_end(spot.block, end);
         struct nv_shard *shard = shard_of(cache, mixed);
         pthread_mutex_lock(&shard->lock);
-        spot.tag = nv_cache_tag(cache, owner); /* now: what was filled in before us, under whichever tag, has to go */
+        spot.tag = nv_cache_tag(cache, owner); /* under the lock: a hold meanwhile leaves no tag to put under */
         for (; spot.block < until; spot.block++) {
             struct nv_write_slot *slot = nv_shard_slot(shard, mixed, spot.block);
             const bool alone = --slot->busy == 0 && slot->last == time;

@@ -26,6 +26,12 @@ def check_profile(name: str, profile: ProfileConfig) -> None:
             )
 
 
+def check_mirror(vvol: str) -> None:
+    """Raise UNSUPPORTED while filters cannot serve mirrors: a VVol that became one could not be opened any more."""
+    if not MIRROR_BUILT:
+        raise NvError(Code.UNSUPPORTED, f"VVol {vvol}: mirrors are not built yet", "it keeps its one copy")
+
+
 def check_datastore(name: str, config: DatastoreConfig) -> None:
     """Raise CONFIG for a declaration that makes no sense."""
     for key, sentence in remote_findings(config):

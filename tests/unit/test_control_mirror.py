@@ -260,3 +260,12 @@ async def test_adopted_bytes_are_one_copy(farm: TestFarm) -> None:
     body = CreateVVol(vm="vm1", name="old", adopt=AdoptConfig(datastore="s"), profile="gold")
     with pytest.raises(NvError, match="adopted bytes are one copy"):
         await farm.control.registry.run(vvols.begin_create, body)
+
+
+async def test_no_leg_is_added_while_filters_cannot_serve_mirrors(
+    farm: TestFarm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked of the API, past the farm file's own refusal, it would leave a VVol that no filter can open."""
+    monkeypatch.setattr("nbdvvol.control.policy.MIRROR_BUILT", False)
+    with pytest.raises(NvError, match="vm1/root: mirrors are not built yet"):
+        await farm.control.registry.run(mirrors.begin_add_leg, "vm1", "root", AddLeg(datastore="b"))

@@ -62,6 +62,7 @@ def begin_add_leg(tx: Tx, vm: str, name: str, body: AddLeg) -> TaskRef:
     """Give a VVol another leg on a datastore, to be copied to. A VVol with one copy becomes a mirror by it.
 
     Raises CONFLICT or UNSUPPORTED for what cannot be."""
+    policy.check_mirror(f"{vm}/{name}")
     row = _ready(tx, vm, name)
     return _ref(tx, start_add_leg(tx, row, body.datastore), row.uuid)
 
