@@ -136,6 +136,16 @@ def running(pid: int) -> bool:
         return False
 
 
+def unix_listens(socket: Path) -> bool:
+    """Whether a process listens there, seen without connecting: a socket's file is there before it listens."""
+    accepts = 0x10000  # __SO_ACCEPTCON of net/unix/af_unix.c
+    for line in Path("/proc/net/unix").read_text().splitlines()[1:]:
+        fields = line.split()
+        if fields[-1] == str(socket) and int(fields[3], 16) & accepts:
+            return True
+    return False
+
+
 @contextlib.contextmanager
 def nbdkit(*args: str | Path) -> Iterator[Path]:
     """An nbdkit on a unix socket: the oracle that the raw client is checked with."""
@@ -156,7 +166,7 @@ def _server(start: list[str], socket_option: list[str], args: Sequence[str | Pat
     socket = folder / "s"
     process = Process([*start, *socket_option, socket, *args], folder / "log")
     try:
-        wait_until(f"{start[0]} listens", lambda: socket.exists() or not process.alive())
+        wait_until(f"{start[0]} listens", lambda: unix_listens(socket) or not process.alive())
         assert process.alive(), process.text()
         yield socket
     finally:

@@ -8,7 +8,7 @@ import pytest
 
 from tests.lib.nbdwords import MiB
 from tests.lib.pattern import difference, pattern
-from tests.lib.procs import Process, need, qemu_nbd, run, short_dir, wait_until
+from tests.lib.procs import Process, need, qemu_nbd, run, short_dir, unix_listens, wait_until
 from tests.lib.rawio import open_export
 from tests.lib.shared import ROOT_SIZE, VM1_EXPORTS, SharedFarm
 
@@ -67,7 +67,7 @@ def test_chain_through_the_storage_daemon(shared: SharedFarm) -> None:
     ]
     daemon = Process(argv, folder / "log")
     try:
-        wait_until("the storage daemon listens", lambda: socket.exists() or not daemon.alive())
+        wait_until("the storage daemon listens", lambda: unix_listens(socket) or not daemon.alive())
         assert daemon.alive(), daemon.text()
         with open_export(socket, "d") as nbd:
             nbd.write(0, pattern(51, 0, MiB))
