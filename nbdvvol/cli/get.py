@@ -80,7 +80,7 @@ def _declared() -> dict[Kind, Columns]:
                 v.profile,
                 v.state,
                 v.binding.host if v.binding else "",
-                v.binding.state if v.binding else "unbound",
+                f"{v.binding.state} {v.binding.why}".rstrip() if v.binding else "unbound",
                 ",".join(leg.datastore for leg in v.legs),
             ),
         ),

@@ -196,6 +196,7 @@ def _describe(vvol: VVol, counters: list[ExportCounters]) -> None:
             ("read_only", "yes" if vvol.read_only else "no"),
             ("description", vvol.description),
             ("binding", f"{binding.state} to {binding.host}, epoch {binding.epoch}" if binding else "unbound"),
+            ("not served", binding.error if binding else ""),
             ("generation", vvol.generation),
             ("map_version", vvol.map_version),
             *((f"leg {leg.id}", _leg(leg)) for leg in vvol.legs),

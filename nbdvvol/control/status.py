@@ -3,9 +3,29 @@
 from __future__ import annotations
 
 from nbdvvol.control.registry.views import Finding, HostRow
+from nbdvvol.model.mirror import NotServed
 from nbdvvol.model.resources import Datastore, Host, Problem, Task, TaskState, VVol
 
 FULL_BELOW = 0.05
+_NOT_SERVED: dict[NotServed, tuple[str, str]] = {
+    "old-registry": (
+        "REGISTRY_OLD",
+        "stop control, then restore the newer registry.db, or rebuild it: nbdvvol registry rebuild -f FARM.yaml",
+    ),
+    "no-leg": (
+        "NO_VALID_LEG",
+        "bring back the storage of a leg that is in sync; its filter tries again by itself",
+    ),
+    "unfenced": (
+        "LEG_UNFENCED",
+        "bring back that leg's server, so that it can keep the former host out; the filter tries again by itself",
+    ),
+    "lease": (
+        "LEASE_OVER",
+        "look at that host's link to control; it is served again as soon as control renews the lease",
+    ),
+}
+"""Code and advice of each reason not to serve a VVol."""
 
 
 def host_view(row: HostRow, connected: bool) -> Host:
@@ -66,14 +86,10 @@ def _vvol_problems(finding: Finding) -> list[Problem]:
             )
         ]
     if finding.export_error:
-        return [
-            Problem(
-                code="EXPORT_FAILED",
-                subject=finding.vvol,
-                message=f"host {finding.host} cannot serve it: {finding.export_error}",
-                action=f"mend the cause; the filter of host {finding.host} tries again by itself",
-            )
-        ]
+        again = f"mend the cause; the filter of host {finding.host} tries again by itself"
+        code, action = _NOT_SERVED.get(finding.why, ("EXPORT_FAILED", again))
+        message = f"host {finding.host} cannot serve it: {finding.export_error}"
+        return [Problem(code=code, subject=finding.vvol, message=message, action=action)]
     return []
 
 

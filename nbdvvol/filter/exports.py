@@ -18,11 +18,12 @@ from nbdvvol.dataplane.types import DataPlane
 from nbdvvol.filter.claims import ClaimBook, ExportGate
 from nbdvvol.filter.lease import LeaseLink, Leases
 from nbdvvol.filter.legplace import Storage
-from nbdvvol.filter.legs import LegLink, Mirror, MirrorError, RefusedWhy
+from nbdvvol.filter.legs import LegLink, Mirror, MirrorError
 from nbdvvol.filter.objects import HeldObject, ObjectTable
 from nbdvvol.filter.reconcile import Step, decide, describe, limits, touched, transmission_flags
 from nbdvvol.model.errors import Code, NvError
 from nbdvvol.model.link import DatastoreSpec, ExportReport, Fault, Held, HostState, VVolSpec
+from nbdvvol.model.mirror import NotServed
 from nbdvvol.nbd.constants import BLOCK_PREFERRED_BYTES, PAYLOAD_BYTES_MAX
 from nbdvvol.nbd.provider import Facts
 
@@ -68,7 +69,7 @@ class Export:
     opening: Mirror | None = None
     """A mirror that is being opened."""
     error: str = ""
-    why: RefusedWhy = ""
+    why: NotServed = ""
     highest_epoch: int = 0
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     settled: asyncio.Event = field(default_factory=asyncio.Event)
@@ -339,10 +340,11 @@ class ExportTable:
             case Step.REFUSE:
                 await self._close(export)
                 assert wanted is not None
-                raise NvError(
+                raise MirrorError(
                     Code.STALE,
                     f"control names epoch {wanted.epoch}, but epoch {export.highest_epoch} was served here already",
                     "control's registry is older than this host's state: restore the newer one",
+                    "old-registry",
                 )
             case Step.OPEN:
                 await self._open(export)

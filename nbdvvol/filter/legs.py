@@ -36,21 +36,20 @@ from nbdvvol.filter.legplace import ABSENT, LegPlace, Storage, quiet, words_of
 from nbdvvol.filter.legwords import describe_mirror, record_of, record_of_spec, report_of, shift_of
 from nbdvvol.model.errors import Code, NvError
 from nbdvvol.model.link import VVolSpec
-from nbdvvol.model.mirror import Lane, LegChange, LegRecord, MirrorReport, Stamp
+from nbdvvol.model.mirror import Lane, LegChange, LegRecord, MirrorReport, NotServed, Stamp
 from nbdvvol.nbd.client import Outclaimed
 
 _log = structlog.get_logger("legs")
 REPORT_S = 1.0
 ASK_AGAIN_S = 1.0
 """How long a refusal that brought nothing new rests before the question is asked again."""
-RefusedWhy = Literal["", "old-registry", "no-leg", "unfenced", "lease"]
 _ASKS: dict[int, Literal["stale", "syncing", "in-sync", "confirm"]] = {
     Ask.STALE: "stale",
     Ask.SYNCING: "syncing",
     Ask.IN_SYNC: "in-sync",
     Ask.CONFIRM: "confirm",
 }
-_REFUSALS: dict[int, tuple[RefusedWhy, str, str]] = {
+_REFUSALS: dict[int, tuple[NotServed, str, str]] = {
     Why.OLD_REGISTRY: (
         "old-registry",
         "a leg's label is newer than the registry",
@@ -63,11 +62,11 @@ _REFUSALS: dict[int, tuple[RefusedWhy, str, str]] = {
 
 
 class MirrorError(NvError):
-    """A mirrored VVol is not served; `why` is one of the reasons that the status has advice for."""
+    """A VVol is not served; `why` is one of the reasons that the status has advice for."""
 
-    def __init__(self, code: Code, message: str, hint: str = "", why: RefusedWhy = "") -> None:
+    def __init__(self, code: Code, message: str, hint: str = "", why: NotServed = "") -> None:
         super().__init__(code, message, hint)
-        self.why: RefusedWhy = why
+        self.why: NotServed = why
 
 
 class LegLink(Protocol):

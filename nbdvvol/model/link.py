@@ -47,6 +47,7 @@ from nbdvvol.model.mirror import (
     LegState,
     MirrorReport,
     MirrorSpec,
+    NotServed,
     Renew,
     ResyncWish,
     Stamp,
@@ -218,9 +219,7 @@ class ExportReport(Model):
     block_max: int
     error: str = ""
     """Why it is not served, when it is not."""
-    why: Literal["", "old-registry", "no-leg", "unfenced", "lease"] = ""
-    """Reasons that the status has advice for: a label is newer than the registry; no in-sync leg has a valid label; a
-    leg could not be fenced; the lease has run out."""
+    why: NotServed = ""
 
 
 class Exports(Model):

@@ -19,7 +19,7 @@ from nbdvvol.model.farm import (
     SocketConfig,
     VVolType,
 )
-from nbdvvol.model.mirror import LegState, ResyncWish, Stamp
+from nbdvvol.model.mirror import LegState, NotServed, ResyncWish, Stamp
 from nbdvvol.model.observe import HostCounters, ReactorCounters
 from nbdvvol.model.units import Name, PositiveSize
 
@@ -74,6 +74,10 @@ class Binding(Model):
     state: Literal["assigned", "binding", "bound", "releasing"] = "assigned"
     """`assigned`: no filter of the host was told, or it stopped cleanly. `binding`: it was told. `bound`: it confirmed
     that it serves this epoch."""
+    error: str = ""
+    """Why the host does not serve it, in its words; empty when it does, or has not said."""
+    why: NotServed = ""
+    """The same, where `status` has advice for it."""
 
 
 class VVol(Model):

@@ -356,6 +356,11 @@ async def _has_problem(farm: TestFarm, code: str) -> bool:
     return any(problem.code == code for problem in (await farm.control.status()).problems)
 
 
+async def _is_bound(farm: TestFarm) -> bool:
+    binding = (await farm.vvol()).binding
+    return binding is not None and (binding.state, binding.why, binding.error) == ("bound", "", "")
+
+
 async def test_status_names_what_is_wrong(farm: TestFarm) -> None:
     result = await farm.apply()
     fake = await farm.filter()
@@ -367,6 +372,21 @@ async def test_status_names_what_is_wrong(farm: TestFarm) -> None:
     )
     await fake.say(link.Exports(exports=[bad]))
     await farm.until(lambda: _has_problem(farm, "EXPORT_FAILED"))
+    for why, code in (
+        ("old-registry", "REGISTRY_OLD"),
+        ("no-leg", "NO_VALID_LEG"),
+        ("unfenced", "LEG_UNFENCED"),
+        ("lease", "LEASE_OVER"),
+    ):
+        told = link.ExportReport.model_validate(bad.model_dump() | {"why": why})
+        await fake.say(link.Exports(exports=[told]))
+        await farm.until(lambda code=code: _has_problem(farm, code))
+        binding = (await farm.vvol()).binding
+        assert binding is not None and (binding.why, binding.error) == (why, "no such file")
+    good = bad.model_copy(update={"error": "", "size": vvol.size})
+    await fake.say(link.Exports(exports=[good]))
+    await farm.until(lambda: _is_bound(farm))
+    assert (await farm.control.status()).problems == []
     await fake.die()
     await farm.until(lambda: _has_problem(farm, "HOST_DOWN"))
     await farm.control.registry.run(bindings.unbind, vvol.uuid)

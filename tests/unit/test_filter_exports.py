@@ -92,6 +92,8 @@ async def test_an_older_epoch_is_refused(bench: Bench, local: Path) -> None:
     await bench.take(vvol(1, epoch=4), file_store(local))
     export = bench.table.get(uuid_of(1))
     assert export is not None and export.volume is None and "epoch 5" in export.error
+    report = export.report()
+    assert report is not None and report.why == "old-registry", "the status says what to do"
     assert bench.plane.volumes == {}
     await bench.take(file_store(local))
     await bench.take(vvol(1, epoch=4), file_store(local))  # it is remembered although the VVol was gone

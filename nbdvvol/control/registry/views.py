@@ -15,7 +15,8 @@ from nbdvvol.control.registry.tx import Tx, transaction
 from nbdvvol.control.uris import attach_lines, socket_path, tcp_uri, unix_uri
 from nbdvvol.model.errors import Code, NvError
 from nbdvvol.model.farm import DatastoreConfig, HostConfig, MirrorConfig, ProfileConfig, SocketConfig, VVolType
-from nbdvvol.model.mirror import Stamp
+from nbdvvol.model.link import ExportReport
+from nbdvvol.model.mirror import NotServed, Stamp
 from nbdvvol.model.resources import (
     Binding,
     Datastore,
@@ -103,9 +104,15 @@ def vvol_views(tx: Tx, rows: Sequence[Row[Any]]) -> list[VVol]:
     query = select(s.holders, s.hosts.c.run_dir).join(s.hosts, s.hosts.c.name == s.holders.c.host)
     for holder in tx.db.execute(_of(query.where(s.holders.c.state != "forced"), s.holders.c.vvol, rows)):
         if holder.vvol not in bindings or holder.state in HELD:
-            binding = Binding(host=holder.host, epoch=holder.epoch, state=holder.state)
+            told = {"error": holder.error, "why": why_not_served(holder.facts, holder.error)}
+            binding = Binding.model_validate({"host": holder.host, "epoch": holder.epoch, "state": holder.state} | told)
             bindings[holder.vvol] = binding, holder.run_dir
     return [_vvol_view(row, found, bindings.get(row.uuid), specs.get(row.profile, NO_POLICY)) for row in rows]
+
+
+def why_not_served(facts: str, error: str) -> NotServed:
+    """The reason in a host's last report, while that says that it does not serve the VVol."""
+    return ExportReport.model_validate_json(facts).why if error and facts else ""
 
 
 def vvol_view(tx: Tx, row: Row[Any]) -> VVol:
@@ -371,18 +378,25 @@ class Finding:
     error: str
     host: str
     export_error: str
+    why: NotServed = ""
 
 
 @transaction
 def findings(tx: Tx) -> list[Finding]:
     """VVols that failed, or whose host reports that it cannot serve them."""
     held = s.holders.c.state.in_(HELD)
-    query = select(s.vvols, s.holders.c.host, s.holders.c.error.label("export_error")).join(
-        s.holders, (s.holders.c.vvol == s.vvols.c.uuid) & held, isouter=True
-    )
+    of_holder = s.holders.c.host, s.holders.c.facts, s.holders.c.error.label("export_error")
+    query = select(s.vvols, *of_holder).join(s.holders, (s.holders.c.vvol == s.vvols.c.uuid) & held, isouter=True)
     query = query.where((s.vvols.c.state == "failed") | (s.holders.c.error != "") | (s.vvols.c.error != ""))
     return [
-        Finding(f"{row.vm}/{row.name}", row.state, row.error, row.host or "", row.export_error or "")
+        Finding(
+            f"{row.vm}/{row.name}",
+            row.state,
+            row.error,
+            row.host or "",
+            row.export_error or "",
+            why_not_served(row.facts or "", row.export_error or ""),
+        )
         for row in tx.db.execute(query).all()
     ]
 
