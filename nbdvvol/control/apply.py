@@ -345,7 +345,7 @@ def _check_same_place(name: str, old: HaveVVol, new: VVolConfig, where: list[str
         raise NvError(
             Code.UNSUPPORTED,
             f"VVol {name} has one copy and no mirror's metadata; profile {new.profile} has a mirror",
-            f"unbind it and add a leg: nbdvvol mirror add-leg {name} DATASTORE; then apply again",
+            f"unbind it and add a leg: nbdvvol mirror add-leg {name} --datastore DATASTORE; then apply again",
         )
     if mirror and sorted(old.places) != sorted(where):
         notes.append(

@@ -16,9 +16,9 @@ from nbdvvol.model.resources import VVolState
 
 
 def file_name(full_name: str, uuid: str, leg: int) -> str:
-    """The file of a leg in a `dir`: readable, safe, unique."""
+    """The file of a leg in a `dir`: readable, safe, unique. The first leg's name says no number."""
     safe = re.sub(r"[^A-Za-z0-9._-]", "_", full_name.replace("/", "-"))
-    return f"{safe[:120]}-{uuid}{f'.leg{leg}' if leg else ''}.img"
+    return f"{safe[:120]}-{uuid}{f'.leg{leg}' if leg > space.FIRST_LEG else ''}.img"
 
 
 async def get_placement(context: Context) -> Placement | None:
@@ -59,8 +59,9 @@ async def _place(context: Context, placement: Placement) -> None:
     if placement.adopt is not None:
         await _place_adopted(context, placement)
         return
-    for number, datastore in enumerate(placement.places):
-        if placement.leg(number) is None:
+    placed = {leg.datastore for leg in placement.legs}
+    for number, datastore in enumerate(placement.places, space.FIRST_LEG):
+        if datastore not in placed:
             await place_leg(context, placement, number, datastore)
 
 

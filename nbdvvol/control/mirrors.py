@@ -6,7 +6,7 @@ import asyncio
 
 import structlog
 
-from nbdvvol.control.lifecycle import get_placement, make_leg, place_leg, wipe_leg, write_map
+from nbdvvol.control.lifecycle import get_placement, make_leg, place_leg, wipe_leg, write_map, write_metadata
 from nbdvvol.control.registry import bindings, legs, mirrors, orders, space
 from nbdvvol.control.registry.space import Placement
 from nbdvvol.control.tasks import Body, CancelledByRequestError, Context, Undo
@@ -39,10 +39,19 @@ async def add_leg(context: Context) -> None:
     assert leg is not None, "the leg was placed"
     if leg.life == "making":
         await make_leg(context, placement, leg, (0.2, 0.8))
+        if not placement.mirror:
+            await _label_only_copy(context, placement)
         await context.check_cancel()
         await context.registry.run(legs.leg_made, placement.uuid, number)
     context.firm = True
     await _write_maps(context)
+
+
+async def _label_only_copy(context: Context, placement: Placement) -> None:
+    """A single copy becomes a mirror's leg: its map copy and label say its number, which may be new, and its stamp."""
+    for leg in placement.legs:
+        if leg.life == "live":
+            await write_metadata(context, placement, leg)
 
 
 async def _write_maps(context: Context) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nbdvvol.model.check import MIRROR_BUILT, remote_findings
+from nbdvvol.model.check import remote_findings
 from nbdvvol.model.errors import Code, NvError
 from nbdvvol.model.farm import DatastoreConfig, DatastoreKind, IoMode, ProfileConfig
 from nbdvvol.model.units import format_size
@@ -12,24 +12,18 @@ SIZE_MAX = 1 << 62
 
 
 def check_profile(name: str, profile: ProfileConfig) -> None:
-    """Raise UNSUPPORTED, by name, for what is not built yet."""
-    asks = {
-        "mirror": profile.mirror is not None and not MIRROR_BUILT,
-        "cache": profile.cache is not None and profile.cache.mode != "none",
-    }
-    for what, asked in asks.items():
-        if asked:
+    """Raise CONFIG for what makes no sense, UNSUPPORTED, by name, for what is not built yet."""
+    if profile.mirror is not None:
+        named = [*profile.mirror.legs, *profile.mirror.spares]
+        twice = sorted({store for store in named if named.count(store) > 1})
+        if twice:
             raise NvError(
-                Code.UNSUPPORTED,
-                f"profile {name}: {what} is not built yet",
-                f"take {what} out of the profile",
+                Code.CONFIG,
+                f"profile {name}: datastore {twice[0]} is named twice in its mirror: copies on one are lost together",
+                "name each once",
             )
-
-
-def check_mirror(vvol: str) -> None:
-    """Raise UNSUPPORTED while filters cannot serve mirrors: a VVol that became one could not be opened any more."""
-    if not MIRROR_BUILT:
-        raise NvError(Code.UNSUPPORTED, f"VVol {vvol}: mirrors are not built yet", "it keeps its one copy")
+    if profile.cache is not None and profile.cache.mode != "none":
+        raise NvError(Code.UNSUPPORTED, f"profile {name}: cache is not built yet", "take cache out of the profile")
 
 
 def check_datastore(name: str, config: DatastoreConfig) -> None:

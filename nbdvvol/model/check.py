@@ -38,8 +38,6 @@ EXTENT_SIZE_MIN = 64 << 10
 EXTENT_SIZE_MAX = 1 << 30
 SECTOR_SIZE = 512
 VVOL_SIZE_MAX = 1 << 60
-MIRROR_BUILT = False
-"""Profiles with a mirror are refused by name until filters can serve them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,8 +229,6 @@ def _profiles(farm: Farm) -> Iterator[Finding]:
 
 def _profile(loc: Loc, name: str, profile: ProfileConfig, farm: Farm) -> Iterator[Finding]:
     if profile.mirror is not None:
-        if not MIRROR_BUILT:
-            yield _not_built((*loc, "mirror"), f"profile {name}: mirror")
         yield from _mirror((*loc, "mirror"), profile.mirror, farm)
     if profile.cache is not None and profile.cache.mode != "none":
         yield _not_built((*loc, "cache"), f"profile {name}: cache mode {profile.cache.mode}")

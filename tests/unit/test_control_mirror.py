@@ -7,9 +7,11 @@ import uuid as uuids
 from typing import Any
 
 import pytest
+from sqlalchemy import update
 
 from nbdvvol.control.clock import Moment
-from nbdvvol.control.registry import bindings, leases, legs, mirrors, vvols
+from nbdvvol.control.registry import bindings, leases, legs, mirrors, schema, vvols
+from nbdvvol.control.registry.tx import Tx, transaction
 from nbdvvol.datastores import format as disk
 from nbdvvol.model.errors import Code, NvError
 from nbdvvol.model.farm import AdoptConfig
@@ -20,12 +22,6 @@ from tests.unit.control_farm import MIB, TestFarm, running_farm
 from tests.unit.fake_filter import FakeFilter
 
 __all__ = ["running_farm"]
-
-
-@pytest.fixture(autouse=True)
-def mirrors_are_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    """These tests are of control alone."""
-    monkeypatch.setattr("nbdvvol.control.policy.MIRROR_BUILT", True, raising=False)
 
 
 def _spec(**mirror: Any) -> dict[str, Any]:
@@ -73,8 +69,8 @@ async def test_a_new_mirror_has_labelled_legs_before_it_is_bound(farm: TestFarm)
     fake = await _mirror(farm)
     (spec,) = fake.serving.values()
     assert spec.mirror is not None and [(leg.id, leg.datastore, leg.state) for leg in spec.legs] == [
-        (0, "a", "in-sync"),
-        (1, "b", "in-sync"),
+        (1, "a", "in-sync"),
+        (2, "b", "in-sync"),
     ]
     for leg in spec.legs:
         label = _label(farm, leg.datastore, leg.meta_offset)
@@ -91,20 +87,20 @@ async def test_a_new_mirror_has_labelled_legs_before_it_is_bound(farm: TestFarm)
 async def test_a_leg_fails_and_comes_back_by_compare_and_swap(farm: TestFarm) -> None:
     fake = await _mirror(farm)
     before = await farm.vvol()
-    asked = await asyncio.gather(*(_ask(farm, "stale", leg, generation=before.generation) for leg in (0, 1)))
+    asked = await asyncio.gather(*(_ask(farm, "stale", leg, generation=before.generation) for leg in (1, 2)))
     assert sorted(answer.refused for answer in asked) == ["", "generation"], "of two at once one is done"
     after = await farm.vvol()
     assert after.generation == before.generation + 1
     (gone,) = [leg for leg in after.legs if leg.state == "stale"]
     assert gone.lost is not None
-    assert (await _ask(farm, "stale", 1 - gone.id)).refused == "last-leg"
+    assert (await _ask(farm, "stale", 3 - gone.id)).refused == "last-leg"
     again = await _ask(farm, "stale", gone.id, generation=before.generation)
     assert not again.refused and again.record is not None and again.record.generation == after.generation
     refused = await _ask(farm, "stale", gone.id, host="two")
     assert refused.refused == "epoch" and refused.record == again.record, "a host that does not hold it changes nothing"
     await _in_sync(farm, gone.id)
     whole = await farm.vvol()
-    assert [leg.state for leg in whole.legs] == ["in-sync", "in-sync"] and whole.legs[gone.id].lost is None
+    assert [leg.state for leg in whole.legs] == ["in-sync", "in-sync"] and all(leg.lost is None for leg in whole.legs)
 
     async def told() -> bool:
         return fake.serving[whole.uuid].generation == whole.generation
@@ -127,42 +123,42 @@ async def test_legs_are_added_copied_to_and_removed(farm: TestFarm) -> None:
     run = farm.control.registry.run
     with pytest.raises(NvError, match="lies on datastore a already"):
         await run(mirrors.begin_add_leg, "vm1", "root", AddLeg(datastore="a"))
-    for number, store in ((2, "s"), (3, "d")):
+    for number, store in ((3, "s"), (4, "d")):
         ref = await run(mirrors.begin_add_leg, "vm1", "root", AddLeg(datastore=store))
         assert (await farm.over(ref.task.id)).state is TaskState.SUCCESS
         (spec,) = fake.serving.values()
-        leg = spec.legs[number]
+        leg = spec.legs[number - 1]
         assert (leg.id, leg.state, leg.resync, leg.datastore) == (number, "stale", "full", store)
         key = "/fake/s.img" if store == "s" else f"/fake/d/{leg.object}"
         label = disk.decode_label(bytes(farm.disks.bytes[key][leg.meta_offset : leg.meta_offset + 8192]))
         assert label.syncing and (label.epoch, label.generation) == (0, 0), "below anything that is confirmed"
         assert sum(run.n for run in leg.runs) == spec.size and all(run.at >= leg.meta_length for run in leg.runs)
-    await _in_sync(farm, 2)
+    await _in_sync(farm, 3)
     ref = await run(mirrors.begin_remove_leg, "vm1", "root", "a")
     await asyncio.sleep(0.05)
     (spec,) = fake.serving.values()
-    assert [leg.resync for leg in spec.legs if leg.id == 0] == ["off"], "its host is asked to take it out of use first"
-    assert not (await _ask(farm, "stale", 0, reason="by request")).refused
+    assert [leg.resync for leg in spec.legs if leg.id == 1] == ["off"], "its host is asked to take it out of use first"
+    assert not (await _ask(farm, "stale", 1, reason="by request")).refused
     assert (await farm.over(ref.task.id)).state is TaskState.SUCCESS
 
     async def freed() -> bool:
-        return [leg.id for leg in (await farm.vvol()).legs] == [1, 2, 3]
+        return [leg.id for leg in (await farm.vvol()).legs] == [2, 3, 4]
 
     await farm.until(freed)
     (spec,) = fake.serving.values()
-    assert [leg.id for leg in spec.legs] == [1, 2, 3]
-    assert [one.id for one in _words(farm, "b", spec.legs[0].meta_offset).legs] == [1, 2, 3]
+    assert [leg.id for leg in spec.legs] == [2, 3, 4]
+    assert [one.id for one in _words(farm, "b", spec.legs[0].meta_offset).legs] == [2, 3, 4]
     assert not any(farm.disks.bytes["/fake/a.img"][MIB:]), "what it had was scrubbed"
     ref = await run(mirrors.begin_add_leg, "vm1", "root", AddLeg(datastore="a"))
     await farm.over(ref.task.id)
-    assert [leg.id for leg in (await farm.vvol()).legs] == [1, 2, 3, 4], "an id is never given twice"
+    assert [leg.id for leg in (await farm.vvol()).legs] == [2, 3, 4, 5], "an id is never given twice"
 
 
 async def test_a_leg_that_may_be_in_use_is_not_freed(farm: TestFarm) -> None:
     fake = await _mirror(farm)
-    assert not (await _ask(farm, "stale", 1)).refused
+    assert not (await _ask(farm, "stale", 2)).refused
     await fake.disconnect()
-    ref = await farm.control.registry.run(mirrors.begin_remove_leg, "vm1", "root", "1")
+    ref = await farm.control.registry.run(mirrors.begin_remove_leg, "vm1", "root", "2")
     assert (await farm.over(ref.task.id)).state is TaskState.SUCCESS
     await asyncio.sleep(0.1)
     (job,) = await farm.live()
@@ -170,12 +166,12 @@ async def test_a_leg_that_may_be_in_use_is_not_freed(farm: TestFarm) -> None:
     assert (await farm.vvol()).legs[1].life == "leaving"
     await fake.connect(farm.control.links)
     assert (await farm.over(job.id)).state is TaskState.SUCCESS
-    assert [leg.id for leg in (await farm.vvol()).legs] == [0]
+    assert [leg.id for leg in (await farm.vvol()).legs] == [1]
 
 
 async def test_the_last_leg_in_sync_stays(farm: TestFarm) -> None:
     await _mirror(farm)
-    assert not (await _ask(farm, "stale", 0)).refused
+    assert not (await _ask(farm, "stale", 1)).refused
     with pytest.raises(NvError, match="the only copy") as refused:
         await farm.control.registry.run(mirrors.begin_remove_leg, "vm1", "root", "b")
     assert refused.value.code is Code.CONFLICT
@@ -194,6 +190,40 @@ async def test_a_single_copy_becomes_a_mirror_while_nobody_serves_it(farm: TestF
     assert solo.mirror is not None and [leg.state for leg in solo.legs] == ["in-sync", "stale"]
 
 
+@transaction
+def _as_before_legs_were_numbered_from_1(tx: Tx, uuid: str) -> None:
+    """A registry of an earlier program: its single copies are leg 0."""
+    tx.db.execute(update(schema.legs).where(schema.legs.c.vvol == uuid).values(id=0))
+    tx.db.execute(update(schema.runs).where(schema.runs.c.vvol == uuid).values(leg=0))
+    tx.db.execute(update(schema.vvols).where(schema.vvols.c.uuid == uuid).values(next_leg=1))
+
+
+async def test_a_single_copy_that_is_leg_0_is_served_and_gets_a_number_before_it_is_a_mirror(farm: TestFarm) -> None:
+    fake = await _mirror(farm)
+    run = farm.control.registry.run
+    await farm.create("solo", 2 * MIB, profile="plain")
+    await farm.over((await run(vvols.begin_unbind, "vm1", "solo", BindVVol())).task.id)
+    old = await farm.vvol("vm1/solo")
+    await run(_as_before_legs_were_numbered_from_1, old.uuid)
+    await farm.over((await run(vvols.begin_bind, "vm1", "solo", BindVVol())).task.id)
+    assert [leg.id for leg in fake.serving[old.uuid].legs] == [0]
+    await farm.over((await run(vvols.begin_unbind, "vm1", "solo", BindVVol())).task.id)
+    ref = await run(mirrors.begin_add_leg, "vm1", "solo", AddLeg(datastore="b"))
+    assert (await farm.over(ref.task.id)).state is TaskState.SUCCESS
+    await farm.over((await run(vvols.begin_bind, "vm1", "solo", BindVVol())).task.id)
+    spec = fake.serving[old.uuid]
+    assert [(leg.id, leg.datastore, leg.state) for leg in spec.legs] == [(1, "a", "in-sync"), (2, "b", "stale")]
+    for leg in spec.legs:
+        label = _label(farm, leg.datastore, leg.meta_offset)
+        assert (str(label.vvol), label.leg, label.syncing) == (spec.uuid, leg.id, leg.id == 2)
+        assert leg.stamp.key() <= (label.epoch, label.generation) <= (spec.epoch, spec.generation)
+        assert [one.id for one in _words(farm, leg.datastore, leg.meta_offset).legs] == [1, 2]
+    assert [run.at for run in spec.legs[0].runs] == [region.object_offset for region in old.legs[0].regions]
+    ref = await run(mirrors.begin_add_leg, "vm1", "solo", AddLeg(datastore="s"))
+    await farm.over(ref.task.id)
+    assert [leg.id for leg in (await farm.vvol("vm1/solo")).legs] == [1, 2, 3]
+
+
 async def test_a_mirror_grows_on_every_leg_and_is_deleted_from_every_leg(farm: TestFarm) -> None:
     fake = await _mirror(farm)
     run = farm.control.registry.run
@@ -210,7 +240,7 @@ async def test_a_mirror_grows_on_every_leg_and_is_deleted_from_every_leg(farm: T
 async def test_a_spare_takes_the_place_of_a_lost_leg(farm: TestFarm) -> None:
     await _mirror(farm, spares=["s"], **{"spare-after": "0s"})
     run = farm.control.registry.run
-    assert not (await _ask(farm, "stale", 1, reason="write: EIO")).refused
+    assert not (await _ask(farm, "stale", 2, reason="write: EIO")).refused
     await run(mirrors.tend)
     await run(mirrors.tend)
 
@@ -219,12 +249,12 @@ async def test_a_spare_takes_the_place_of_a_lost_leg(farm: TestFarm) -> None:
 
     await farm.until(added)
     spare = (await farm.vvol()).legs[2]
-    assert (spare.datastore, spare.replaces) == ("s", 1)
-    await _in_sync(farm, 2)
+    assert (spare.datastore, spare.replaces) == ("s", 2)
+    await _in_sync(farm, 3)
     await run(mirrors.tend)
 
     async def replaced() -> bool:
-        return [leg.id for leg in (await farm.vvol()).legs] == [0, 2]
+        return [leg.id for leg in (await farm.vvol()).legs] == [1, 3]
 
     await farm.until(replaced)
 
@@ -260,12 +290,3 @@ async def test_adopted_bytes_are_one_copy(farm: TestFarm) -> None:
     body = CreateVVol(vm="vm1", name="old", adopt=AdoptConfig(datastore="s"), profile="gold")
     with pytest.raises(NvError, match="adopted bytes are one copy"):
         await farm.control.registry.run(vvols.begin_create, body)
-
-
-async def test_no_leg_is_added_while_filters_cannot_serve_mirrors(
-    farm: TestFarm, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Asked of the API, past the farm file's own refusal, it would leave a VVol that no filter can open."""
-    monkeypatch.setattr("nbdvvol.control.policy.MIRROR_BUILT", False)
-    with pytest.raises(NvError, match="vm1/root: mirrors are not built yet"):
-        await farm.control.registry.run(mirrors.begin_add_leg, "vm1", "root", AddLeg(datastore="b"))

@@ -176,7 +176,7 @@ async def test_a_file_of_a_dir_is_adopted(farm: TestFarm) -> None:
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
-        ({"profiles": {"gold": {"mirror": {"legs": ["s", "s"]}}}}, "profile gold: mirror is not built yet"),
+        ({"profiles": {"gold": {"mirror": {"legs": ["s", "s"]}}}}, "datastore s is named twice"),
         ({"profiles": {"gold": {"cache": {"mode": "read"}}}}, "profile gold: cache is not built yet"),
         ({"datastores": {"far": {"kind": "nbd"}}}, "datastore far: kind nbd needs a uri"),
         ({"datastores": {"far": {"kind": "nbd", "uri": "http://x/y"}}}, "scheme 'http'"),

@@ -11,7 +11,7 @@ from sqlalchemy import Row, select, update
 
 from nbdvvol.control import policy
 from nbdvvol.control.legs import Standing, replaced_by_now, spare_for
-from nbdvvol.control.registry import bindings, legs
+from nbdvvol.control.registry import bindings, legs, space
 from nbdvvol.control.registry import schema as s
 from nbdvvol.control.registry.stores import store_row
 from nbdvvol.control.registry.tasks import add_task
@@ -48,7 +48,7 @@ def _mirrored(tx: Tx, vm: str, name: str) -> Row[Any]:
         raise NvError(
             Code.CONFLICT,
             f"VVol {vm}/{name} is no mirror: it has one copy",
-            f"add another: nbdvvol mirror add-leg {vm}/{name} DATASTORE",
+            f"add another: nbdvvol mirror add-leg {vm}/{name} --datastore DATASTORE",
         )
     return row
 
@@ -62,7 +62,6 @@ def begin_add_leg(tx: Tx, vm: str, name: str, body: AddLeg) -> TaskRef:
     """Give a VVol another leg on a datastore, to be copied to. A VVol with one copy becomes a mirror by it.
 
     Raises CONFLICT or UNSUPPORTED for what cannot be."""
-    policy.check_mirror(f"{vm}/{name}")
     row = _ready(tx, vm, name)
     return _ref(tx, start_add_leg(tx, row, body.datastore), row.uuid)
 
@@ -96,11 +95,13 @@ def start_add_leg(tx: Tx, row: Row[Any], datastore: str, replaces: int | None = 
     policy.check_datastore(datastore, config)
     for host in _hosts_of(tx, row):
         check_sees(name, host, datastore, config)
+    if not row.mirror:
+        legs.not_served(tx, row)
+        if any(leg.id < space.FIRST_LEG for leg in found):
+            row = space.renumber(tx, row)
     task = add_task(
         tx, "add-leg", name, row.uuid, leg=row.next_leg, datastore=datastore, replaces=replaces, mirror=row.mirror
     )
-    if not row.mirror:
-        legs.not_served(tx, row)
     tx.db.execute(update(s.vvols).where(s.vvols.c.uuid == row.uuid).values(next_leg=row.next_leg + 1))
     return task
 

@@ -22,8 +22,9 @@ from nbdvvol.model.errors import Code, NvError
 from nbdvvol.model.farm import AdoptConfig, DatastoreConfig, DatastoreKind, VVolType
 from nbdvvol.model.rebuild import LegWords, MapWords
 
-ADOPTED = 0
-"""The one leg of an adopted VVol."""
+FIRST_LEG = 1
+"""Legs are numbered from here: to the data plane's mirrors 0 is no leg. In older registries a single copy is leg 0; it
+gets a number before it becomes a mirror's (`renumber`)."""
 
 FILE_STEP = 1 << 20
 """Metadata at the head of a mirrored leg's own file takes whole such pieces, so that data stays aligned."""
@@ -56,7 +57,7 @@ class Placement:
     map_version: int
     mirror: bool
     places: tuple[str, ...]
-    """The datastores that its first legs are to lie on; a leg's id is its place among them."""
+    """The datastores that its first legs are to lie on, in the order of their numbers."""
     adopt: AdoptConfig | None
     legs: tuple[LegPlace, ...]
 
@@ -201,7 +202,7 @@ def place_adopted(tx: Tx, uuid: str, object_size: int, header: str) -> None:
 
     Raises CONFLICT when they have another owner, INVALID when they are not there."""
     row = vvol_row(tx, uuid)
-    if _leg(tx, uuid, ADOPTED) is not None:
+    if tx.db.execute(select(s.legs.c.id).where(s.legs.c.vvol == uuid)).first() is not None:
         return
     assert row.adopt is not None, "only for adoptions"
     adopt = AdoptConfig.model_validate_json(row.adopt)
@@ -226,8 +227,8 @@ def place_adopted(tx: Tx, uuid: str, object_size: int, header: str) -> None:
         where = f"datastore {row.datastore}" + (f", file {obj}" if obj else "")
         raise NvError(error.code, f"{where}: {error.message}", error.hint) from None
     save_areas(tx, row.datastore, before, [*before, area], obj)
-    tx.db.execute(insert(s.legs).values(vvol=uuid, id=ADOPTED, datastore=row.datastore, object=obj, adopted=True))
-    tx.db.execute(insert(s.runs).values(vvol=uuid, leg=ADOPTED, offset=0, length=area.length, at=area.offset))
+    tx.db.execute(insert(s.legs).values(vvol=uuid, id=FIRST_LEG, datastore=row.datastore, object=obj, adopted=True))
+    tx.db.execute(insert(s.runs).values(vvol=uuid, leg=FIRST_LEG, offset=0, length=area.length, at=area.offset))
     tx.db.execute(update(s.vvols).where(s.vvols.c.uuid == uuid).values(size=area.length))
     if not is_dir and store.use == "unused":
         tx.db.execute(update(s.datastores).where(s.datastores.c.name == row.datastore).values(use="adopted"))
@@ -262,7 +263,7 @@ def ready(tx: Tx, uuid: str) -> None:
         return
     for name in _stores_of(tx, uuid):
         _with_space(tx, name, lambda space: space.commit(uuid))
-    values = {"state": "ready", "error": "", "next_leg": len(places_of(row))}
+    values = {"state": "ready", "error": "", "next_leg": FIRST_LEG + len(places_of(row))}
     tx.db.execute(update(s.vvols).where(s.vvols.c.uuid == uuid).values(**values))
     if row.mirror:
         stamp = {"epoch": row.epoch, "generation": row.generation}
@@ -281,6 +282,17 @@ def failed(tx: Tx, uuid: str, error: str) -> None:
         values["state"] = "failed"
     tx.db.execute(update(s.vvols).where(s.vvols.c.uuid == uuid).values(**values))
     tx.changed = True
+
+
+def renumber(tx: Tx, row: Row[Any]) -> Row[Any]:
+    """Give a single copy from before `FIRST_LEG` its number; what is on disk is written by the task that adds a leg.
+
+    Nobody serves the VVol. Returns its row as it is now."""
+    values = {"next_leg": row.next_leg + 1}
+    bindings.advance_generation(tx, row.uuid, row.generation, map_version=row.map_version + 1, **values)
+    tx.db.execute(update(s.legs).where(s.legs.c.vvol == row.uuid).values(id=row.next_leg))
+    tx.db.execute(update(s.runs).where(s.runs.c.vvol == row.uuid).values(leg=row.next_leg))
+    return vvol_row(tx, row.uuid)
 
 
 @transaction
@@ -445,7 +457,7 @@ def words_of(tx: Tx, row: Row[Any]) -> MapWords:
         profile=row.profile,
         read_only=row.read_only,
         mirror=row.mirror,
-        next_leg=max(row.next_leg, len(places_of(row))),
+        next_leg=max(row.next_leg, FIRST_LEG + len(places_of(row))),
         legs=[LegWords(id=leg.id, datastore=leg.datastore, uuid=leg.uuid) for leg in legs],
     )
 
