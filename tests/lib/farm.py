@@ -56,6 +56,8 @@ class Farm:
         self.state = self.folder / "state"
         self.run = self.folder / "run"
         self.file = self.folder / "farm.yaml"
+        self.inside: list[str] = []
+        """What its filters' command lines begin with (a network namespace)."""
         self.up: Process | None = None
         self.control: Process | None = None
         self.filters: dict[str, Process] = {}
@@ -75,7 +77,7 @@ class Farm:
 
     def _process(self, name: str, *args: str | Path) -> Process:
         self._logs += 1
-        argv = [sys.executable, "-m", "nbdvvol", *args]
+        argv = [*(self.inside if name != "control" else []), sys.executable, "-m", "nbdvvol", *args]
         env = {"PYTHONUNBUFFERED": "1", **(sanitizer_env(SANITIZER) if "filter" in args else {})}
         process = Process(argv, self.folder / f"{name}-{self._logs}.log", env=env)
         self._seen.add(process.pid)

@@ -1,0 +1,79 @@
+"""Mirrored VVols with real daemons: legs that die and come back, servers and daemons that are killed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.lib.farm import Farm
+from tests.lib.nbdwords import MiB
+from tests.lib.pattern import difference, pattern
+from tests.lib.peers import Peer, closed_peers, nbdkit, our_farm, qemu_nbd
+from tests.lib.procs import wait_until
+
+__all__ = ["closed_peers"]
+pytestmark = pytest.mark.timeout(240)
+MakeFarm = Callable[..., Farm]
+SIZE = 32 * MiB
+
+
+def mirrored(*stores: tuple[str, dict[str, Any]], **mirror: Any) -> dict[str, Any]:
+    """A farm file with one VVol that has a leg on each datastore."""
+    policy = {"legs": [name for name, _ in stores], "write-deadline": "3s", "intent-idle": "200ms", **mirror}
+    return {
+        "datastores": dict(stores),
+        "profiles": {"twice": {"mirror": policy}},
+        "vms": {"vm1": {"vvols": {"disk": {"size": "32MiB", "profile": "twice"}}}},
+    }
+
+
+def local(name: str) -> tuple[str, dict[str, Any]]:
+    return name, {"kind": "file", "path": f"./data/{name}.img", "size": "64MiB"}
+
+
+def remote(peer: Peer) -> tuple[str, dict[str, Any]]:
+    return "far", {"kind": "nbd", "uri": peer.uri, "timeout": "2s", "hold": "1s", "connections": 2}
+
+
+def states(farm: Farm) -> dict[str, str]:
+    return {leg["datastore"]: leg["state"] for leg in farm.vvol("vm1/disk")["legs"]}
+
+
+def all_in_sync(farm: Farm) -> bool:
+    return set(states(farm).values()) == {"in-sync"}
+
+
+def test_two_local_legs(farms: MakeFarm) -> None:
+    farm = farms(mirrored(local("one"), local("two"))).start()
+    data = pattern(21, 0, SIZE)
+    with farm.open("disk") as nbd:
+        nbd.write(0, data)
+        nbd.flush()
+    farm.kill_everything()
+    farm.start()
+    with farm.open("disk", wait_s=20) as nbd:
+        assert difference(data, nbd.read(0, SIZE)) == ""
+    assert all_in_sync(farm)
+
+
+@pytest.mark.parametrize("make", [nbdkit, qemu_nbd, our_farm], ids=["nbdkit", "qemu-nbd", "nbdvvol"])
+def test_a_remote_leg_dies_and_comes_back(farms: MakeFarm, peers: list[Peer], make: Callable[[int], Peer]) -> None:
+    peers.append(make(64 * MiB).start())
+    farm = farms(mirrored(local("one"), remote(peers[0]))).start()
+    data = bytearray(pattern(22, 0, SIZE))
+    with farm.open("disk") as nbd:
+        nbd.write(0, data)
+        nbd.flush()
+        peers[0].kill()
+        nbd.write(8 * MiB, b"degraded" * 512)
+        nbd.flush()
+        data[8 * MiB : 8 * MiB + 4096] = b"degraded" * 512
+        assert states(farm) == {"one": "in-sync", "far": "stale"}
+        peers[0].start()
+        wait_until("it is copied again", lambda: all_in_sync(farm), timeout_s=60)
+        assert difference(bytes(data), nbd.read(0, SIZE)) == ""
+    kinds = [one["kind"] for one in json.loads(farm.cli("get", "events", "-o", "json").stdout)]
+    assert kinds.index("leg_failed") < kinds.index("leg_in_sync")
