@@ -370,6 +370,9 @@ def _resolve_paths(farm: Farm, base: Path, tree: _Tree) -> None:
         farm.tls.certs, farm.tls.psk = absolute(farm.tls.certs), absolute(farm.tls.psk)
     for host in farm.hosts.values():
         host.token_file = absolute(host.token_file)
+    for profile in farm.profiles.values():
+        if profile.cache is not None and profile.cache.log is not None:
+            profile.cache.log.path = absolute(profile.cache.log.path) or ""
     for datastore in farm.datastores.values():
         datastore.path = absolute(datastore.path)
         datastore.uri = _resolve_socket(datastore.uri, base)

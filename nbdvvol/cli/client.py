@@ -161,6 +161,10 @@ class Client:
         """Stop serving a VVol."""
         return self._act(name, "unbind", BindVVol(force=force))
 
+    def drain_cache(self, name: str) -> TaskRef:
+        """Write out what a VVol's host alone has of it."""
+        return TaskRef.model_validate(self._call("POST", f"/v1/vvols/{self.resolve(name)}/cache/drain"))
+
     def cancel(self, number: int) -> Task:
         """Cancel a task."""
         answer = self._call("POST", f"/v1/tasks/{number}/cancel")

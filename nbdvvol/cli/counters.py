@@ -10,8 +10,9 @@ from nbdvvol.cli.output import amount, number
 
 if TYPE_CHECKING:
     from nbdvvol.model.base import Model
-    from nbdvvol.model.observe import HostCounters
+    from nbdvvol.model.observe import CacheCounters, HostCounters
 
+BLOCK = 4096
 BYTES = ("read_bytes", "write_bytes")
 Table = tuple[tuple[str, ...], list[tuple[object, ...]]]
 
@@ -39,9 +40,10 @@ class _Look:
 
 
 def tables(now: Sequence[HostCounters], before: Sequence[HostCounters] | None) -> list[Table]:
-    """VVols, datastores and reactors: totals, or with an earlier look rates. VVols without clients are left out."""
+    """VVols, caches, datastores, reactors: totals, or with an earlier look rates. VVols need clients to be there."""
     live = before is not None
-    found = (_vvols(now, before or (), live), _datastores(now, before or (), live), _reactors(now, before or (), live))
+    parts = (_vvols, _caches, _host_caches, _datastores, _reactors)
+    found = (part(now, before or (), live) for part in parts)
     return [table for table in found if table[1]]
 
 
@@ -63,6 +65,52 @@ def _vvols(now: Sequence[HostCounters], before: Sequence[HostCounters], live: bo
             )
         )
     return _per_second(heads, 3) if live else heads, rows
+
+
+def _caches(now: Sequence[HostCounters], before: Sequence[HostCounters], live: bool) -> Table:
+    heads = ("cached", "mode", "held", "floor", "hit_ratio")
+    counts = ("hits", "misses", "filled", "refused", "written", "ahead", "ahead_used")
+    rows: list[tuple[object, ...]] = []
+    for look in _looks(now, before, "exports", ("vvol", "uuid", "epoch")):
+        cache, old = getattr(look.now, "cache", None), getattr(look.before, "cache", None)
+        if cache is None or (live and look.total("connections") == 0):
+            continue
+        inner = _Look(look.name, look.host, cache, old, look.seconds)
+        asked = inner.rate("hits", "misses") if live else inner.total("hits", "misses")
+        hits = inner.rate("hits") if live else inner.total("hits")
+        rows.append(
+            (
+                look.name,
+                "bypassed" if cache.bypassed else cache.mode,
+                amount(cache.held_bytes),
+                floor_words(cache),
+                f"{(hits or 0) / asked:.1%}" if asked else "-",
+                *_counts(inner, live, *((name,) for name in counts)),
+            )
+        )
+    return _per_second((*heads, *counts), len(heads)) if live else (*heads, *counts), rows
+
+
+def floor_words(cache: CacheCounters) -> str:
+    """The floor in force, and where it had to be cut, what was asked for."""
+    cut = cache.mode != "none" and cache.floor_bytes < cache.ram_bytes // BLOCK * BLOCK
+    return f"{amount(cache.floor_bytes)} of {amount(cache.ram_bytes)}" if cut else amount(cache.floor_bytes)
+
+
+def _host_caches(now: Sequence[HostCounters], before: Sequence[HostCounters], live: bool) -> Table:
+    """Of hosts that cache something."""
+    heads = ("host_cache", "bytes", "used", "pinned", "evictions")
+    then = {(host.host, host.instance): host for host in before}
+    rows: list[tuple[object, ...]] = []
+    for host in now:
+        if not any(one.cache for one in host.exports):
+            continue
+        old = then.get((host.host, host.instance))
+        seconds = host.uptime_s - old.uptime_s if old is not None else 0.0
+        look = _Look(host.host, host.host, host.cache, old.cache if old is not None else None, seconds)
+        levels = (amount(look.total(name)) for name in ("bytes", "used_bytes", "pinned_bytes"))
+        rows.append((host.host, *levels, *_counts(look, live, ("evictions",))))
+    return _per_second(heads, 4) if live else heads, rows
 
 
 def _datastores(now: Sequence[HostCounters], before: Sequence[HostCounters], live: bool) -> Table:

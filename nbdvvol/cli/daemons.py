@@ -58,6 +58,7 @@ def filter_(
     first_cpu: Annotated[
         int | None, typer.Option(min=0, max=1023, help="Pin them to the CPUs from this one on.")
     ] = None,
+    cache: Annotated[str, typer.Option(metavar="SIZE", help="RAM for the caches of all VVols; 0: none.")] = "256MiB",
     stdio: Annotated[
         bool, typer.Option("--stdio", help="Serve one client on stdin and stdout; needs --serve.")
     ] = False,
@@ -89,5 +90,6 @@ def filter_(
         reactors=reactors,
         spin_us=spin_us,
         first_cpu=first_cpu,
+        cache=cache,
         parent=parent,
     )

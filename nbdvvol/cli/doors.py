@@ -40,6 +40,7 @@ def filter_(
     reactors: int,
     spin_us: int,
     first_cpu: int | None,
+    cache: str,
     parent: int,
 ) -> None:
     """A host's filter daemon."""
@@ -58,8 +59,23 @@ def filter_(
         reactors=reactors,
         spin_us=spin_us,
         first_cpu=first_cpu,
+        cache_bytes=_cache_size(cache),
     )
     _run(run_filter(options))
+
+
+def _cache_size(text: str) -> int:
+    """Raises NvError(USAGE)."""
+    from pydantic import ValidationError
+
+    from nbdvvol.model.errors import Code, NvError
+    from nbdvvol.model.farm import HostConfig
+
+    try:
+        return HostConfig(cache=text).cache  # type: ignore[arg-type]  # the model reads `64MiB`
+    except ValidationError as error:
+        what = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise NvError(Code.USAGE, f"--cache: {what}", "write a size, such as 256MiB") from None
 
 
 def standalone(path: Path, *, export: str, read_only: bool, stdio: bool, reactors: int, spin_us: int) -> None:

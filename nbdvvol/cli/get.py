@@ -103,12 +103,13 @@ def _declared() -> dict[Kind, Columns]:
             lambda h: (h.name, "yes" if h.connected else "no", h.vvols, h.address),
         ),
         Kind.PROFILES: (
-            ("profile", "datastore", "read_only", "qos"),
+            ("profile", "datastore", "read_only", "qos", "cache"),
             lambda p: (
                 p.name,
                 p.spec.datastore,
                 "yes" if p.spec.read_only else "no",
                 p.spec.qos.words() if p.spec.qos is not None else "none",
+                p.spec.cache.words() if p.spec.cache is not None else "none",
             ),
         ),
         Kind.VMS: (

@@ -10,7 +10,7 @@ import typer
 from nbdvvol.cli.options import NoWait, Output, OutputOption, RunOption, VVolArgument
 
 if TYPE_CHECKING:
-    from nbdvvol.model.observe import ExportCounters
+    from nbdvvol.model.observe import CacheCounters, ExportCounters
     from nbdvvol.model.resources import CreateVVol, ExportUri, VVol
 
 FullName = Annotated[str, typer.Argument(metavar="VM/NAME", help="The VM and the new VVol's name.")]
@@ -192,6 +192,7 @@ def _describe(vvol: VVol, counters: list[ExportCounters]) -> None:
             ("type", vvol.type),
             ("profile", vvol.profile),
             ("qos", vvol.qos.words() if vvol.qos is not None else "none"),
+            ("cache", vvol.cache.words() if vvol.cache is not None else "none"),
             ("state", vvol.state),
             ("read_only", "yes" if vvol.read_only else "no"),
             ("description", vvol.description),
@@ -201,6 +202,7 @@ def _describe(vvol: VVol, counters: list[ExportCounters]) -> None:
             ("map_version", vvol.map_version),
             *((f"leg {leg.id}", _leg(leg)) for leg in vvol.legs),
             *(("since opened", _done(one)) for one in counters),
+            *(("of the cache", _cached(one.cache)) for one in counters if one.cache is not None),
             ("uri", vvol.uri),
         ]
     )
@@ -213,6 +215,21 @@ def _done(counters: ExportCounters) -> str:
         f"{counters.connections} clients; {counters.reads} reads ({amount(counters.read_bytes)}), "
         f"{counters.writes} writes ({amount(counters.write_bytes)}), {counters.flushes} flushes, "
         f"{counters.trims + counters.zeroes + counters.others} others, {counters.errors} errors"
+    )
+
+
+def _cached(cache: CacheCounters) -> str:
+    from nbdvvol.cli.counters import floor_words
+    from nbdvvol.cli.output import amount, number
+
+    if cache.mode == "none":
+        return "unused: the host's filter was started without memory for one"
+    if cache.bypassed:
+        return "bypassed: its storage is in memory already"
+    ratio = f"{cache.hit_ratio:.1%} of {number(cache.hits + cache.misses)} blocks" if cache.hit_ratio is not None else 0
+    return (
+        f"hits {ratio}; {number(cache.filled)} filled, {number(cache.written)} written, {number(cache.ahead_used)} of "
+        f"{number(cache.ahead)} fetched ahead used; holds {amount(cache.held_bytes)}, floor {floor_words(cache)}"
     )
 
 

@@ -13,6 +13,7 @@ from nbdvvol.model.check import place_of
 from nbdvvol.model.errors import Code, NvError
 from nbdvvol.model.farm import (
     AdoptConfig,
+    CacheConfig,
     ControlConfig,
     DatastoreConfig,
     Farm,
@@ -105,13 +106,19 @@ class Plan:
         self.changes.append(Change(action=action, kind=kind, name=name, detail=detail))
 
 
-def _words(qos: QosConfig | None) -> str:
-    return qos.words() if qos is not None else "none"
+NEXT_START = ("cache", "first_cpu", "reactors", "spin_us")
+"""What a host's filter takes up when it starts, and keeps."""
+
+
+def _words(policy: QosConfig | CacheConfig | None) -> str:
+    return policy.words() if policy is not None else "none"
 
 
 def _said(model: Model) -> dict[str, object]:
     said: dict[str, object] = model.model_dump(mode="json")
-    return said | {"qos": _words(model.qos)} if isinstance(model, ProfileConfig) else said
+    if isinstance(model, ProfileConfig):
+        return said | {"qos": _words(model.qos), "cache": _words(model.cache)}
+    return said | {"cache": format_size(model.cache)} if isinstance(model, HostConfig) else said
 
 
 def _different(old: Model, new: Model) -> str:
@@ -176,7 +183,14 @@ def _compare_hosts(plan: Plan, have: Have, farm: Farm) -> None:
             plan.say("host", name, "keep")
             continue
         plan.hosts[name] = host
-        plan.say("host", name, "update" if old else "create", _different(old, host) if old else "")
+        plan.say("host", name, "update" if old else "create", _host_words(old, host) if old else "")
+
+
+def _host_words(old: HostConfig, new: HostConfig) -> str:
+    """What changes, and since its filter goes on as it was started, when."""
+    waits = [key for key in NEXT_START if getattr(old, key) != getattr(new, key)]
+    note = f" ({', '.join(waits)}: at the next start of its filter)" if waits else ""
+    return _different(old, new) + note
 
 
 def _compare_datastore(plan: Plan, have: Have, name: str, new: DatastoreConfig) -> None:
@@ -307,7 +321,7 @@ def _compare_vvol(plan: Plan, have: Have, farm: Farm, vm: str, short: str, new: 
 def _change_profile(
     plan: Plan, old: HaveVVol, profile: str, before: Mapping[str, ProfileConfig], after: Mapping[str, ProfileConfig]
 ) -> list[str]:
-    """What another profile, or another content of the same, means for a VVol that is there: its limits."""
+    """What another profile, or another content of the same, means for a VVol that is there."""
     done: list[str] = []
     if old.profile != profile:
         plan.profile_of.append((old.uuid, profile))
@@ -316,6 +330,8 @@ def _change_profile(
     gets = after.get(profile, ProfileConfig())
     if had.qos != gets.qos:
         done.append(f"qos: {_words(had.qos)} → {_words(gets.qos)}")
+    if had.caching != gets.caching:
+        done.append(f"cache: {_words(had.caching)} → {_words(gets.caching)}")
     if old.mirror and had.mirror != gets.mirror:
         done.append("how its mirror is run")
     return done

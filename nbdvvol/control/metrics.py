@@ -16,7 +16,14 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 from pydantic import BaseModel
 
-from nbdvvol.model.observe import DatastoreCounters, ExportCounters, HostCounters, ReactorCounters
+from nbdvvol.model.observe import (
+    CacheCounters,
+    DatastoreCounters,
+    ExportCounters,
+    HostCache,
+    HostCounters,
+    ReactorCounters,
+)
 from nbdvvol.model.resources import Datastore, Status, TaskState, VVol
 
 Labels = tuple[str, ...]
@@ -36,6 +43,15 @@ _STORE_TYPES = {
     "trims": "trim",
     "syncs": "sync",
     "others": "other",
+}
+_CACHE_TYPES = {
+    "hits": "hit",
+    "misses": "missed",
+    "filled": "filled",
+    "refused": "refused",
+    "written": "written",
+    "ahead": "ahead",
+    "ahead_used": "ahead_used",
 }
 _REACTOR_COUNTERS = {
     "requests": ("requests", "Requests received."),
@@ -72,6 +88,7 @@ class FarmCollector(Collector):
             _vvols(status.vvols),
             _datastores(status.datastores),
             _exports(status.counters),
+            _caches(status.counters),
             _reactors(status.counters),
             _storage(status.counters),
         )
@@ -157,6 +174,28 @@ def _exports(hosts: Sequence[HostCounters]) -> Iterator[Metric]:
     yield _counter("vvol_delay_seconds", "How long they waited, all together.", labels, waits)
     yield _gauge("vvol_requests_in_flight", "Requests not answered yet.", labels, _one(found, "in_flight"))
     yield _gauge("vvol_connections", "Connections of clients.", labels, _one(found, "connections"))
+
+
+def _caches(hosts: Sequence[HostCounters]) -> Iterator[Metric]:
+    labels = ["vvol", "vm", "host"]
+    found: list[tuple[Labels, CacheCounters]] = [
+        ((export.vvol, export.vvol.split("/")[0], host.host), export.cache)
+        for host in hosts
+        for export in host.exports
+        if export.cache is not None
+    ]
+    text = "Blocks of 4 KiB, by what became of them."
+    yield _counter("vvol_cache_blocks", text, [*labels, "type"], _typed(found, _CACHE_TYPES))
+    yield _gauge("vvol_cache_held_bytes", "What the cache holds of it.", labels, _one(found, "held_bytes"))
+    text = "What other VVols cannot take of that."
+    yield _gauge("vvol_cache_floor_bytes", text, labels, _one(found, "floor_bytes"))
+    on = [(names, float(cache.mode != "none" and not cache.bypassed)) for names, cache in found]
+    yield _gauge("vvol_cache_on", "1: used; 0: no memory for it, or its storage is in memory already.", labels, on)
+    caches: list[tuple[Labels, HostCache]] = [((host.host,), host.cache) for host in hosts]
+    yield _gauge("host_cache_bytes", "RAM for caches.", ["host"], _one(caches, "bytes"))
+    yield _gauge("host_cache_used_bytes", "Holding something.", ["host"], _one(caches, "used_bytes"))
+    yield _gauge("host_cache_pinned_bytes", "Being sent.", ["host"], _one(caches, "pinned_bytes"))
+    yield _counter("host_cache_evictions", "Blocks that had to leave.", ["host"], _one(caches, "evictions"))
 
 
 def _reactors(hosts: Sequence[HostCounters]) -> Iterator[Metric]:

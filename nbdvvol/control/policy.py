@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nbdvvol.model.check import remote_findings
+from nbdvvol.model.check import CACHE_BUILT, remote_findings
 from nbdvvol.model.errors import Code, NvError
 from nbdvvol.model.farm import DatastoreConfig, DatastoreKind, IoMode, ProfileConfig
 from nbdvvol.model.units import format_size
@@ -22,8 +22,9 @@ def check_profile(name: str, profile: ProfileConfig) -> None:
                 f"profile {name}: datastore {twice[0]} is named twice in its mirror: copies on one are lost together",
                 "name each once",
             )
-    if profile.cache is not None and profile.cache.mode != "none":
-        raise NvError(Code.UNSUPPORTED, f"profile {name}: cache is not built yet", "take cache out of the profile")
+    if profile.cache is not None and profile.cache.mode not in CACHE_BUILT:
+        what = f"profile {name}: cache mode {profile.cache.mode} is not built yet"
+        raise NvError(Code.UNSUPPORTED, what, f"choose another cache mode: {', '.join(CACHE_BUILT)}")
 
 
 def check_datastore(name: str, config: DatastoreConfig) -> None:

@@ -10,13 +10,13 @@ from pathlib import Path
 import structlog
 
 from nbdvvol import __version__
-from nbdvvol.control import lifecycle, mirrors, observe
+from nbdvvol.control import caches, lifecycle, mirrors, observe
 from nbdvvol.control.credentials import HostTokens, read_tokens
 from nbdvvol.control.link import Links
 from nbdvvol.control.registry import Committed, Registry, farm, stores, upkeep, views
 from nbdvvol.control.registry import mirrors as tending
 from nbdvvol.control.signal import Signal, Signals
-from nbdvvol.control.status import host_view, problems
+from nbdvvol.control.status import cache_problems, host_view, problems
 from nbdvvol.control.tasks import Tasks
 from nbdvvol.model.errors import NvError
 from nbdvvol.model.farm import ControlConfig
@@ -30,7 +30,7 @@ TEND_S = 5.0
 """How often control looks whether a mirror needs a spare."""
 LOOK_FOR_S = 30.0
 """How often it looks for a datastore that is missing and that stale legs lie on."""
-BODIES = lifecycle.BODIES | mirrors.BODIES
+BODIES = lifecycle.BODIES | mirrors.BODIES | caches.BODIES
 UNDO = lifecycle.UNDO | mirrors.UNDO
 
 
@@ -134,7 +134,7 @@ class Control:
         counters = await self.counters()
         hosts, stores, vvols = await self.hosts(), await run(views.datastores), await run(views.vvols)
         tasks = await run(views.tasks)
-        found = problems(hosts, stores, vvols, tasks, await run(views.findings))
+        found = problems(hosts, stores, vvols, tasks, await run(views.findings)) + cache_problems(vvols, counters)
         live = [task for task in tasks if task.state in (TaskState.QUEUED, TaskState.RUNNING)]
         return Status(
             version=__version__,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from nbdvvol.control.registry.views import Finding, HostRow
 from nbdvvol.model.mirror import NotServed
+from nbdvvol.model.observe import HostCounters
 from nbdvvol.model.resources import Datastore, Host, Problem, Task, TaskState, VVol
 
 FULL_BELOW = 0.05
@@ -58,6 +59,22 @@ def problems(
                 )
             )
     return found + _task_problems(tasks)
+
+
+def cache_problems(vvols: list[VVol], counters: list[HostCounters]) -> list[Problem]:
+    """VVols whose profile has a cache, on hosts whose filters have no memory for one."""
+    bare = {host.host for host in counters if host.cache.bytes == 0}
+    return [
+        Problem(
+            code="CACHE_OFF",
+            subject=vvol.full_name,
+            message=f"its profile has a cache, and the filter of host {vvol.binding.host} was started without memory",
+            action=f"say hosts.{vvol.binding.host}.cache, such as 256MiB, and start that filter again; until then it "
+            "is only slower",
+        )
+        for vvol in vvols
+        if vvol.cache is not None and vvol.binding is not None and vvol.binding.host in bare
+    ]
 
 
 def _host_down(host: Host) -> Problem:

@@ -489,6 +489,15 @@ class DataPlane(Protocol):
     async def limit_volume(self, volume: int, limits: VolumeLimits) -> None:
         """Other limits, also for requests that wait already; returns once all reactors go by them. Drains nothing."""
 
+    async def cache_volume(self, volume: int, policy: CachePolicy) -> None:
+        """Another part of the cache, at any time; returns once it is in force. Drains nothing."""
+
+    def cache_stats(self, volume: int) -> CacheStats:
+        """What the cache did for a volume."""
+
+    def cache_totals(self) -> CacheTotals:
+        """The whole cache; all zero without one."""
+
     async def close_volume(self, volume: int) -> None:
         """End its connections (ESHUTDOWN to new requests), drain, forget it."""
 

@@ -56,6 +56,8 @@ class FilterOptions:
     spin_us: int = 200
     first_cpu: int | None = None
     """Reactor i is pinned to CPU `first_cpu` + i; None: to none."""
+    cache_bytes: int = 0
+    """RAM for the caches of all VVols; 0: none."""
 
 
 class Filter:
@@ -191,7 +193,13 @@ async def run_filter(options: FilterOptions) -> None:
     options.run_dir.mkdir(parents=True, exist_ok=True)
     with locked(options.run_dir):
         faults, claims = FaultBook(options.run_dir.absolute()), ClaimBook(options.run_dir.absolute())
-        plane = Plane(PlaneConfig(reactors=options.reactors, spin_us=options.spin_us, cpu_first=options.first_cpu))
+        config = PlaneConfig(
+            reactors=options.reactors,
+            spin_us=options.spin_us,
+            cpu_first=options.first_cpu,
+            cache_bytes=options.cache_bytes,
+        )
+        plane = Plane(config)
         _log.info("filter starts", host=options.host, control=options.control, pid=os.getpid())
         await Filter(options, plane, faults, claims).run(stop)
 

@@ -20,7 +20,15 @@ from nbdvvol.filter.lease import LeaseLink, Leases
 from nbdvvol.filter.legplace import Storage
 from nbdvvol.filter.legs import LegLink, Mirror, MirrorError
 from nbdvvol.filter.objects import HeldObject, ObjectTable
-from nbdvvol.filter.reconcile import Step, decide, describe, limits, touched, transmission_flags
+from nbdvvol.filter.reconcile import (
+    Step,
+    cache_policy,
+    decide,
+    describe,
+    limits,
+    touched,
+    transmission_flags,
+)
 from nbdvvol.model.errors import Code, NvError
 from nbdvvol.model.link import DatastoreSpec, ExportReport, Fault, Held, HostState, VVolSpec
 from nbdvvol.model.mirror import NotServed
@@ -384,6 +392,7 @@ class ExportTable:
             await self._release(objects)
             raise
         export.running = _Running(spec, volume, objects, block_min)
+        await self._cache(volume, None, spec)
         _log.info("serving", vvol=f"{spec.vm}/{spec.name}", epoch=spec.epoch, size=spec.size)
         self._tell(export)
 
@@ -413,14 +422,30 @@ class ExportTable:
             await mirror.close()
             raise mirror.dead or MirrorError(Code.INTERNAL, "it opened and is not there")
         export.running = _Running(mirror.spec, mirror.volume, {}, mirror.block_min, mirror)
+        await self._cache(mirror.volume, None, mirror.spec)
         _log.info("serving a mirror", vvol=f"{spec.vm}/{spec.name}", epoch=spec.epoch, legs=len(spec.legs))
         self._tell(export)
         mirror.report()
 
     async def _limit(self, running: _Running, wanted: VVolSpec) -> None:
-        """Put limits and shares in force: no request waits for that."""
+        """Put limits, shares and the cache's policy in force: no request waits for that."""
         if wanted.qos != running.spec.qos:
             await self._plane.limit_volume(running.volume, limits(wanted))
+        await self._cache(running.volume, running.spec, wanted)
+
+    async def _cache(self, volume: int, running: VVolSpec | None, wanted: VVolSpec) -> None:
+        """Put another cache policy in force. Where that cannot be, the VVol is served without: it is only slower."""
+        if wanted.cache == (running.cache if running is not None else None):
+            return
+        name = f"{wanted.vm}/{wanted.name}"
+        if wanted.cache is not None and self._plane.cache_totals().bytes == 0:
+            _log.warning("served without a cache: this filter was started without memory for one", vvol=name)
+            return
+        try:
+            await self._plane.cache_volume(volume, cache_policy(wanted))
+        except OSError as error:
+            _log.error("served with the cache as it was", vvol=name, error=str(error))
+            self._reporter.notice("cache_failed", name, str(error))
 
     async def _change(self, export: Export) -> None:
         running, spec = export.running, export.wanted

@@ -16,17 +16,31 @@ from typing import Literal
 import structlog
 from pydantic import BaseModel
 
-from nbdvvol.dataplane.types import DataPlane, TraceRecord, TraceState
+from nbdvvol.dataplane.types import CacheMode, DataPlane, TraceRecord, TraceState
 from nbdvvol.filter.exports import ExportTable
 from nbdvvol.filter.objects import ObjectTable
 from nbdvvol.model.errors import Code, NvError
-from nbdvvol.model.link import Counters, Forget, Look, Traced, TraceOrder
-from nbdvvol.model.observe import ExportCounters, HostCounters, ReactorCounters, TracedRequest, TraceReport
+from nbdvvol.model.link import Counters, Forget, Look, Traced, TraceOrder, VVolSpec
+from nbdvvol.model.observe import (
+    CacheCounters,
+    ExportCounters,
+    HostCache,
+    HostCounters,
+    ReactorCounters,
+    TracedRequest,
+    TraceReport,
+)
 from nbdvvol.nbd.constants import Command, CommandFlag
 
 _log = structlog.get_logger("observe")
 READ_EVERY_S = 0.02
 READ_AT_ONCE = 4096
+
+_CACHE_MODES: dict[CacheMode, Literal["none", "read", "writethrough"]] = {
+    CacheMode.NONE: "none",
+    CacheMode.READ: "read",
+    CacheMode.WRITETHROUGH: "writethrough",
+}
 
 Send = Callable[[BaseModel], None]
 Ended = Literal["count", "seconds", "closed"]
@@ -79,6 +93,7 @@ class Observer:
             instance=self._instance,
             uptime_s=time.monotonic() - self._began_s,
             tracing=self._tracing,
+            cache=HostCache(**asdict(self._plane.cache_totals())),
             exports=list(self._export_counters()),
             reactors=[
                 ReactorCounters(reactor=number, **asdict(stats))
@@ -91,9 +106,22 @@ class Observer:
         for spec, volume in self._exports.serving():
             try:
                 stats = self._plane.volume_stats(volume)
+                cache = self._cache_counters(spec, volume)
             except OSError:  # closed a moment ago, and its task does not know yet
                 continue
-            yield ExportCounters(vvol=f"{spec.vm}/{spec.name}", uuid=spec.uuid, epoch=spec.epoch, **asdict(stats))
+            yield ExportCounters(
+                vvol=f"{spec.vm}/{spec.name}", uuid=spec.uuid, epoch=spec.epoch, **asdict(stats), cache=cache
+            )
+
+    def _cache_counters(self, spec: VVolSpec, volume: int) -> CacheCounters | None:
+        if spec.cache is None:
+            return None
+        found = self._plane.cache_stats(volume)
+        asked = found.hits + found.misses
+        mode: Literal["none", "read", "writethrough"] = _CACHE_MODES[CacheMode(found.mode)]
+        ratio = found.hits / asked if asked else None
+        counted = asdict(found) | {"mode": mode, "bypassed": bool(found.bypassed)}
+        return CacheCounters(**counted, hit_ratio=ratio, ram_bytes=spec.cache.ram)
 
     # ---- traces ----
 

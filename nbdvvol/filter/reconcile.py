@@ -11,7 +11,16 @@ import enum
 from collections.abc import Mapping
 from typing import TypeVar
 
-from nbdvvol.dataplane.types import LegDescription, LegState, Run, RunState, VolumeDescription, VolumeLimits
+from nbdvvol.dataplane.types import (
+    CacheMode,
+    CachePolicy,
+    LegDescription,
+    LegState,
+    Run,
+    RunState,
+    VolumeDescription,
+    VolumeLimits,
+)
 from nbdvvol.model.link import Delta, HostState, LegSpec, VVolSpec
 from nbdvvol.nbd.constants import TransmissionFlag
 
@@ -28,7 +37,7 @@ class Step(enum.Enum):
     RENAME = "rename"
     """Only words changed (name, description): no I/O is touched."""
     LIMIT = "limit"
-    """Only limits or shares changed: no I/O waits for the change."""
+    """Only limits, shares or the cache's policy changed: no I/O waits for the change."""
     CHANGE = "change"
     REPLACE = "replace"
     """Drain and release the old epoch, then open under the new one."""
@@ -51,11 +60,11 @@ def decide(running: VVolSpec | None, wanted: VVolSpec | None, highest_epoch: int
         return Step.NOTHING
     if _runs_differ(running, wanted):
         return Step.CHANGE
-    return Step.LIMIT if running.qos != wanted.qos else Step.RENAME
+    return Step.LIMIT if (running.qos, running.cache) != (wanted.qos, wanted.cache) else Step.RENAME
 
 
 def _runs_differ(running: VVolSpec, wanted: VVolSpec) -> bool:
-    words = {"name": "", "vm": "", "description": "", "type": running.type, "qos": None}
+    words = {"name": "", "vm": "", "description": "", "type": running.type, "qos": None, "cache": None}
     return running.model_copy(update=words) != wanted.model_copy(update=words)
 
 
@@ -127,6 +136,15 @@ def limits(spec: VVolSpec) -> VolumeLimits:
         io_bytes=qos.iops_size or 0,
         shares=qos.shares,
     )
+
+
+def cache_policy(spec: VVolSpec) -> CachePolicy:
+    """What the data plane is to keep of a VVol in the host's cache."""
+    cache = spec.cache
+    if cache is None:
+        return CachePolicy()
+    modes = {"read": CacheMode.READ, "writethrough": CacheMode.WRITETHROUGH}
+    return CachePolicy(modes[cache.mode], ahead_bytes=cache.read_ahead, floor_bytes=cache.ram)
 
 
 def _leg(leg: LegSpec, number: int) -> LegDescription:

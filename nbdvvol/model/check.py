@@ -18,6 +18,7 @@ from nbdvvol.model.errors import Code, NvError
 from nbdvvol.model.farm import (
     TIMEOUT_MAX_S,
     AdoptConfig,
+    CacheConfig,
     DatastoreConfig,
     DatastoreKind,
     Farm,
@@ -38,6 +39,8 @@ EXTENT_SIZE_MIN = 64 << 10
 EXTENT_SIZE_MAX = 1 << 30
 SECTOR_SIZE = 512
 VVOL_SIZE_MAX = 1 << 60
+CACHE_BUILT = ("none", "read", "writethrough")
+"""Modes of a cache; the others are refused by name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,12 +233,21 @@ def _profiles(farm: Farm) -> Iterator[Finding]:
 def _profile(loc: Loc, name: str, profile: ProfileConfig, farm: Farm) -> Iterator[Finding]:
     if profile.mirror is not None:
         yield from _mirror((*loc, "mirror"), profile.mirror, farm)
-    if profile.cache is not None and profile.cache.mode != "none":
-        yield _not_built((*loc, "cache"), f"profile {name}: cache mode {profile.cache.mode}")
+    if profile.cache is not None:
+        yield from _cache((*loc, "cache"), name, profile.cache)
     if profile.mirror is not None and profile.datastore is not None:
         yield Finding((*loc, "datastore"), "a profile has either a datastore or a mirror")
     if profile.datastore is not None and profile.datastore not in farm.datastores:
         yield _unknown((*loc, "datastore"), "datastores", profile.datastore, farm.datastores)
+
+
+def _cache(loc: Loc, name: str, cache: CacheConfig) -> Iterator[Finding]:
+    if cache.mode not in CACHE_BUILT:
+        yield _not_built((*loc, "mode"), f"profile {name}: cache mode {cache.mode}")
+    elif cache.log is not None:
+        yield Finding((*loc, "log"), f"mode {cache.mode} writes no log: leave it out, it is for mode writeback")
+    if cache.mode == "none" and cache.ram:
+        yield Finding((*loc, "ram"), "mode none keeps nothing in RAM: leave it out, or choose mode read")
 
 
 def _mirror(loc: Loc, mirror: MirrorConfig, farm: Farm) -> Iterator[Finding]:
@@ -277,6 +289,13 @@ def _vvol_place(loc: Loc, vm: VmConfig, vvol: VVolConfig, farm: Farm) -> Iterato
         yield _unknown((*loc, "profile"), "profiles", vvol.profile, farm.profiles)
         return
     profile = farm.profiles.get(vvol.profile) if vvol.profile else None
+    host = host_of(farm, vm)
+    if profile is not None and profile.caching is not None and host in farm.hosts and not farm.hosts[host].cache:
+        yield Finding(
+            (*loc, "profile"),
+            f"profile {vvol.profile} has a cache, and host {host} has `cache: 0`, no memory for one; "
+            "give it some, such as 256MiB, or choose a profile without",
+        )
     if profile is not None and profile.mirror is not None:
         return
     where = (*loc, "adopt", "datastore") if vvol.adopt else (*loc, "datastore") if vvol.datastore else loc
@@ -290,7 +309,6 @@ def _vvol_place(loc: Loc, vm: VmConfig, vvol: VVolConfig, farm: Farm) -> Iterato
         if len(where) > len(loc):
             yield _unknown(where, "datastores", name, farm.datastores)
         return
-    host = host_of(farm, vm)
     if host in farm.hosts and datastore.hosts is not None and host not in datastore.hosts:
         yield Finding(where, f"datastore {name} is not seen by host {host}, only by {', '.join(datastore.hosts)}")
     if vvol.adopt is not None:

@@ -74,6 +74,9 @@ class HostListen(Model):
     """Allow unencrypted clients from beyond this machine: everybody who can connect sees every VVol of the host."""
 
 
+HOST_CACHE_DEFAULT, HOST_CACHE_MIN, HOST_CACHE_MAX = 256 << 20, 1 << 20, 4 << 40
+
+
 class HostConfig(Model):
     """A host: its credential and, optionally, its TCP listener."""
 
@@ -88,6 +91,16 @@ class HostConfig(Model):
     spin_us: int = Field(default=200, ge=0, le=10_000)
     first_cpu: int | None = Field(default=None, ge=0, le=1023)
     """Pin reactor i to CPU `first_cpu` + i: for machines with cores to spare."""
+    cache: Size = HOST_CACHE_DEFAULT
+    """RAM for the caches of all its VVols, resident as it is used; 0: none. Fixed while its filter runs."""
+
+    @field_validator("cache", mode="after")
+    @classmethod
+    def _cache_is_possible(cls, value: int) -> int:
+        if value and not HOST_CACHE_MIN <= value <= HOST_CACHE_MAX:
+            limits = f"{format_size(HOST_CACHE_MIN)}..{format_size(HOST_CACHE_MAX)}"
+            raise ValueError(f"{format_size(value)} is not in {limits}; 0 is no cache")
+        return value
 
 
 class TlsFiles(Model):
@@ -201,11 +214,25 @@ class CacheLog(Model):
 
 
 class CacheConfig(Model):
-    """Comes with its own issue; every mode but `none` is refused by name until then."""
+    """What the host's cache does for each VVol of a profile. `writeback` is refused by name until its log is built.
+
+    The bounds are the data plane's (native/include/limits.h)."""
 
     mode: Literal["none", "read", "writethrough", "writeback"]
-    ram: Size = 0
+    ram: Annotated[Size, Field(le=HOST_CACHE_MAX)] = 0
+    """Of the host's cache, that other VVols cannot take; the floors of a host's VVols are cut to half of it."""
+    read_ahead: Annotated[Size, Field(le=4 << 20)] = Field(default=512 << 10, alias="read-ahead")
+    """At most so many bytes are read ahead of a stream of reads; 0: none."""
     log: CacheLog | None = None
+    """Mode writeback alone."""
+
+    def words(self) -> str:
+        """For people, in the farm file's words."""
+        if self.mode == "none":
+            return "none"
+        ram = [f"ram {format_size(self.ram)}"] if self.ram else []
+        ahead = f"read-ahead {format_size(self.read_ahead) if self.read_ahead else 0}"
+        return ", ".join([self.mode, *ram, ahead])
 
 
 class QosConfig(Model):
@@ -244,6 +271,11 @@ class ProfileConfig(Model):
     cache: CacheConfig | None = None
     qos: QosConfig | None = None
     read_only: bool = False
+
+    @property
+    def caching(self) -> CacheConfig | None:
+        """The cache; None where there is none, whichever way that is said."""
+        return self.cache if self.cache is not None and self.cache.mode != "none" else None
 
 
 class SocketConfig(Model):

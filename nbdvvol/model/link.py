@@ -31,6 +31,7 @@ from nbdvvol.model.farm import (
     CONNECTIONS_DEFAULT,
     HOLD_DEFAULT_S,
     TIMEOUT_DEFAULT_S,
+    CacheConfig,
     DatastoreConfig,
     DatastoreKind,
     HostListen,
@@ -54,7 +55,7 @@ from nbdvvol.model.mirror import (
 )
 from nbdvvol.model.observe import HostCounters, TraceCount, TraceEvery, TraceReport, TraceSeconds
 
-PROTOCOL = 3
+PROTOCOL = 4
 MESSAGE_BYTES_MAX = 64 << 20
 
 
@@ -142,6 +143,8 @@ class VVolSpec(Model):
     legs: list[LegSpec]
     qos: QosConfig | None = None
     """None: no limits, and the usual shares."""
+    cache: CacheConfig | None = None
+    """None: nothing of it is kept in the host's cache."""
     mirror: MirrorSpec | None = None
     """None: one leg, without intents. It changes from or to None only while the VVol is bound to no host."""
 

@@ -27,6 +27,46 @@ TraceCount = Annotated[int, Field(ge=1, le=TRACE_REQUESTS_MAX, description="it e
 TraceEvery = Annotated[int, Field(ge=1, le=TRACE_EVERY_MAX, description="record one of so many requests")]
 
 
+class CacheCounters(Model):
+    """What the host's cache did for a VVol since it was opened; blocks are of 4 KiB."""
+
+    mode: Literal["none", "read", "writethrough"]
+    """In force: `none` where the profile asks for a cache and the host has no memory for one."""
+    bypassed: bool = False
+    """Its storage is in memory already: nothing is copied into the cache."""
+    hit_ratio: float | None = None
+    """Hits of all blocks that were read; null before the first one."""
+    hits: int = 0
+    misses: int = 0
+    filled: int = 0
+    """Blocks that were put in when they were read, or read ahead."""
+    refused: int = 0
+    """Blocks that were not: a write came between, or there was no room."""
+    written: int = 0
+    """Blocks that were put in by writes."""
+    ahead: int = 0
+    """Blocks that were fetched before anybody asked for them, ..."""
+    ahead_used: int = 0
+    """... and were asked for since."""
+    held_bytes: int = 0
+    floor_bytes: int = 0
+    """What other VVols cannot take of it: `ram` of its profile, unless the host's floors had to be cut."""
+    ram_bytes: int = 0
+    """What its profile asks for."""
+
+
+class HostCache(Model):
+    """A host's cache, of all its VVols together."""
+
+    bytes: int = 0
+    """0: the filter was started without one."""
+    used_bytes: int = 0
+    pinned_bytes: int = 0
+    """Being sent to clients: they stay where they are until that is done."""
+    evictions: int = 0
+    """Blocks that had to leave."""
+
+
 class ExportCounters(Model):
     """A VVol as a host serves it: requests that were answered, by command; those in flight; who is connected."""
 
@@ -50,6 +90,8 @@ class ExportCounters(Model):
     """Requests that had to wait for the VVol's limits."""
     delay_ns: int = 0
     """How long they waited, all together."""
+    cache: CacheCounters | None = None
+    """null: its profile asks for none."""
 
 
 class ReactorCounters(Model):
@@ -101,6 +143,7 @@ class HostCounters(Model):
     """Since that process began to count; the clock of rates between two looks."""
     tracing: str = ""
     """UUID of the VVol whose requests are being traced."""
+    cache: HostCache = HostCache()
     exports: list[ExportCounters] = Field(default_factory=list)
     reactors: list[ReactorCounters] = Field(default_factory=list)
     datastores: list[DatastoreCounters] = Field(default_factory=list)

@@ -11,6 +11,7 @@ from pydantic import Field
 from nbdvvol.model.base import Model
 from nbdvvol.model.farm import (
     AdoptConfig,
+    CacheConfig,
     DatastoreKind,
     Farm,
     MirrorConfig,
@@ -91,6 +92,8 @@ class VVol(Model):
     profile: str
     qos: QosConfig | None = None
     """Its profile's limits; null: none, and the usual shares."""
+    cache: CacheConfig | None = None
+    """What its host keeps of it in RAM, by its profile; null: nothing. What became of it is in the counters."""
     mirror: MirrorConfig | None = None
     """How its mirror is run; null: one copy, without a mirror's metadata. Its legs may be others than the profile's."""
     state: VVolState

@@ -134,6 +134,7 @@ class Farm:
         config = self.spec.get("hosts", {}).get(host, {})
         words = ["filter", "--host", host, "--control", address, "--token-file", token, "--run", run]
         words += ["--reactors", str(config.get("reactors", 1))]
+        words += ["--cache", str(config["cache"])] if "cache" in config else []
         self.filters[host] = self._process(f"filter-{host}", *words)
         return self.filters[host]
 

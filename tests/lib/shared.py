@@ -1,8 +1,8 @@
 """The farm that the wire tests share: one VVol of every sort.
 
 vm1: root (64 MiB), bystander (used by the `unharmed` fixture alone), hard (O_DIRECT, block size > 1), indir (a file
-in a directory), ro (adopted, read-only), odd (adopted, a size that is no multiple of 512),
-huge (adopted, sparse, 6 GiB). vm2: root, private. vm3: only.
+in a directory), cached (likewise; half of it fits into the host's cache), ro (adopted, read-only), odd (adopted, a
+size that is no multiple of 512), huge (adopted, sparse, 6 GiB). vm2: root, private. vm3: only.
 The TCP listener takes plaintext and TLS.
 """
 
@@ -23,7 +23,7 @@ ODD_SIZE = 3 * MiB + 1234
 RO_SEED = 77
 ODD_SEED = 78
 HUGE_SIZE = 6 << 30
-VM1_EXPORTS = {"root", "bystander", "hard", "indir", "ro", "odd", "huge"}
+VM1_EXPORTS = {"root", "bystander", "hard", "indir", "ro", "odd", "huge", "cached"}
 
 
 class SharedFarm(Farm):
@@ -42,6 +42,7 @@ class SharedFarm(Farm):
                 "hosts": {
                     "local": {
                         "reactors": 2,
+                        "cache": "8MiB",
                         "listen": {"address": f"{self.tcp[0]}:{self.tcp[1]}", "tls": "optional"},
                     }
                 },
@@ -58,6 +59,7 @@ class SharedFarm(Farm):
                     "plain": {"datastore": "main"},
                     "direct": {"datastore": "hard"},
                     "files": {"datastore": "dir"},
+                    "cached": {"datastore": "dir", "cache": {"mode": "writethrough", "ram": "2MiB"}},
                 },
                 "vms": {
                     "vm1": {
@@ -69,6 +71,7 @@ class SharedFarm(Farm):
                             "ro": {"adopt": {"datastore": "ro"}, "profile": "plain", "read_only": True},
                             "odd": {"adopt": {"datastore": "odd"}, "profile": "plain"},
                             "huge": {"adopt": {"datastore": "huge"}, "profile": "plain"},
+                            "cached": {"size": INDIR_SIZE, "profile": "cached"},
                         }
                     },
                     "vm2": {

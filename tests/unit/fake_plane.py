@@ -13,6 +13,9 @@ from dataclasses import dataclass, field
 
 from nbdvvol.dataplane.mirror import MirrorEvent
 from nbdvvol.dataplane.types import (
+    CachePolicy,
+    CacheStats,
+    CacheTotals,
     ConnectionEnd,
     ConnectionParams,
     DataPlane,
@@ -100,6 +103,9 @@ class FakePlane(DataPlane):
     objects: dict[int, FakeObject] = field(default_factory=dict)
     volumes: dict[int, VolumeDescription] = field(default_factory=dict)
     limits: dict[int, VolumeLimits] = field(default_factory=dict)
+    cache: CacheTotals = field(default_factory=lambda: CacheTotals(bytes=1 << 20))
+    caches: dict[int, CachePolicy] = field(default_factory=dict)
+    fail_cache: str = ""
     connections: list[FakeConnection] = field(default_factory=list)
     tls: list[tuple[socket.socket, FakeTls]] = field(default_factory=list)
     tls_identity: str = ""
@@ -176,6 +182,20 @@ class FakePlane(DataPlane):
         assert volume in self.volumes
         self.limits[volume] = limits
         self.log.append(f"limit {volume}")
+
+    async def cache_volume(self, volume: int, policy: CachePolicy) -> None:
+        assert volume in self.volumes and self.cache.bytes
+        if self.fail_cache:
+            raise OSError(errno.ENOMEM, self.fail_cache)
+        self.caches[volume] = policy
+        self.log.append(f"cache {volume}")
+
+    def cache_stats(self, volume: int) -> CacheStats:
+        policy = self.caches.get(volume, CachePolicy())
+        return CacheStats(mode=policy.mode, floor_bytes=policy.floor_bytes // 2, hits=3, misses=1)
+
+    def cache_totals(self) -> CacheTotals:
+        return self.cache
 
     async def change_volume(self, volume: int, desc: VolumeDescription) -> None:
         if desc.map_from != self.volumes[volume].map_to:

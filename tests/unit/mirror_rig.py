@@ -87,8 +87,8 @@ class Registry(Reports):
 class MirrorRig(Rig):
     """One mirrored VVol on local files."""
 
-    def __init__(self, folder: Path, legs: int = 2, **mirror: Any) -> None:
-        super().__init__()
+    def __init__(self, folder: Path, legs: int = 2, cache_bytes: int = 0, **mirror: Any) -> None:
+        super().__init__(cache_bytes=cache_bytes)
         self.files = [folder / f"leg{number + 1}.img" for number in range(legs)]
         self.run_dir = folder
         self.epoch = 2

@@ -11,9 +11,11 @@ from nbdvvol.cli import trace as verb
 from nbdvvol.cli.counters import tables
 from nbdvvol.cli.output import amount, duration, number
 from nbdvvol.model.observe import (
+    CacheCounters,
     CommandTimes,
     DatastoreCounters,
     ExportCounters,
+    HostCache,
     HostCounters,
     ReactorCounters,
     StageTimes,
@@ -51,6 +53,37 @@ def test_totals() -> None:
     }  # fmt: skip
     assert (store["datastore"], store["host"], store["reads"], store["syncs"]) == ("main", "h", "200", "20")
     assert (reactor["reactor"], reactor["pool_free_bytes"], reactor["requests"]) == ("h/0", "64MiB", "4,000")
+
+
+def cached(uptime_s: float, factor: int) -> HostCounters:
+    """A host that caches vm1/a, and once for each mode of being without."""
+    found = host(uptime_s, factor)
+    found.exports[0].cache = CacheCounters(
+        mode="read", hit_ratio=0.9, hits=90 * factor, misses=10 * factor, ahead=4, ahead_used=3, held_bytes=5 << 20,
+        floor_bytes=8 << 20, ram_bytes=32 << 20,
+    )  # fmt: skip
+    found.cache = HostCache(bytes=16 << 20, used_bytes=12 << 20, evictions=6 * factor)
+    return found
+
+
+def test_caches_are_told_of_where_there_are_some() -> None:
+    _, vvol, whole, *_ = rows(cached(1, 2), None, live=False)
+    told = {"cached": "vm1/a", "mode": "read", "held": "5MiB", "floor": "8MiB of 32MiB", "hit_ratio": "90.0%"}
+    assert vvol == told | {
+        "hits": "180", "misses": "20", "filled": "0", "refused": "0", "written": "0", "ahead": "4", "ahead_used": "3"
+    }  # fmt: skip
+    assert whole == {"host_cache": "h", "bytes": "16MiB", "used": "12MiB", "pinned": "0B", "evictions": "12"}
+    _, vvol, whole, *_ = rows(cached(12, 3), cached(10, 1))
+    assert (vvol["hits/s"], vvol["misses/s"], vvol["hit_ratio"], whole["evictions/s"]) == ("90", "10", "90.0%", "6")
+    first = rows(cached(12, 3), None)
+    assert (first[1]["hits/s"], first[1]["hit_ratio"], first[2]["evictions/s"]) == ("-", "-", "-")
+
+
+def test_a_cache_that_does_nothing_says_why() -> None:
+    whole = cached(1, 1)
+    assert whole.exports[0].cache is not None
+    whole.exports[0].cache.bypassed = True
+    assert rows(whole, None, live=False)[1]["mode"] == "bypassed"
 
 
 def test_vvols_without_clients_are_left_out() -> None:

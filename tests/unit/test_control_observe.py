@@ -22,8 +22,10 @@ from nbdvvol.dataplane.types import ObjectStats, ReactorStats, VolumeStats
 from nbdvvol.model import link
 from nbdvvol.model.errors import Code, NvError
 from nbdvvol.model.observe import (
+    CacheCounters,
     DatastoreCounters,
     ExportCounters,
+    HostCache,
     HostCounters,
     ReactorCounters,
     StageTimes,
@@ -46,6 +48,10 @@ def host_counters(fake: FakeFilter, **more: Any) -> HostCounters:
         vvol="vm1/root", uuid=uuid, epoch=1, reads=10, writes=4, flushes=2, trims=1, zeroes=3, others=5,
         read_bytes=40960, write_bytes=16384, errors=6, in_flight=7, connections=2,
         delayed=8, delay_ns=9_500_000_000,
+        cache=CacheCounters(
+            mode="read", hit_ratio=0.5, hits=31, misses=32, filled=33, refused=34, written=35, ahead=36, ahead_used=37,
+            held_bytes=38, floor_bytes=39, ram_bytes=40,
+        ),
     )  # fmt: skip
     reactor = ReactorCounters(
         reactor=1, enters=11, sleeps=12, requests=13, batches=14, submissions=15, copies_bytes=16,
@@ -55,7 +61,8 @@ def host_counters(fake: FakeFilter, **more: Any) -> HostCounters:
         datastore="local", objects=1, faults=0, reads=21, writes=22, zeroes=23, trims=24, syncs=25, others=26,
         read_bytes=27, write_bytes=28, errors=29,
     )  # fmt: skip
-    values: dict[str, Any] = {"exports": [export], "reactors": [reactor], "datastores": [store]} | more
+    cache = HostCache(bytes=41, used_bytes=42, pinned_bytes=43, evictions=44)
+    values: dict[str, Any] = {"exports": [export], "reactors": [reactor], "datastores": [store], "cache": cache} | more
     return HostCounters(host=fake.host, instance=fake.instance, uptime_s=12.5, **values)
 
 
@@ -146,6 +153,7 @@ async def test_a_scrape_has_everything_in_prometheus_form(api: Api) -> None:
     by_type = {"read": 10, "write": 4, "flush": 2, "trim": 1, "zero": 3, "other": 5}
     reactor, store = {"host": "local", "reactor": "1"}, {"datastore": "local", "host": "local"}
     operations = {"read": 21, "write": 22, "zero": 23, "trim": 24, "sync": 25, "other": 26}
+    blocks = {"hit": 31, "missed": 32, "filled": 33, "refused": 34, "written": 35, "ahead": 36, "ahead_used": 37}
     expected = {
         **{series("vvol_requests_total", type=kind, **export): count for kind, count in by_type.items()},
         series("vvol_read_bytes_total", **export): 40960,
@@ -155,6 +163,14 @@ async def test_a_scrape_has_everything_in_prometheus_form(api: Api) -> None:
         series("vvol_delay_seconds_total", **export): 9.5,
         series("vvol_requests_in_flight", **export): 7,
         series("vvol_connections", **export): 2,
+        **{series("vvol_cache_blocks_total", type=kind, **export): count for kind, count in blocks.items()},
+        series("vvol_cache_held_bytes", **export): 38,
+        series("vvol_cache_floor_bytes", **export): 39,
+        series("vvol_cache_on", **export): 1,
+        series("host_cache_bytes", host="local"): 41,
+        series("host_cache_used_bytes", host="local"): 42,
+        series("host_cache_pinned_bytes", host="local"): 43,
+        series("host_cache_evictions_total", host="local"): 44,
         series("reactor_enters_total", **reactor): 11,
         series("reactor_sleeps_total", **reactor): 12,
         series("reactor_requests_total", **reactor): 13,

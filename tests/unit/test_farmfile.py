@@ -9,7 +9,7 @@ import yaml
 
 from nbdvvol import farmfile
 from nbdvvol.model.errors import Code, NvError
-from nbdvvol.model.farm import Farm, QosConfig
+from nbdvvol.model.farm import CacheConfig, Farm, QosConfig
 
 ROOT = Path(__file__).parents[2]
 GOOD = "datastores:\n  local: {kind: file, path: d.img, size: 1GiB}\n"
@@ -220,8 +220,8 @@ def test_names_that_fail_elsewhere_are_not_called_undeclared() -> None:
 
 
 def test_what_is_not_built_is_refused_by_name() -> None:
-    with pytest.raises(farmfile.FarmFileError, match="profile gold: cache mode read is not built yet") as caught:
-        parse(GOOD + "profiles: {gold: {cache: {mode: read}}}")
+    with pytest.raises(farmfile.FarmFileError, match="profile gold: cache mode writeback is not built yet") as caught:
+        parse(GOOD + "profiles: {gold: {cache: {mode: writeback}}}")
     assert caught.value.code is Code.UNSUPPORTED
 
 
@@ -253,8 +253,44 @@ def test_bad_limits_are_told_where_they_stand(qos: str, where: str, says: str) -
     assert where in found and says in found
 
 
-def test_cache_mode_none_is_taken() -> None:
-    assert parse(GOOD + "profiles: {p: {cache: {mode: none}}}").profiles["p"].cache
+def test_caches_are_read() -> None:
+    cache = "profiles: {p: {cache: {mode: read, ram: 64MiB, read-ahead: 0}}}"
+    farm = parse(f"{GOOD}hosts: {{local: {{cache: 1GiB}}}}\n{cache}")
+    assert farm.hosts["local"].cache == 1 << 30
+    assert farm.profiles["p"].caching == CacheConfig(mode="read", ram=64 << 20, read_ahead=0)
+    plain = parse(GOOD + "profiles: {p: {cache: {mode: writethrough}}, q: {cache: {mode: none}}}")
+    assert plain.hosts["local"].cache == 256 << 20, "untouched while it is unused"
+    assert plain.profiles["p"].caching == CacheConfig(mode="writethrough", ram=0, read_ahead=512 << 10)
+    assert plain.profiles["q"].cache and plain.profiles["q"].caching is None
+    assert parse(GOOD + "hosts: {local: {cache: 0}}").hosts["local"].cache == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "where", "says"),
+    [
+        ("hosts: {local: {cache: 4KiB}}", "hosts.local.cache", "4KiB is not in 1MiB..4TiB; 0 is no cache"),
+        ("hosts: {local: {cache: 5TiB}}", "hosts.local.cache", "5TiB is not in 1MiB..4TiB"),
+        ("profiles: {p: {cache: {ram: 1MiB}}}", "profiles.p.cache", "the key mode is missing"),
+        ("profiles: {p: {cache: {mode: fast}}}", "profiles.p.cache.mode", "'read', 'writethrough'"),
+        ("profiles: {p: {cache: {mode: read, ram: 5TiB}}}", "profiles.p.cache.ram", "less than or equal to"),
+        ("profiles: {p: {cache: {mode: read, read-ahead: 8MiB}}}", "profiles.p.cache.read-ahead", "4194304"),
+        ("profiles: {p: {cache: {mode: read, readahead: 8MiB}}}", "profiles.p.cache.readahead", "read-ahead"),
+        ("profiles: {p: {cache: {mode: read, log: {path: x, size: 1GiB}}}}", "profiles.p.cache.log", "mode writeback"),
+        ("profiles: {p: {cache: {mode: none, ram: 1GiB}}}", "profiles.p.cache.ram", "choose mode read"),
+        (
+            """
+hosts: {local: {cache: 0}}
+profiles: {p: {datastore: local, cache: {mode: read}}}
+vms: {v: {vvols: {d: {size: 1GiB, profile: p}}}}
+""",
+            "vms.v.vvols.d.profile",
+            "host local has `cache: 0`",
+        ),
+    ],
+)
+def test_bad_caches_are_told_where_they_stand(text: str, where: str, says: str) -> None:
+    (found,) = problems(GOOD + text)
+    assert f" {where}: " in found and says in found
 
 
 def test_defaults_with_one_host_and_one_datastore() -> None:

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 import nbdvvol.filter.exports as exports_module
-from nbdvvol.dataplane.types import VolumeLimits
+from nbdvvol.dataplane.types import CacheMode, CachePolicy, CacheTotals, VolumeLimits
 from nbdvvol.filter.claims import ClaimBook
 from nbdvvol.filter.exports import ExportTable
 from nbdvvol.filter.objects import ObjectTable
 from nbdvvol.filter.syncfaults import FaultBook
 from nbdvvol.model.errors import NvError
-from nbdvvol.model.farm import QosConfig
+from nbdvvol.model.farm import CacheConfig, QosConfig
 from tests.unit.fake_plane import FakePlane
 from tests.unit.filter_words import MIB, Reports, dir_store, file_store, host_state, until, uuid_of, vvol
 
@@ -181,6 +181,34 @@ async def test_limits_come_and_go_without_a_change_of_the_map(bench: Bench, loca
     await bench.take(vvol(1, size=2 * MIB, map_version=2, qos=QosConfig(iops=7)), file_store(local))
     assert bench.plane.limits[number] == VolumeLimits(iops=7)
     assert bench.plane.log[-2:] == [f"limit {number}", f"change {number}"]
+
+
+READ = CacheConfig(mode="read", ram=1 << 20)
+
+
+async def test_a_cache_comes_and_goes_without_a_change_of_the_map(bench: Bench, local: Path) -> None:
+    await bench.take(vvol(1, cache=READ), vvol(2, at=MIB), file_store(local))
+    first, second = sorted(bench.plane.volumes)
+    policy = CachePolicy(CacheMode.READ, ahead_bytes=512 << 10, floor_bytes=1 << 20)
+    assert bench.plane.caches == {first: policy}, "and what has no cache is not touched"
+    lines = len(bench.plane.log)
+    through = CacheConfig(mode="writethrough", read_ahead=0)
+    await bench.take(vvol(1, cache=through, description="new"), vvol(2, at=MIB), file_store(local))
+    assert bench.plane.caches[first] == CachePolicy(CacheMode.WRITETHROUGH)
+    await bench.take(vvol(1), vvol(2, at=MIB, cache=through), file_store(local))
+    assert bench.plane.caches == {first: CachePolicy(), second: CachePolicy(CacheMode.WRITETHROUGH)}
+    assert {line.split()[0] for line in bench.plane.log[lines:]} == {"cache"}, "nothing is opened or drained"
+
+
+@pytest.mark.parametrize("why", ["no memory", "refused"])
+async def test_a_vvol_that_gets_no_cache_is_served_all_the_same(bench: Bench, local: Path, why: str) -> None:
+    if why == "refused":
+        bench.plane.fail_cache = "no memory for a cache policy"
+    else:
+        bench.plane.cache = CacheTotals()
+    await bench.take(vvol(1, cache=READ), file_store(local))
+    assert bench.reports.exports[uuid_of(1)].error == "" and len(bench.plane.volumes) == 1
+    assert ("notice cache_failed vm1/disk1" in bench.reports.lines) == (why == "refused")
 
 
 async def test_control_changes_its_mind_while_one_hangs(bench: Bench, local: Path) -> None:

@@ -15,10 +15,11 @@ from nbdvvol.dataplane.types import ObjectStats, TraceRecord
 from nbdvvol.filter.objects import ObjectTable
 from nbdvvol.filter.syncfaults import FaultBook
 from nbdvvol.model.errors import Code
+from nbdvvol.model.farm import CacheConfig
 from nbdvvol.model.link import Counters, Delta, Forget, Look, Traced, TraceOrder
 from tests.unit.fake_control import Session
 from tests.unit.fake_plane import FakePlane
-from tests.unit.filter_words import MIB, file_store, until, uuid_of
+from tests.unit.filter_words import MIB, file_store, until, uuid_of, vvol
 from tests.unit.test_filter_daemon import Bench
 
 MS = 1_000_000
@@ -76,6 +77,19 @@ async def test_a_look_is_answered_with_everything_that_counts(bench: Bench) -> N
     assert [(one.datastore, one.objects, one.faults) for one in found.datastores] == [("local", 1, 0)]
     again = (await look(session, 8)).counters
     assert again.instance == found.instance and again.uptime_s >= found.uptime_s
+
+
+async def test_what_the_cache_did_is_told_of_vvols_that_have_one(bench: Bench) -> None:
+    session = await bench.up(1, 2)
+    cached = vvol(1, cache=CacheConfig(mode="read", ram=2 << 20))
+    await session.send(Delta(revision=2, vvols={cached.uuid: cached}))
+    await until(lambda: bench.plane.caches)
+    found = (await look(session)).counters
+    assert found.cache.bytes == 1 << 20
+    one, two = found.exports
+    assert two.cache is None
+    assert one.cache is not None and (one.cache.mode, one.cache.hit_ratio) == ("read", 0.75)
+    assert (one.cache.floor_bytes, one.cache.ram_bytes) == (1 << 20, 2 << 20)
 
 
 async def test_a_failed_sync_shows_as_a_fault_of_its_datastore(bench: Bench) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from nbdvvol.dataplane.types import LegState, Run, RunState, VolumeLimits
-from nbdvvol.filter.reconcile import Step, decide, describe, limits, merge, touched, transmission_flags
-from nbdvvol.model.farm import HostListen, QosConfig, SocketConfig, TlsMode
+from nbdvvol.dataplane.types import CacheMode, CachePolicy, LegState, Run, RunState, VolumeLimits
+from nbdvvol.filter.reconcile import Step, cache_policy, decide, describe, limits, merge, touched, transmission_flags
+from nbdvvol.model.farm import CacheConfig, HostListen, QosConfig, SocketConfig, TlsMode
 from nbdvvol.model.link import Delta, LegSpec, RunSpec, VmSpec, VVolSpec
 from tests.unit.filter_words import MIB, file_store, host_state, uuid_of, vvol
 
@@ -31,6 +31,8 @@ OLD = vvol(epoch=3)
         (OLD, vvol(epoch=3, qos=QosConfig(iops=5)), 3, Step.LIMIT),
         (OLD, vvol(epoch=3, qos=QosConfig(iops=5), description="new words"), 3, Step.LIMIT),
         (OLD, vvol(epoch=3, qos=QosConfig(iops=5), read_only=True), 3, Step.CHANGE),
+        (OLD, vvol(epoch=3, cache=CacheConfig(mode="read")), 3, Step.LIMIT),
+        (OLD, vvol(epoch=3, cache=CacheConfig(mode="read"), map_version=2), 3, Step.CHANGE),
         (OLD, vvol(epoch=3, description="new words"), 3, Step.RENAME),
         (OLD, vvol(epoch=3, name="other"), 3, Step.RENAME),
     ],
@@ -75,6 +77,14 @@ def test_describe() -> None:
     assert (desc.map_from, desc.map_to, desc.block_min, desc.read_only, desc.size) == (1, 4, 512, True, MIB)
     assert desc.legs[0].id == 4 and desc.legs[0].runs == (Run(0, MIB, 11, 5 * MIB, RunState.ZERO),)
     assert desc.legs[1].state is LegState.STALE and desc.legs[1].runs[0].object == 12
+
+
+def test_cache_policies() -> None:
+    assert cache_policy(vvol()) == CachePolicy()
+    read = CacheConfig(mode="read", ram=64 << 20, read_ahead=1 << 20)
+    assert cache_policy(vvol(cache=read)) == CachePolicy(CacheMode.READ, ahead_bytes=1 << 20, floor_bytes=64 << 20)
+    through = CacheConfig(mode="writethrough")
+    assert cache_policy(vvol(cache=through)) == CachePolicy(CacheMode.WRITETHROUGH, ahead_bytes=512 << 10)
 
 
 def test_limits() -> None:

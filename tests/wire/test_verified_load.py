@@ -43,6 +43,11 @@ def test_no_read_is_ever_wrong(shared: SharedFarm, loadgen: Path, arguments: lis
     load(loadgen, ["--unix", str(shared.socket()), "--export", "root"], *arguments)
 
 
+def test_nor_with_a_cache_that_half_of_it_fits_into(shared: SharedFarm, loadgen: Path) -> None:
+    where = ["--unix", str(shared.socket()), "--export", "cached"]
+    load(loadgen, where, "--block", "2k", "--depth", "32", "--connections", "4", "--structured")
+
+
 @pytest.mark.parametrize("name", ["hard", "indir"])
 def test_nor_on_other_datastores(shared: SharedFarm, loadgen: Path, name: str) -> None:
     where = ["--unix", str(shared.socket()), "--export", name]

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Header
 
-from nbdvvol.control.registry import farm, mirrors, stores, tasks, vvols
+from nbdvvol.control.registry import caches, farm, mirrors, stores, tasks, vvols
 from nbdvvol.control.service import Control
 from nbdvvol.model.errors import NvError
 from nbdvvol.model.resources import (
@@ -55,6 +55,11 @@ def write_routes(control: Control) -> APIRouter:
     async def unbind(vm: str, name: str, body: BindVVol, key: Key = None) -> TaskRef:
         """Take a VVol from its host."""
         return await once(key, TaskRef, vvols.begin_unbind, vm, name, body)
+
+    @router.post("/vvols/{vm}/{name}/cache/drain", status_code=202)
+    async def drain_cache(vm: str, name: str, key: Key = None) -> TaskRef:
+        """Write out what a VVol's host alone has of it; the task's `detail` tells how that ended."""
+        return await once(key, TaskRef, caches.begin_drain, vm, name)
 
     _mirror_routes(router, control)
 

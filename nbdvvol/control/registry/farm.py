@@ -102,7 +102,7 @@ def _touch_declared(tx: Tx, plan: Plan, have: Have) -> None:
         old = have.profiles.get(name)
         if profile.mirror is None or profile.mirror.lease is None:
             leases.forget(tx, name)
-        if old is not None and (old.qos, old.mirror) != (profile.qos, profile.mirror):
+        if old is not None and (old.qos, old.cache, old.mirror) != (profile.qos, profile.cache, profile.mirror):
             for uuid in tx.db.execute(select(s.vvols.c.uuid).where(s.vvols.c.profile == name)).scalars().all():
                 bindings.touch_holders(tx, uuid)
     for name, vm in plan.vms.items():

@@ -93,6 +93,7 @@ def _vvol_spec(row: Row[Any], found: LegRows, policy: ProfileConfig) -> VVolSpec
         map_version=row.map_version,
         legs=legs,
         qos=policy.qos,
+        cache=policy.caching,
         mirror=mirror_spec(mirror_policy(policy, row)) if row.mirror else None,
     )
 

@@ -17,7 +17,7 @@ from nbdvvol.model.resources import Task
 LIVE = ("queued", "running")
 CANCELLABLE = ("create", "resize", "bind", "add-leg", "remove-leg", "verify")
 
-TELLING = ("verify",)
+TELLING = ("verify", "drain-cache")
 """What these said last is their result."""
 
 
