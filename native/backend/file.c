@@ -1,6 +1,6 @@
 /*
  * See file.h. Invariants: moved <= length; one operation of a piece is in flight at a time; a read never succeeds with
- * fewer bytes than asked (the end of the object is EIO, never stale memory). Every change of the object's contents
+ * fewer bytes than asked (the end of the object is ENXIO, EIO to clients, never stale memory). Every change of the object's contents
  * that is not durable by itself is told to the sync state before `finished` runs.
  */
 #include "backend/file.h"
@@ -150,7 +150,7 @@ static void finish(struct nv_piece *piece, int64_t result)
 static void transfer_done(struct nv_piece *piece, int64_t result)
 {
     if (result <= 0) {
-        finish(piece, result < 0 ? result : -EIO); /* 0: the object ends before the map does */
+        finish(piece, result < 0 ? result : -ENXIO); /* 0: the object ends before the map does */
         return;
     }
     piece->moved += (uint64_t)result;

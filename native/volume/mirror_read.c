@@ -175,7 +175,9 @@ static bool is_good(struct nv_mio *mio, uint32_t lane)
     uint32_t begun;
 
     if (part->result < 0) {
-        request->tried |= bit;
+        /* A leg that has been cut short is not what it was: a repair would only grow it over what else it lacks. */
+        if (part->result != -ENXIO || !nv_mirror_fault(mirror, lane, -ENXIO))
+            request->tried |= bit;
         return false;
     }
     if (nv_leg_latched(part->leg) && nv_mirror_fault(mirror, lane, -EIO))

@@ -11,7 +11,7 @@ from tests.lib.pattern import pattern
 from tests.lib.rawio import NbdError
 from tests.lib.rawnbd import Closed
 from tests.unit.filter_words import MIB
-from tests.unit.mirror_rig import SIZE, UUID_OF, MirrorRig
+from tests.unit.mirror_rig import META, SIZE, UUID_OF, MirrorRig
 from tests.unit.plane_rig import eventually
 
 pytestmark = pytest.mark.timeout(60)
@@ -63,6 +63,25 @@ def test_nothing_is_acknowledged_before_control_knows(rig: MirrorRig) -> None:
     assert client.wait(cookie).error == 0
     assert "stale 2" in rig.registry.asked
     comes_back(rig, 2)
+
+
+def test_a_leg_cut_short_behind_our_back_is_lost_not_repaired(rig: MirrorRig) -> None:
+    """Repairing what is missing would grow the file, and the rest of it would be read as zeros."""
+    rig.serve()
+    client = rig.client()
+    data = pattern(5, 0, 8 * MIB)
+    client.write(0, data)
+    client.flush()
+    with rig.files[0].open("r+b") as file:
+        file.truncate(META)
+    for offset in [7 * MIB, *range(0, 7 * MIB, 64 * 1024)]:
+        assert client.read(offset, 4096) == data[offset : offset + 4096]
+    eventually("the leg is lost", lambda: "stale 1" in rig.registry.asked)
+    export = rig.table.get(UUID_OF)
+    assert export is not None and export.mirror is not None
+    place = export.mirror.places[1]
+    eventually("a person is asked what it is", lambda: "it has no valid label" in place.why)
+    assert client.read(MIB, 4096) == data[MIB : MIB + 4096]
 
 
 def test_control_away_for_too_long_is_an_error(tmp_path: Path) -> None:
