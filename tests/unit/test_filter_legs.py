@@ -80,7 +80,7 @@ def test_a_leg_cut_short_behind_our_back_is_lost_not_repaired(rig: MirrorRig) ->
     export = rig.table.get(UUID_OF)
     assert export is not None and export.mirror is not None
     place = export.mirror.places[1]
-    eventually("a person is asked what it is", lambda: "it has no valid label" in place.why)
+    eventually("it is said why", lambda: "it was shortened: restore its size" in place.why)
     assert client.read(MIB, 4096) == data[MIB : MIB + 4096]
 
 
