@@ -93,9 +93,13 @@ async def run_up(options: UpOptions) -> int:
             await stopped.wait()
             clean = await _stop(running, children)
         return 0 if clean else 1
-    except* NvError as failures:
+    except BaseExceptionGroup as failures:
+        # Not `except*`: what is raised in there is wrapped in a group again, by Python 3.11.2 of Debian 12 for one.
+        known, others = failures.split(NvError)
+        if known is None or others is not None:
+            raise
         await _stop(running, None)
-        raise _first(failures) from None
+        raise _first(known) from None
     finally:
         os.close(lock_fd)
 
