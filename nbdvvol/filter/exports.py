@@ -398,6 +398,8 @@ class ExportTable:
 
     async def _open_mirror(self, export: Export, spec: VVolSpec) -> None:
         def lost() -> None:
+            if export.opening is not None:
+                return  # its opening fails, and is tried again after a while as any other
             export.settled.clear()
             export.changed.set()
 
