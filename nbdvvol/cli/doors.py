@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nbdvvol.doctor import Finding
     from nbdvvol.model.farm import Farm
+    from nbdvvol.model.rebuild import Rebuilt
 
 
 def up(file: Path, *, state: Path, run: Path) -> int:
@@ -83,6 +84,13 @@ def standalone(path: Path, *, export: str, read_only: bool, stdio: bool, reactor
     from nbdvvol.filter.standalone import run_standalone
 
     _run(run_standalone(path, export=export, read_only=read_only, stdio=stdio, reactors=reactors, spin_us=spin_us))
+
+
+def rebuild(file: Path, *, state: Path, without: list[str], dry_run: bool) -> Rebuilt:
+    """A registry from what the datastores say."""
+    from nbdvvol.rebuild import rebuild
+
+    return asyncio.run(rebuild(file, state.absolute(), without, dry_run=dry_run))
 
 
 def attach(

@@ -19,6 +19,7 @@ import uvloop
 from nbdvvol.control.api.app import make_app
 from nbdvvol.control.api.server import ApiServer, may_connect
 from nbdvvol.control.registry import Registry
+from nbdvvol.control.registry.store import REGISTRY_NAME
 from nbdvvol.control.service import Control
 from nbdvvol.control.sockets import bind_tcp, bind_unix
 from nbdvvol.control.target import Target
@@ -133,7 +134,7 @@ async def run_control(options: ControlOptions) -> None:
         loop.add_signal_handler(number, stop.set)
     with only_one(options.state_dir):
         options.run_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
-        registry = await Registry.open(options.state_dir / "registry.db")
+        registry = await Registry.open(options.state_dir / REGISTRY_NAME)
         control = Control(registry, options.state_dir)
         listeners = Listeners(control, options)
         try:

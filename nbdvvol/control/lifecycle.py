@@ -16,9 +16,12 @@ from nbdvvol.model.resources import VVolState
 
 
 def file_name(full_name: str, uuid: str, leg: int) -> str:
-    """The file of a leg in a `dir`: readable, safe, unique. The first leg's name says no number."""
+    """The file of a leg in a `dir`: readable, safe, unique. `leg` 0: of a single copy, which has no metadata.
+
+    A mirror's leg says its number: so a rebuild of the registry knows by the name whether there is metadata at the
+    file's head, and never takes for it what a VM wrote there."""
     safe = re.sub(r"[^A-Za-z0-9._-]", "_", full_name.replace("/", "-"))
-    return f"{safe[:120]}-{uuid}{f'.leg{leg}' if leg > space.FIRST_LEG else ''}.img"
+    return f"{safe[:120]}-{uuid}{f'.leg{leg}' if leg else ''}.img"
 
 
 async def get_placement(context: Context) -> Placement | None:
@@ -76,7 +79,8 @@ async def place_leg(
     """Give one leg its place on a datastore, which is formatted if it has to be."""
     store = await _probed(context, datastore)
     if store.is_dir:
-        name = file_name(placement.name, placement.uuid, number)
+        mirrored = placement.mirror or life == "making"
+        name = file_name(placement.name, placement.uuid, number if mirrored else 0)
         await context.registry.run(space.place_file, placement.uuid, number, datastore, name, life, replaces)
         return
     await _format(context, datastore)

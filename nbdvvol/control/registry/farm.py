@@ -66,7 +66,8 @@ def _set(tx: Tx, key: str, doc: str | None) -> None:
     tx.db.execute(row.on_conflict_do_update(index_elements=["key"], set_={"doc": doc}))
 
 
-def _write_declared(tx: Tx, plan: Plan, farm: Farm) -> None:
+def write_declared(tx: Tx, plan: Plan, farm: Farm) -> None:
+    """Write everything of a plan but its VVols."""
     if plan.control is not None:
         _set(tx, "control", plan.control.model_dump_json())
     if plan.tls:
@@ -123,7 +124,7 @@ def apply(tx: Tx, request: ApplyRequest) -> ApplyResult:
     result = ApplyResult(changes=plan.changes)
     if request.dry_run:
         return result
-    _write_declared(tx, plan, request.farm)
+    write_declared(tx, plan, request.farm)
     _touch_declared(tx, plan, have)
     for name in plan.datastores:
         result.tasks.append(add_task(tx, "probe", name, datastore=name).id)

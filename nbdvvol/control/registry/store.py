@@ -30,6 +30,9 @@ from nbdvvol.model.errors import Code, NvError
 P = ParamSpec("P")
 T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
+REGISTRY_NAME = "registry.db"
+REBUILT_NAME = "registry.rebuilt"
+"""A rebuilt registry before it has its name (nbdvvol/rebuild.py)."""
 _SQLITE_MAGIC, _SQLITE_HEADER_BYTES, _SQLITE_APPLICATION_ID = b"SQLite format 3\0", 100, 68
 
 
@@ -84,8 +87,19 @@ def _damaged(path: Path, why: str) -> NoReturn:
     raise NvError(
         Code.INVALID,
         f"the registry {path} is damaged or is not one: {why}",
-        "it was left as it is: restore it from a backup, or move it away and adopt the datastores",
+        "it was left as it is: restore it from a backup, or rebuild it: nbdvvol registry rebuild -f FARM.yaml",
     )
+
+
+def _refuse_half_rebuilt(path: Path) -> None:
+    """An empty registry must not come between the old one, moved aside, and the rebuilt one that has no name yet."""
+    rebuilt = path.with_name(REBUILT_NAME)
+    if path.name == REGISTRY_NAME and rebuilt.exists():
+        raise NvError(
+            Code.CONFLICT,
+            f"a rebuild of the registry was interrupted: {rebuilt} is there and {path} is not",
+            "run it again: nbdvvol registry rebuild -f FARM.yaml --state DIR",
+        )
 
 
 def _check_header(path: Path) -> None:
@@ -131,6 +145,7 @@ class Registry:
 
     def _open(self) -> None:
         if not self.path.exists():
+            _refuse_half_rebuilt(self.path)
             _make(self.path)
         _check_header(self.path)
         try:
