@@ -177,7 +177,10 @@ async def test_a_file_of_a_dir_is_adopted(farm: TestFarm) -> None:
     ("spec", "words"),
     [
         ({"profiles": {"gold": {"mirror": {"legs": ["s", "s"]}}}}, "datastore s is named twice"),
-        ({"profiles": {"gold": {"cache": {"mode": "writeback"}}}}, "profile gold: cache mode writeback is not built yet"),
+        (
+            {"profiles": {"gold": {"cache": {"mode": "writeback"}}}},
+            "profile gold: cache mode writeback is not built yet",
+        ),
         ({"datastores": {"far": {"kind": "nbd"}}}, "datastore far: kind nbd needs a uri"),
         ({"datastores": {"far": {"kind": "nbd", "uri": "http://x/y"}}}, "scheme 'http'"),
         ({"datastores": {"far": {"kind": "nbd", "uri": "nbd://x/y", "io": "direct"}}}, "a server decides for itself"),
