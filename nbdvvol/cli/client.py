@@ -23,17 +23,21 @@ from nbdvvol.model.errors import Code, ErrorBody, NvError
 from nbdvvol.model.farm import Farm
 from nbdvvol.model.observe import HostCounters, Trace
 from nbdvvol.model.resources import (
+    AddLeg,
     ApplyRequest,
     ApplyResult,
     BindVVol,
     CreateVVol,
     Event,
     ExportUri,
+    ForceRisks,
     ResizeVVol,
+    ResyncLeg,
     Status,
     Task,
     TaskRef,
     TaskState,
+    VerifyMirror,
     VVol,
 )
 
@@ -165,6 +169,27 @@ class Client:
         """Write out what a VVol's host alone has of it."""
         return TaskRef.model_validate(self._call("POST", f"/v1/vvols/{self.resolve(name)}/cache/drain"))
 
+    def risks(self, name: str) -> ForceRisks:
+        """What taking a VVol by force would put at risk."""
+        return ForceRisks.model_validate(self._call("GET", f"/v1/vvols/{self.resolve(name)}/risks"))
+
+    def add_leg(self, name: str, datastore: str) -> TaskRef:
+        """Give a VVol another copy."""
+        return self._act(name, "legs", AddLeg(datastore=datastore))
+
+    def remove_leg(self, name: str, leg: str) -> TaskRef:
+        """Take a copy away, by its number or its datastore."""
+        return TaskRef.model_validate(self._call("DELETE", f"/v1/vvols/{self.resolve(name)}/legs/{leg}"))
+
+    def resync(self, name: str, leg: str, *, full: bool = False, stop: bool = False) -> VVol:
+        """Copy to a leg that is not in sync, or stop that."""
+        path = f"/v1/vvols/{self.resolve(name)}/legs/{leg}/resync"
+        return VVol.model_validate(self._call("POST", path, body=ResyncLeg(full=full, stop=stop)))
+
+    def verify(self, name: str, repair: bool | None) -> TaskRef:
+        """Compare the copies that are in sync."""
+        return self._act(name, "verify", VerifyMirror(repair=repair))
+
     def cancel(self, number: int) -> Task:
         """Cancel a task."""
         answer = self._call("POST", f"/v1/tasks/{number}/cancel")
@@ -194,7 +219,7 @@ class Client:
             before = task
             time.sleep(POLL_S)
 
-    def _act(self, name: str, verb: str, body: ResizeVVol | BindVVol) -> TaskRef:
+    def _act(self, name: str, verb: str, body: ResizeVVol | BindVVol | AddLeg | VerifyMirror) -> TaskRef:
         return TaskRef.model_validate(self._call("POST", f"/v1/vvols/{self.resolve(name)}/{verb}", body=body))
 
     def _call(

@@ -61,6 +61,10 @@ def get(
             emit(items, output)
 
 
+def _leg(leg: Any) -> str:
+    return leg.datastore if leg.state == "in-sync" else f"{leg.datastore}({leg.state})"
+
+
 def columns(kind: Kind) -> Columns:
     """A kind's column heads, and how one item becomes a row."""
     return (_declared() | _going_on())[kind]
@@ -81,17 +85,18 @@ def _declared() -> dict[Kind, Columns]:
                 v.state,
                 v.binding.host if v.binding else "",
                 f"{v.binding.state} {v.binding.why}".rstrip() if v.binding else "unbound",
-                ",".join(leg.datastore for leg in v.legs),
+                ",".join(map(_leg, v.legs)),
             ),
         ),
         Kind.DATASTORES: (
-            ("datastore", "kind", "size", "free", "use", "state", "hosts", "path", "detail"),
+            ("datastore", "kind", "size", "free", "use", "fences", "state", "hosts", "path", "detail"),
             lambda d: (
                 d.name,
                 d.kind,
                 format_size(d.size),
                 format_size(d.free),
                 d.use,
+                "yes" if d.fences else "no",
                 d.state,
                 ",".join(d.hosts) if d.hosts is not None else "all",
                 d.path,

@@ -8,7 +8,21 @@ from typing import Annotated
 import typer
 
 from nbdvvol import __version__
-from nbdvvol.cli import attach, cache, daemons, datastore, doctor, farm, get, registry, status, task, trace, vvol
+from nbdvvol.cli import (
+    attach,
+    cache,
+    daemons,
+    datastore,
+    doctor,
+    farm,
+    get,
+    mirror,
+    registry,
+    status,
+    task,
+    trace,
+    vvol,
+)
 
 app = typer.Typer(
     name="nbdvvol",
@@ -17,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (daemons, farm, get, vvol, attach, status, trace, task, cache, datastore, registry, doctor):
+for module in (daemons, farm, get, vvol, mirror, attach, status, trace, task, cache, datastore, registry, doctor):
     module.register(app)
 
 

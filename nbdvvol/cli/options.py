@@ -31,4 +31,8 @@ RunOption = Annotated[
     ),
 ]
 NoWait = Annotated[bool, typer.Option("--no-wait", help="Do not wait for the task; print its number.")]
+Force = Annotated[
+    bool, typer.Option("--force", help="Do not wait for a host that is away; tells first what is at risk.")
+]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 VVolArgument = Annotated[str, typer.Argument(metavar="VVOL", help="VM/NAME, or NAME where that is unique.")]

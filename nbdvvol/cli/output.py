@@ -65,11 +65,9 @@ def number(value: float) -> str:
 
 def amount(size_bytes: float) -> str:
     """About so many bytes."""
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if size_bytes < 1024 or unit == "TiB":
-            break
-        size_bytes /= 1024
-    return f"{number(round(size_bytes, 1))}{unit}"
+    from nbdvvol.model.units import about_size
+
+    return about_size(size_bytes)
 
 
 def duration(time_ns: float) -> str:
@@ -89,13 +87,15 @@ def pairs(items: Iterable[tuple[str, object]]) -> None:
         print(f"{name:<{width}}  {value}")
 
 
-def follow(client: Client, ref: TaskRef, done: str, *, no_wait: bool) -> None:
-    """Wait for a task with its progress shown on a terminal, then print `done`; or just print its number."""
-    if no_wait:
-        print(f"task {ref.task.id}")
-        return
-    wait_task(client, ref.task.id)
-    print(done)
+def follow(client: Client, ref: TaskRef, done: str, *, no_wait: bool, output: Output = Output.TABLE) -> None:
+    """Wait for a task with its progress shown on a terminal, then print `done`; or just print its number.
+
+    For scripts, the task itself."""
+    task = ref.task if no_wait else wait_task(client, ref.task.id)
+    if output is not Output.TABLE:
+        emit(task, output)
+    else:
+        print(f"task {task.id}" if no_wait else done)
 
 
 def wait_task(client: Client, number: int) -> Task:

@@ -70,6 +70,7 @@ def _print(found: Status, problems_only: bool, *, live: bool, before: Status | N
 def _print_things(found: Status, live: bool) -> None:
     """What there is; while it is watched, only what goes on."""
     from nbdvvol.cli.get import Kind, columns
+    from nbdvvol.cli.mirror import HEADS, leg_rows
     from nbdvvol.cli.output import table
 
     things: list[tuple[Kind, Sequence[object]]] = [
@@ -78,8 +79,12 @@ def _print_things(found: Status, live: bool) -> None:
         (Kind.VVOLS, found.vvols),
     ]
     active = [task for task in found.tasks if task.state in ("queued", "running")]
+    legs = list(leg_rows(found.vvols))
     for kind, items in [*([] if live else things), (Kind.TASKS, active)]:
         if items:
             heads, row = columns(kind)
             print()
             table(heads, map(row, items))
+        if kind is Kind.TASKS and legs:
+            print()
+            table(HEADS, legs)

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nbdvvol.cli.options import NoWait, Output, OutputOption, RunOption, VVolArgument
+from nbdvvol.cli.options import Force, NoWait, Output, OutputOption, RunOption, VVolArgument, Yes
 
 if TYPE_CHECKING:
+    from nbdvvol.cli.client import Client
     from nbdvvol.model.observe import CacheCounters, ExportCounters
     from nbdvvol.model.resources import CreateVVol, ExportUri, VVol
 
@@ -81,7 +82,7 @@ def adopt(
 
 def delete(
     name: VVolArgument,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Yes = False,
     no_wait: NoWait = False,
     run: RunOption = None,
 ) -> None:
@@ -116,7 +117,8 @@ def resize(
 def bind(
     name: VVolArgument,
     host: Annotated[str | None, typer.Option(help="The host that serves it from now on; left out, the VM's.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Do not wait for a host that is away.")] = False,
+    force: Force = False,
+    yes: Yes = False,
     no_wait: NoWait = False,
     run: RunOption = None,
 ) -> None:
@@ -126,12 +128,15 @@ def bind(
 
     with Client.connect(run) as client:
         full = client.resolve(name)
+        if force:
+            _consent(client, full, yes)
         follow(client, client.bind(full, host, force=force), f"{full} bound", no_wait=no_wait)
 
 
 def unbind(
     name: VVolArgument,
-    force: Annotated[bool, typer.Option("--force", help="Do not wait for a host that is away.")] = False,
+    force: Force = False,
+    yes: Yes = False,
     no_wait: NoWait = False,
     run: RunOption = None,
 ) -> None:
@@ -141,7 +146,21 @@ def unbind(
 
     with Client.connect(run) as client:
         full = client.resolve(name)
+        if force:
+            _consent(client, full, yes)
         follow(client, client.unbind(full, force=force), f"{full} unbound", no_wait=no_wait)
+
+
+def _consent(client: Client, full: str, yes: bool) -> None:
+    """Tell what force puts at risk; somebody at a terminal is asked."""
+    found = client.risks(full)
+    if not found.risks:
+        return
+    print(f"taking {full} by force puts this at risk:", file=sys.stderr)
+    for risk in found.risks:
+        print(f"  {risk}", file=sys.stderr)
+    if not yes and sys.stdin.isatty():
+        typer.confirm(f"Take {full} by force?", abort=True, err=True)
 
 
 def uri(
@@ -180,6 +199,7 @@ def describe(name: VVolArgument, output: OutputOption = Output.TABLE, run: RunOp
 
 
 def _describe(vvol: VVol, counters: list[ExportCounters]) -> None:
+    from nbdvvol.cli.mirror import leg_words, mirror_words
     from nbdvvol.cli.output import pairs
     from nbdvvol.model.units import format_size
 
@@ -194,13 +214,15 @@ def _describe(vvol: VVol, counters: list[ExportCounters]) -> None:
             ("qos", vvol.qos.words() if vvol.qos is not None else "none"),
             ("cache", vvol.cache.words() if vvol.cache is not None else "none"),
             ("state", vvol.state),
+            ("error", vvol.error),
             ("read_only", "yes" if vvol.read_only else "no"),
             ("description", vvol.description),
             ("binding", f"{binding.state} to {binding.host}, epoch {binding.epoch}" if binding else "unbound"),
             ("not served", binding.error if binding else ""),
             ("generation", vvol.generation),
             ("map_version", vvol.map_version),
-            *((f"leg {leg.id}", _leg(leg)) for leg in vvol.legs),
+            ("mirror", mirror_words(vvol)),
+            *((f"leg {leg.id}", _leg(leg) if vvol.mirror is None else leg_words(leg)) for leg in vvol.legs),
             *(("since opened", _done(one)) for one in counters),
             *(("of the cache", _cached(one.cache)) for one in counters if one.cache is not None),
             ("uri", vvol.uri),

@@ -300,8 +300,9 @@ def _compare_vvol(plan: Plan, have: Have, farm: Farm, vm: str, short: str, new: 
     if new.size is not None and new.adopt is None:
         policy.check_size(name, new.size)
     old = have.vvols.get((vm, short))
+    mirror = profile is not None and profile[1].mirror is not None
     if old is None or old.state == "failed":
-        _create_vvol(plan, vm, short, new, where, old)
+        _create_vvol(plan, vm, short, new, where, old, mirror=mirror)
         return
     if old.state == "deleting":
         plan.say("vvol", name, "keep", "is being deleted; apply again when it is gone, to create it anew")
@@ -310,7 +311,6 @@ def _compare_vvol(plan: Plan, have: Have, farm: Farm, vm: str, short: str, new: 
         other = (old.places, old.adopt) != (where, new.adopt) or (not old.adopt and old.size != new.size)
         plan.say("vvol", name, "keep", "is being created as it was declared before; apply again then" if other else "")
         return
-    mirror = profile is not None and profile[1].mirror is not None
     notes = _check_same_place(name, old, new, where, mirror)
     read_only = new.read_only or (profile is not None and profile[1].read_only)
     done, more = _update_vvol(plan, old, new, read_only, vm_host(have, farm, vm), have.vms.get(vm))
@@ -337,11 +337,13 @@ def _change_profile(
     return done
 
 
-def _create_vvol(plan: Plan, vm: str, short: str, new: VVolConfig, where: list[str], failed: HaveVVol | None) -> None:
-    """Create it; or try again, as it is declared now, what failed before."""
+def _create_vvol(
+    plan: Plan, vm: str, short: str, new: VVolConfig, where: list[str], failed: HaveVVol | None, *, mirror: bool
+) -> None:
+    """Create it; or try again, as it is declared now, what failed before. Where a mirror lies, its profile says."""
     name = f"{vm}/{short}"
     keys = ("size", "profile", "type", "adopt", "read_only", "description")
-    place = where[0] if len(where) == 1 and new.adopt is None else None
+    place = where[0] if new.adopt is None and not mirror else None
     body = CreateVVol(vm=vm, name=short, datastore=place, **{key: getattr(new, key) for key in keys})
     what = f"{format_size(new.size) if new.size is not None else 'adopted'} on datastore {', '.join(where)}"
     if failed is None:

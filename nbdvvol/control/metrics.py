@@ -86,6 +86,7 @@ class FarmCollector(Collector):
             _control(status, self._tasks),
             _hosts(status),
             _vvols(status.vvols),
+            _legs(status.vvols),
             _datastores(status.datastores),
             _exports(status.counters),
             _caches(status.counters),
@@ -147,6 +148,30 @@ def _vvols(vvols: Sequence[VVol]) -> Iterator[Metric]:
     yield _gauge("vvol_ready", "Whether it is made and not being deleted.", labels, ready)
     bound = [(name, float(vvol.binding is not None and vvol.binding.state == "bound")) for vvol, name in names]
     yield _gauge("vvol_bound", "Whether a host serves it.", labels, bound)
+
+
+def _legs(vvols: Sequence[VVol]) -> Iterator[Metric]:
+    """Of mirrors: the copies, as the registry has them and as their hosts run them."""
+    labels = ["vvol", "vm", "leg", "datastore"]
+    found = [
+        ((vvol.full_name, vvol.vm, str(leg.id), leg.datastore), leg)
+        for vvol in vvols
+        if vvol.mirror is not None
+        for leg in vvol.legs
+    ]
+    whole = [(names, float(leg.state == "in-sync")) for names, leg in found]
+    yield _gauge("leg_in_sync", "Whether the copy has all that was acknowledged.", labels, whole)
+    runs = [(names, leg.now) for names, leg in found if leg.now is not None]
+    dirty = [(names, now.dirty_bytes) for names, now in runs]
+    yield _gauge("leg_dirty_bytes", "What may differ and is not copied yet.", labels, dirty)
+    rates = [(names, now.rate) for names, now in runs]
+    yield _gauge("leg_resync_bytes_per_second", "How fast it is copied to now.", labels, rates)
+    times = [(names, now.latency_ns / 1e9) for names, now in runs]
+    yield _gauge("leg_read_latency_seconds", "Of a read, smoothed.", labels, times)
+    mirrors = [((vvol.full_name, vvol.vm), vvol.now) for vvol in vvols if vvol.now is not None]
+    held = [(names, float(now.state in ("frozen", "expired"))) for names, now in mirrors]
+    text = "Whether writes wait until the registry knows of a failed leg."
+    yield _gauge("mirror_writes_held", text, ["vvol", "vm"], held)
 
 
 def _datastores(stores: Sequence[Datastore]) -> Iterator[Metric]:

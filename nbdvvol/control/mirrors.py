@@ -171,7 +171,8 @@ async def _tell(context: Context, result: VerifyResult, repair: bool) -> None:
         text = f"{result.differed} pieces of {size} differed; {result.repaired} were made what the first leg has"
     else:
         text = f"{result.differed} pieces of {size} differ; nothing was changed"
-    await context.registry.run(legs.verified, context.job.vvol, text, result.differed)
+    left = max(result.differed - result.repaired, 0)
+    await context.registry.run(legs.verified, context.job.vvol, text, result.differed, left)
     await context.say(1.0, text)
 
 

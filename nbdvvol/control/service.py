@@ -11,9 +11,11 @@ import structlog
 
 from nbdvvol import __version__
 from nbdvvol.control import caches, lifecycle, mirrors, observe
+from nbdvvol.control.clock import moment
 from nbdvvol.control.credentials import HostTokens, read_tokens
 from nbdvvol.control.link import Links
-from nbdvvol.control.registry import Committed, Registry, farm, stores, upkeep, views
+from nbdvvol.control.mirrorview import mirror_problems, with_report
+from nbdvvol.control.registry import Committed, Registry, farm, risks, stores, upkeep, views
 from nbdvvol.control.registry import mirrors as tending
 from nbdvvol.control.signal import Signal, Signals
 from nbdvvol.control.status import cache_problems, host_view, problems
@@ -21,7 +23,7 @@ from nbdvvol.control.tasks import Tasks
 from nbdvvol.model.errors import NvError
 from nbdvvol.model.farm import ControlConfig
 from nbdvvol.model.observe import HostCounters, Trace
-from nbdvvol.model.resources import Event, Host, Reactor, Status, Task, TaskState
+from nbdvvol.model.resources import Event, ForceRisks, Host, Reactor, Status, Task, TaskState, VVol
 
 log = structlog.get_logger()
 TASKS_SHOWN = 50
@@ -128,13 +130,31 @@ class Control:
         rows = await self.registry.run(views.hosts)
         return [host_view(row, row.name in self.links.connected) for row in rows]
 
+    async def vvols(self) -> list[VVol]:
+        """Every VVol, with what hosts say of their mirrors."""
+        return [with_report(vvol, self.links.mirror) for vvol in await self.registry.run(views.vvols)]
+
+    async def vvol(self, vm: str, name: str) -> VVol:
+        """One VVol. Raises NOT_FOUND."""
+        return with_report(await self.registry.run(views.vvol, vm, name), self.links.mirror)
+
+    async def resolve(self, name: str) -> VVol:
+        """A VVol by its full name, UUID or unique short name. Raises NOT_FOUND or CONFLICT."""
+        return with_report(await self.registry.run(views.resolve, name), self.links.mirror)
+
+    async def risks(self, vm: str, name: str) -> ForceRisks:
+        """What taking a VVol by force from its host puts at risk now. Raises NOT_FOUND."""
+        connected = frozenset(self.links.connected)
+        return await self.registry.run(risks.force_risks, vm, name, moment(), connected)
+
     async def status(self) -> Status:
         """The farm at a glance."""
         run = self.registry.run
         counters = await self.counters()
-        hosts, stores, vvols = await self.hosts(), await run(views.datastores), await run(views.vvols)
+        hosts, stores, vvols = await self.hosts(), await run(views.datastores), await self.vvols()
         tasks = await run(views.tasks)
-        found = problems(hosts, stores, vvols, tasks, await run(views.findings)) + cache_problems(vvols, counters)
+        found = mirror_problems(vvols, stores) + problems(hosts, stores, vvols, tasks, await run(views.findings))
+        found += cache_problems(vvols, counters)
         live = [task for task in tasks if task.state in (TaskState.QUEUED, TaskState.RUNNING)]
         return Status(
             version=__version__,

@@ -41,6 +41,8 @@ from nbdvvol.nbd.client import Outclaimed
 
 _log = structlog.get_logger("legs")
 REPORT_S = 1.0
+NOBODYS = 0xFFFF_FFFF_FFFF_FFFF
+"""Token of a call into the plane that the leg machine did not ask for."""
 ASK_AGAIN_S = 1.0
 """How long a refusal that brought nothing new rests before the question is asked again."""
 _ASKS: dict[int, Literal["stale", "syncing", "in-sync", "confirm"]] = {
@@ -217,7 +219,9 @@ class Mirror:
             case MirrorEventKind.ATTACHED:
                 self._on_attached(event)
             case MirrorEventKind.LEG_FAILED if leg is not None:
-                leg.lane, leg.lost, leg.why = "failing", True, os.strerror(-event.result)
+                by_request = leg.spec.resync == "off" and event.result == -errno.ENODEV
+                leg.why = "taken out of use by request" if by_request else os.strerror(-event.result)
+                leg.lane, leg.lost = "failing", True
                 self._link.notice("leg_failed", self._name(leg), leg.why)
             case MirrorEventKind.LEG_STOPPED if leg is not None:
                 leg.lane, leg.lost = "stale", event.result != -errno.ECANCELED
@@ -243,7 +247,7 @@ class Mirror:
         """An object's sync failed: every leg on it that need not stay has lost something."""
         for place in self.places.values():
             if place.held is not None and place.held.number == number and self.volume is not None:
-                self._plane.fail_leg(self.volume, place.id, 0xFFFF_FFFF_FFFF_FFFF)
+                self._plane.fail_leg(self.volume, place.id, NOBODYS)
 
     def spares(self, number: int) -> bool:
         """Whether every leg on this object may be lost: another leg, elsewhere, is in sync."""
@@ -419,6 +423,8 @@ class Mirror:
         for place in list(self.places.values()):
             if self.dead is not None:
                 return None
+            if place.lane == "in-sync" and place.spec.resync == "off":
+                self._take_out_of_use(place)
             if place.lost and place.lane == "stale" and place.held is not None:
                 place.described = False
                 await self._change_volume()  # ends when everything that was submitted to it has
@@ -430,6 +436,11 @@ class Mirror:
                     await self._bring_back(place)
                     due.append(max(place.due_s - self._loop.time(), 0.05))
         return min(due, default=None)
+
+    def _take_out_of_use(self, place: LegPlace) -> None:
+        """It is to be removed: it fails as by an error. The plane never fails the last one in sync."""
+        if self.volume is not None and any(p.lane == "in-sync" for p in self.places.values() if p is not place):
+            self._plane.fail_leg(self.volume, place.id, NOBODYS)
 
     def _may_come_back(self, place: LegPlace) -> bool:
         if place.spec.resync == "off":

@@ -167,8 +167,6 @@ class MirrorReport(Model):
     """That an unclean attach has not reconciled yet."""
     repairs: int = 0
     """Reads that one leg could not answer, and that were mended from another."""
-    lease_s: float | None = None
-    """What is left of its lease, where it has one."""
     legs: list[LegProgress] = Field(default_factory=list, max_length=LEGS_MAX)
 
 

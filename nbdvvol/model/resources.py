@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 from datetime import datetime
 from typing import Any, Literal
 
@@ -20,9 +21,9 @@ from nbdvvol.model.farm import (
     SocketConfig,
     VVolType,
 )
-from nbdvvol.model.mirror import LegState, NotServed, ResyncWish, Stamp
+from nbdvvol.model.mirror import LegProgress, LegState, NotServed, ResyncWish, Stamp
 from nbdvvol.model.observe import HostCounters, ReactorCounters
-from nbdvvol.model.units import Name, PositiveSize
+from nbdvvol.model.units import Name, PositiveSize, about_size, about_time
 
 
 class VVolState(enum.StrEnum):
@@ -41,6 +42,41 @@ class Region(Model):
     length: int
     object_offset: int
     state: Literal["mapped", "zero", "write-protected"] = "mapped"
+
+
+class LegNow(LegProgress):
+    """A leg of a mirror as the host that serves the VVol runs it, at its last report."""
+
+    dirty_regions: int = 0
+    """That are not copied yet."""
+    progress: float | None = None
+    """Of the copy that runs, 0..1; null: none does."""
+
+    def copy_words(self) -> str:
+        """How far the copy is, for people; "" while none runs."""
+        if self.progress is None:
+            return ""
+        said = [f"{math.floor(self.progress * 100)}% copied", f"{about_size(self.dirty_bytes)} left"]
+        if self.rate:
+            said.append(f"{about_size(self.rate)}/s")
+        if self.eta_s is not None:
+            said.append(f"about {about_time(self.eta_s)} to go")
+        return ", ".join(said)
+
+
+class MirrorNow(Model):
+    """A mirror as the host that serves the VVol runs it, at its last report."""
+
+    host: str
+    state: Literal["attaching", "serving", "frozen", "expired", "fenced"]
+    """`frozen`: writes wait until the registry knows of a failed leg; `expired`: for too long, clients get errors."""
+    region_bytes: int
+    intent_regions: int
+    """Written to lately, compared after a crash."""
+    doubtful_regions: int
+    """That an unclean attach has not made alike yet."""
+    repairs: int
+    """Reads that one leg could not answer and that were mended from another."""
 
 
 class Leg(Model):
@@ -64,6 +100,10 @@ class Leg(Model):
     """Why it is not in sync."""
     replaces: int | None = None
     """The leg whose place it takes, as a spare."""
+    fences: bool = False
+    """Its server keeps out hosts of older epochs by itself (datastores of kind nbd, of a mirror)."""
+    now: LegNow | None = None
+    """As its host runs it; null: no host that answers does."""
     regions: list[Region] = Field(default_factory=list)
 
 
@@ -96,7 +136,13 @@ class VVol(Model):
     """What its host keeps of it in RAM, by its profile; null: nothing. What became of it is in the counters."""
     mirror: MirrorConfig | None = None
     """How its mirror is run; null: one copy, without a mirror's metadata. Its legs may be others than the profile's."""
+    now: MirrorNow | None = None
+    """How its mirror is; null: it has none, or no host that answers serves it."""
+    differed: str = ""
+    """What the last comparison of its legs found and left as it is; empty: nothing."""
     state: VVolState
+    error: str = ""
+    """What stands in its way: why it could not be created, why no spare can be made."""
     read_only: bool = False
     description: str = ""
     epoch: int
@@ -137,6 +183,8 @@ class Datastore(Model):
     extent_size: int
     hosts: list[str] | None = None
     use: Literal["unused", "formatted", "adopted"] = "unused"
+    fences: bool = False
+    """Its server keeps out hosts of older epochs (kind nbd, when it knows `x-nbdvvol:epoch`)."""
     state: Literal["unknown", "online", "missing", "faulty", "reconnecting"] = "unknown"
     """`reconnecting`: kind nbd, its server was lost and is being dialled; `detail` says since when and why."""
     detail: str = ""
@@ -312,11 +360,46 @@ class BindVVol(Model):
     force: bool = False
 
 
+class HolderRisk(Model):
+    """A host that a VVol would be taken from by force."""
+
+    host: str
+    state: Literal["binding", "bound", "releasing"]
+    epoch: int
+    connected: bool
+    """Its filter answers: without force it would release the VVol by itself."""
+    lease: Literal["none", "runs", "over"] = "none"
+    """`none`: nobody knows when its filter stops. `over`: it has stopped, unless its clock has."""
+    lease_left_s: float | None = None
+    """While it runs, by control's clock."""
+
+
+class LegRisk(Model):
+    """Whether a copy keeps a host of an older epoch out by itself."""
+
+    leg: int
+    datastore: str
+    state: LegState
+    fences: bool
+
+
+class ForceRisks(Model):
+    """What taking a VVol by force from hosts that do not answer puts at risk now."""
+
+    vvol: str
+    hosts: list[HolderRisk] = Field(default_factory=list)
+    legs: list[LegRisk] = Field(default_factory=list)
+    risks: list[str] = Field(default_factory=list)
+    """The same in sentences; empty: no host holds it, and force takes nothing from anybody."""
+
+
 class TaskRef(Model):
     """202: the work goes on as this task."""
 
     task: Task
     vvol: VVol | None = None
+    risks: list[str] = Field(default_factory=list)
+    """With `force`: what that puts at risk."""
 
 
 class ExportUri(Model):

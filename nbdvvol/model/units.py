@@ -49,6 +49,28 @@ def format_size(size_bytes: int) -> str:
     return f"{size_bytes}B"
 
 
+def about_size(size_bytes: float) -> str:
+    """About so many bytes, short: 1500 is `1.5KiB`, 20 << 20 is `20MiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if round(size_bytes, 1) < 1024 or unit == "TiB":
+            break
+        size_bytes /= 1024
+    return f"{size_bytes:.1f}".removesuffix(".0") + unit if size_bytes < 10 else f"{size_bytes:,.0f}{unit}"
+
+
+def about_time(seconds: float) -> str:
+    """About so long, in the two largest units: `45s`, `12m 30s`, `3h 20m`, `2d 4h`."""
+    left = max(round(seconds), 0)
+    parts: list[str] = []
+    for unit, scale in (("d", 86400), ("h", 3600), ("m", 60), ("s", 1)):
+        if left >= scale or (unit == "s" and not parts):
+            parts.append(f"{left // scale}{unit}")
+        elif parts:
+            break
+        left %= scale
+    return " ".join(parts[:2])
+
+
 def parse_duration(value: Any) -> float:
     """Seconds from a number or text. Raises ValueError naming the value and the form wanted."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):

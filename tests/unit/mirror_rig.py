@@ -40,6 +40,7 @@ class Registry(Reports):
         )
         self.away = False
         self.asked: list[str] = []
+        self.reasons: list[str] = []
         self.reports_of_mirrors: list[MirrorReport] = []
         self.leases: dict[str, float] = {}
 
@@ -47,6 +48,7 @@ class Registry(Reports):
         if self.away:
             return
         refused = self._take(change)
+        self.reasons += [change.reason] if change.wanted == "stale" else []
         self.asked.append(f"{change.wanted} {change.leg}" + (f": {refused}" if refused else ""))
         record = self.record.model_copy(deep=True)
         message = LegRecord(id=change.id, vvol=change.vvol, refused=refused, record=record)
@@ -93,6 +95,8 @@ class MirrorRig(Rig):
         self.run_dir = folder
         self.epoch = 2
         self.registry = Registry(self.epoch, legs)
+        self.wishes: dict[int, Any] = {}
+        """By leg: what is to become of it."""
         self.policy = {"read": "primary", "op_deadline_s": 5.0, "hold_s": 20.0, "intent_idle_s": 0.2} | mirror
         for number, file in enumerate(self.files):
             if not file.exists():
@@ -130,6 +134,7 @@ class MirrorRig(Rig):
                 meta_offset=0,
                 meta_length=META,
                 runs=[RunSpec(o=0, n=SIZE, at=META)],
+                resync=self.wishes.get(leg.id, "auto"),
             )
             for leg in self.registry.record.legs
         ]

@@ -14,7 +14,7 @@ from nbdvvol.model.errors import Code
 ROOT = Path(__file__).parents[2]
 VERBS = (
     "up control filter apply check schema get adopt bind unbind uri attach detach status doctor create delete "
-    "resize describe task datastore registry trace cache"
+    "resize describe task datastore registry trace cache mirror"
 ).split()
 
 

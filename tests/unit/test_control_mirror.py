@@ -84,6 +84,12 @@ async def test_a_new_mirror_has_labelled_legs_before_it_is_bound(farm: TestFarm)
         assert not any(maps), "no intent, nothing dirty"
 
 
+async def test_a_mirror_may_begin_with_one_leg(farm: TestFarm) -> None:
+    await _mirror(farm, legs=["b"])
+    vvol = await farm.vvol()
+    assert vvol.mirror is not None and [(leg.id, leg.datastore) for leg in vvol.legs] == [(1, "b")]
+
+
 async def test_a_leg_fails_and_comes_back_by_compare_and_swap(farm: TestFarm) -> None:
     fake = await _mirror(farm)
     before = await farm.vvol()

@@ -179,3 +179,23 @@ def test_without_a_lease_nothing_is_served(tmp_path: Path) -> None:
     rig.registry.leases[UUID_OF] = 30.0
     eventually("it serves again", lambda: rig._volume() is not None)
     rig.close()
+
+
+def test_a_leg_that_is_to_be_removed_is_taken_out_of_use_but_never_the_last(tmp_path: Path) -> None:
+    rig = MirrorRig(tmp_path, legs=3)
+    rig.serve()
+    client = rig.client()
+    client.write(0, b"3 copies" * 512)
+    for leg in (2, 3):
+        rig.wishes[leg] = "off"
+        follow(rig)
+        eventually(f"leg {leg} is out of use", lambda leg=leg: rig.registry.state_of(leg) == "stale")
+        client.write(0, b"go on..." * 512)
+    assert rig.registry.reasons[-1] == "taken out of use by request"
+    rig.wishes[1] = "off"
+    follow(rig)
+    client.write(4096, b"the last" * 512)
+    client.flush()
+    assert (rig.lane(1), rig.registry.state_of(1)) == ("in-sync", "in-sync")
+    assert client.read(4096, 4096) == b"the last" * 512
+    rig.close()

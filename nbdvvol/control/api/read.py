@@ -8,7 +8,7 @@ from fastapi import APIRouter, Query
 
 from nbdvvol.control.registry import views
 from nbdvvol.control.service import Control
-from nbdvvol.model.resources import Datastore, Event, ExportUri, Host, Profile, Status, Task, Vm, VVol
+from nbdvvol.model.resources import Datastore, Event, ExportUri, ForceRisks, Host, Profile, Status, Task, Vm, VVol
 
 WAIT_S_MAX = 60.0
 Wait = Annotated[float, Query(ge=0, le=WAIT_S_MAX, description="seconds to wait for news")]
@@ -27,12 +27,17 @@ def _vvol_routes(router: APIRouter, control: Control) -> None:
     @router.get("/vvols")
     async def vvols() -> list[VVol]:
         """Every VVol."""
-        return await control.registry.run(views.vvols)
+        return await control.vvols()
 
     @router.get("/vvols/{vm}/{name}")
     async def vvol(vm: str, name: str) -> VVol:
         """One VVol."""
-        return await control.registry.run(views.vvol, vm, name)
+        return await control.vvol(vm, name)
+
+    @router.get("/vvols/{vm}/{name}/risks")
+    async def risks(vm: str, name: str) -> ForceRisks:
+        """What taking it by force from a host that does not answer would put at risk now."""
+        return await control.risks(vm, name)
 
     @router.get("/vvols/{vm}/{name}/uri")
     async def uri(vm: str, name: str) -> ExportUri:
@@ -42,7 +47,7 @@ def _vvol_routes(router: APIRouter, control: Control) -> None:
     @router.get("/resolve")
     async def resolve(name: Annotated[str, Query(max_length=256)]) -> VVol:
         """A VVol by its short name, where only one has it; also by full name or UUID."""
-        return await control.registry.run(views.resolve, name)
+        return await control.resolve(name)
 
 
 def _farm_routes(router: APIRouter, control: Control) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from sqlalchemy import Row, delete, insert, select, update
 
 from nbdvvol.control.clock import Moment
-from nbdvvol.control.registry import faults, feed, leases, orders
+from nbdvvol.control.registry import faults, feed, leases, orders, risks
 from nbdvvol.control.registry import schema as s
 from nbdvvol.control.registry.tx import Tx, transaction
 from nbdvvol.control.registry.views import HELD, TOLD, vvol_row
@@ -133,28 +133,14 @@ def _open_words(name: str, stores: list[str]) -> str:
 
 
 def _force(tx: Tx, uuid: str, host: str, name: str, *, lease: bool = False) -> None:
+    at_risk = risks.sentences(tx, vvol_row(tx, uuid))
     _move(tx, uuid, host, "forced")
     tx.about.add(uuid)
     if lease:
         text = f"taken over from host {host}, whose lease has run out; every leg fences what it still has in flight"
         tx.event("vvol.lease_over", name, text)
     else:
-        tx.event("vvol.forced", name, f"taken from host {host} by force: {'; '.join(risks(tx, uuid))}")
-
-
-def risks(tx: Tx, uuid: str) -> list[str]:
-    """What taking a VVol by force from a host that does not answer puts at risk."""
-    if not vvol_row(tx, uuid).mirror:
-        text = "if its filter still runs, it may go on writing until it hears of this"
-        return [f"{text}; its extents stay unused until it confirms"]
-    stores = leases.unfenced(tx, uuid)
-    if not stores:
-        return ["every leg fences: what its filter still writes is dropped there, and clients it still has get errors"]
-    land = f"datastore {', '.join(stores)} cannot fence: if its filter still runs, what it writes may land there"
-    return [
-        f"{land} beside what the new host writes, and legs may differ unnoticed; power that machine off first",
-        "a write that it acknowledged and that was not flushed may be lost",
-    ]
+        tx.event("vvol.forced", name, f"taken from host {host} by force: {'; '.join(at_risk)}")
 
 
 @transaction

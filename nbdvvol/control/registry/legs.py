@@ -137,7 +137,11 @@ def leg_row(tx: Tx, uuid: str, leg: int) -> Row[Any]:
     found = tx.db.execute(select(s.legs).where(s.legs.c.vvol == uuid, s.legs.c.id == leg)).one_or_none()
     if found is None:
         row = vvol_row(tx, uuid)
-        raise NvError(Code.NOT_FOUND, f"VVol {row.vm}/{row.name} has no leg {leg}", "look: nbdvvol mirror status")
+        raise NvError(
+            Code.NOT_FOUND,
+            f"VVol {row.vm}/{row.name} has no leg {leg}",
+            f"look: nbdvvol describe vvol {row.vm}/{row.name}",
+        )
     return found
 
 
@@ -146,8 +150,11 @@ def leg_row(tx: Tx, uuid: str, leg: int) -> Row[Any]:
 
 @transaction
 def out_of_use(tx: Tx, uuid: str, leg: int) -> str:
-    """What removing a leg waits for: that it counts no more, where a host may be using it; "" for nothing."""
+    """What removing a leg waits for: that it counts no more, where a host may be using it; "" for nothing.
+
+    Raises CONFLICT for the only leg in sync: the others were lost while it waited."""
     found = leg_row(tx, uuid, leg)
+    keep_one(tx, vvol_row(tx, uuid), found)
     here = select(s.holders.c.host).where(s.holders.c.vvol == uuid, s.holders.c.state.in_((*TOLD, "releasing")))
     hosts = sorted(tx.db.execute(here).scalars())
     if found.life != "live" or found.state == "stale" or not hosts:
@@ -190,7 +197,7 @@ def keep_one(tx: Tx, row: Row[Any], leg: Row[Any]) -> None:
         raise NvError(
             Code.CONFLICT,
             f"leg {leg.id} on datastore {leg.datastore} is the only copy of VVol {row.vm}/{row.name} that is in sync",
-            "wait until another leg is in sync, or add one: nbdvvol mirror add-leg",
+            f"wait until another is in sync, or add one: nbdvvol mirror add-leg {row.vm}/{row.name} --datastore NAME",
         )
 
 
@@ -215,7 +222,8 @@ def leg_released(tx: Tx, host: str, uuid: str, leg: int) -> None:
 
 
 @transaction
-def verified(tx: Tx, uuid: str, text: str, differed: int) -> None:
-    """What comparing a mirror's legs has found."""
+def verified(tx: Tx, uuid: str, text: str, differed: int, left: int) -> None:
+    """What comparing a mirror's legs has found: pieces that differed, and those of them that still do."""
     row = vvol_row(tx, uuid)
+    tx.db.execute(update(s.vvols).where(s.vvols.c.uuid == uuid).values(differed=text if left else ""))
     tx.event("mirror.differed" if differed else "mirror.verified", f"{row.vm}/{row.name}", text)

@@ -59,7 +59,15 @@ ALTER TABLE legs ADD COLUMN replaces INTEGER
 ALTER TABLE legs ADD COLUMN let_go TEXT NOT NULL DEFAULT ''
 ALTER TABLE legs ADD COLUMN map_written INTEGER NOT NULL DEFAULT 0
 """
-STEPS: dict[int, Callable[[Connection], None]] = {1: _to_2, 2: _to_3}
+
+
+def _to_4(connection: Connection) -> None:
+    """What the last comparison of a mirror's legs found."""
+    connection.exec_driver_sql(STEP_3)
+
+
+STEP_3 = "ALTER TABLE vvols ADD COLUMN differed TEXT NOT NULL DEFAULT ''"
+STEPS: dict[int, Callable[[Connection], None]] = {1: _to_2, 2: _to_3, 3: _to_4}
 """Version → the step that leads from it to the next."""
 
 

@@ -221,7 +221,11 @@ def tend(tx: Tx) -> None:
         chosen = spare_for(standing, mirror.spares, _usable(tx), mirror.spare_after)
         if chosen is not None:
             _spare(tx, row, *chosen)
-        elif any(leg.life == "live" and leg.map_written < row.map_version for leg in found):
+            continue
+        if row.error and all(leg.lost_s is None for leg in standing):
+            tx.db.execute(update(s.vvols).where(s.vvols.c.uuid == row.uuid).values(error=""))
+            tx.changed = True  # no spare is needed any more
+        if any(leg.life == "live" and leg.map_written < row.map_version for leg in found):
             _write_maps(tx, row, found)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from sqlalchemy import Boolean, Column, ForeignKey, Index, Integer, MetaData, String, Table, Text, UniqueConstraint
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 APPLICATION_ID = 0x4E564256
 """Marks the SQLite file as ours (`NVBV`)."""
 
@@ -80,11 +80,12 @@ vvols = Table(
     Column("mirror", Boolean, nullable=False, default=False),
     Column("places", Text, nullable=False, default=""),
     Column("next_leg", Integer, nullable=False, default=1),
+    Column("differed", Text, nullable=False, default=""),
     UniqueConstraint("vm", "name"),
 )
 """`task`: the one task that may change it now. `mirror`: it has labels, intents and dirty maps, and may have several
 legs. `places`: the datastores that its first legs are to lie on, as a JSON list; empty: `datastore` alone. `next_leg`:
-an id that none of its legs ever had."""
+an id that none of its legs ever had. `differed`: what the last comparison of its legs found and left."""
 
 holders = Table(
     "holders",

@@ -71,7 +71,8 @@ def leg_rows(tx: Tx, rows: Sequence[Row[Any]]) -> LegRows:
     sizes = {row.uuid: row.size for row in rows}
     legs: dict[str, list[Row[Any]]] = {uuid: [] for uuid in sizes}
     runs: dict[tuple[str, int], list[RunTuple]] = {}
-    for leg in tx.db.execute(_of(select(s.legs), s.legs.c.vvol, rows).order_by(s.legs.c.id)):
+    query = select(s.legs, s.datastores.c.fences).join(s.datastores, s.datastores.c.name == s.legs.c.datastore)
+    for leg in tx.db.execute(_of(query, s.legs.c.vvol, rows).order_by(s.legs.c.id)):
         if leg.vvol in legs:
             legs[leg.vvol].append(leg)
             runs[leg.vvol, leg.id] = []
@@ -139,6 +140,7 @@ def _vvol_view(row: Row[Any], found: LegRows, bound: tuple[Binding, str] | None,
             lost=leg.lost or None,
             why=leg.why,
             replaces=leg.replaces,
+            fences=row.mirror and leg.fences,
             regions=[
                 Region(offset=o, length=n, object_offset=at, state=REGION_STATES[state])
                 for o, n, at, state in found.runs[row.uuid, leg.id]
@@ -158,7 +160,9 @@ def _vvol_view(row: Row[Any], found: LegRows, bound: tuple[Binding, str] | None,
         qos=spec.qos,
         cache=spec.caching,
         mirror=mirror_policy(spec, row) if row.mirror else None,
+        differed=row.differed,
         state=VVolState(row.state),
+        error=row.error,
         read_only=row.read_only,
         description=row.description,
         epoch=row.epoch,
@@ -207,6 +211,7 @@ def _datastore_view(tx: Tx, row: Row[Any]) -> Datastore:
         extent_size=config.extent_size,
         hosts=config.hosts,
         use=row.use,
+        fences=row.fences,
         state="faulty" if failed and sound else row.state,
         detail=f"host {failed[0].host}: {failed[0].message}" if failed and sound else row.detail,
         faults=failed,

@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy import Row, insert, select, update
 
 from nbdvvol.control import policy
-from nbdvvol.control.registry import bindings, faults
+from nbdvvol.control.registry import bindings, faults, risks
 from nbdvvol.control.registry import schema as s
 from nbdvvol.control.registry.space import places_of
 from nbdvvol.control.registry.stores import store_row
@@ -132,8 +132,9 @@ def insert_vvol(tx: Tx, body: CreateVVol) -> Task:
     return add_task(tx, "create", name, str(row["uuid"]))
 
 
-def _ref(tx: Tx, task: Task, uuid: str) -> TaskRef:
-    return TaskRef(task=task, vvol=vvol_view(tx, tx.db.execute(select(s.vvols).where(s.vvols.c.uuid == uuid)).one()))
+def _ref(tx: Tx, task: Task, uuid: str, at_risk: list[str] | None = None) -> TaskRef:
+    row = tx.db.execute(select(s.vvols).where(s.vvols.c.uuid == uuid)).one()
+    return TaskRef(task=task, vvol=vvol_view(tx, row), risks=at_risk or [])
 
 
 @transaction
@@ -235,11 +236,13 @@ def begin_bind(tx: Tx, vm: str, name: str, body: BindVVol) -> TaskRef:
         raise NvError(Code.CONFLICT, f"VVol {vm}/{name} is {row.state}, not ready", "wait for its task to end")
     running = tx.db.execute(select(s.tasks).where(s.tasks.c.id == row.task)).one_or_none()
     if running is not None and body.force and running.kind == "bind":
+        at_risk = risks.sentences(tx, row)
         bindings.unbind(tx, row.uuid, True)
         faults.accept(tx, row.uuid, f"{vm}/{name}")
-        return _ref(tx, task_view(running), row.uuid)
+        return _ref(tx, task_view(running), row.uuid, at_risk)
     home: str = tx.db.execute(select(s.vms.c.host).where(s.vms.c.name == vm)).scalar_one()
-    return _ref(tx, start_bind(tx, row, body.host or home, body.force), row.uuid)
+    at_risk = risks.sentences(tx, row) if body.force else []
+    return _ref(tx, start_bind(tx, row, body.host or home, body.force), row.uuid, at_risk)
 
 
 @transaction
@@ -253,12 +256,13 @@ def begin_unbind(tx: Tx, vm: str, name: str, body: BindVVol) -> TaskRef:
                 Code.CONFLICT, f"VVol {vm}/{name} is not bound to host {body.host}", "look: nbdvvol get vvols"
             )
     running = tx.db.execute(select(s.tasks).where(s.tasks.c.id == row.task)).one_or_none()
+    at_risk = risks.sentences(tx, row) if body.force else []
     if running is not None and body.force and running.kind in ("bind", "unbind"):
         bindings.unbind(tx, row.uuid, True)
-        return _ref(tx, task_view(running), row.uuid)
+        return _ref(tx, task_view(running), row.uuid, at_risk)
     task = add_task(tx, "unbind", f"{vm}/{name}", row.uuid, force=body.force)
     bindings.unbind(tx, row.uuid, body.force)
-    return _ref(tx, task, row.uuid)
+    return _ref(tx, task, row.uuid, at_risk)
 
 
 def places_now(tx: Tx, row: Row[Any]) -> list[str]:
