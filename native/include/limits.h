@@ -73,6 +73,29 @@
 #define NV_FETCH_BYTES (256u << 10)
 #define NV_WANT_MAX (64u << 20)                /* of one NBD_CMD_CACHE */
 
+/* the write-back log (log/format.h): units of 4 KiB */
+#define NV_LOG_UNIT 4096u
+#define NV_LOG_RING 8192u                      /* where the ring begins, behind the two superblocks */
+#define NV_LOG_RING_MIN (256u << 10)
+#define NV_LOG_RING_MAX (1ull << 42)
+#define NV_LOG_ENTRIES 160u                    /* of a record: with its fixed part they fit one unit */
+#define NV_LOG_DATA_UNITS 128u                 /* of a record: 512 KiB */
+#define NV_LOG_RECORD_UNITS (1u + NV_LOG_DATA_UNITS)
+#define NV_LOG_GROUPS 6u                       /* 4 under way, one that is being built, one to spare */
+#define NV_LOG_GROUPS_UNDER_WAY 4u
+#define NV_LOG_RESERVE_MAX (1u << 20)          /* of the ring, for tombstones and BEGIN; less of a small ring */
+#define NV_LOG_BYPASS_MAX (NV_LOG_DATA_UNITS * NV_LOG_UNIT)
+#define NV_LOG_BATCH 8192u                     /* blocks that are destaged before the next flush below: 32 MiB */
+#define NV_LOG_RUN_BLOCKS 256u                 /* of one destage write: 1 MiB */
+#define NV_LOG_RUNS 4u                         /* destage writes under way at once */
+#define NV_LOG_BOUNCES 16u                     /* reads of the log under way at once */
+#define NV_LOG_BOUNCE_BLOCKS 16u               /* ... of 64 KiB at most */
+#define NV_LOG_SCAN_BYTES (1u << 20)           /* read at once when a log is opened */
+#define NV_LOG_STREAMS 4u                      /* sequential writers that are told apart */
+#define NV_LOG_RETRY_MS 1000u                  /* after a destage that failed */
+#define NV_LOG_REST_MS 10u                     /* after a look that found nothing to destage */
+#define NV_LOG_ZERO_BLOCKS 256u                /* of one ZERO entry; a longer zero or trim goes below */
+
 /* limits and shares of a volume */
 #define NV_QOS_IOPS_MAX 100000000ull
 #define NV_QOS_BANDWIDTH_MIN (64ull << 10)     /* bytes a second: the largest request then waits 512 s */

@@ -1,6 +1,5 @@
 /*
- * See meta.h. All integers on disk are little-endian; the checksum is CRC32C by a table of one byte a step, for these
- * pages are written once in a while.
+ * See meta.h. All integers on disk are little-endian; the checksum is CRC32C.
  */
 #include "volume/meta.h"
 
@@ -10,34 +9,12 @@
 #define VERSION 1u
 #define LABEL_SEAL (NV_META_PAGE - 4u)
 #define PAGE_SEAL (NV_PAGE_HEAD - 4u)
-#define POLYNOMIAL 0x82f63b78u
 
 static const char label_magic[8] = "NVLABEL";
 static const char page_magics[][8] = {
     [NV_PAGE_INTENT] = {'N', 'V', 'I', 'N', 'T', 'E', 'N', 'T'},
     [NV_PAGE_DIRTY] = {'N', 'V', 'D', 'I', 'R', 'T', 'Y', 0},
 };
-
-static uint32_t crc_step(uint32_t crc)
-{
-    for (unsigned bit = 0; bit < 8; bit++)
-        crc = (crc >> 1) ^ (crc & 1 ? POLYNOMIAL : 0);
-    return crc;
-}
-
-uint32_t nv_crc32c(uint32_t crc, const void *bytes, uint64_t length)
-{
-    static _Thread_local uint32_t table[256]; /* made by each thread that needs it: no order of start-up to keep */
-    const uint8_t *at = bytes;
-
-    if (table[1] == 0)
-        for (uint32_t i = 0; i < 256; i++)
-            table[i] = crc_step(i);
-    crc = ~crc;
-    for (uint64_t i = 0; i < length; i++)
-        crc = (crc >> 8) ^ table[(crc ^ at[i]) & 0xff];
-    return ~crc;
-}
 
 static uint8_t *put32(uint8_t *to, uint32_t value)
 {

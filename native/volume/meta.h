@@ -10,6 +10,7 @@
 #include <stdint.h>
 
 #include "limits.h"
+#include "reactor/crc32c.h"
 
 #define NV_PAGE_HEAD 128u            /* of intent and dirty pages; the bits follow */
 
@@ -40,8 +41,6 @@ enum nv_page_state {
     NV_PAGE_VALID,
     NV_PAGE_DAMAGED,                /* no slot is valid, and not both are zeros */
 };
-
-uint32_t nv_crc32c(uint32_t crc, const void *bytes, uint64_t length);
 
 /* One slot of NV_META_PAGE bytes. */
 void nv_label_encode(const struct nv_label *label, uint8_t *slot);

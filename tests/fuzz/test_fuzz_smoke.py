@@ -23,7 +23,7 @@ def built() -> None:
 
 
 @pytest.mark.timeout(500)
-@pytest.mark.parametrize("fuzzer", ["transmission", "tls", "desc", "handshake"])
+@pytest.mark.parametrize("fuzzer", ["transmission", "tls", "desc", "log", "handshake"])
 def test_nothing_is_found(fuzzer: str) -> None:
     result = fuzz(SECONDS, fuzzer)
     assert result.returncode == 0, result.stdout + result.stderr
