@@ -1,0 +1,297 @@
+/*
+ * Group commit: writes gather in a group, which becomes one record, written at once; the next group gathers meanwhile. At
+ * most NV_LOG_GROUPS_UNDER_WAY are under way; they complete in any order and are acknowledged in the order of the ring.
+ */
+#include <errno.h>
+#include <string.h>
+
+#include "log/state.h"
+#include "reactor/crc32c.h"
+
+/* What a group takes of the ring, with the PAD before it if it would cross the end. */
+static uint64_t needs(const struct nv_log *log, uint32_t data, uint32_t *pad_units)
+{
+    const uint64_t left = log->ring - log->head % log->ring, bytes = (1 + data) * (uint64_t)NV_LOG_UNIT;
+
+    *pad_units = bytes > left ? (uint32_t)(left / NV_LOG_UNIT) : 0;
+    return bytes + *pad_units * (uint64_t)NV_LOG_UNIT;
+}
+
+/* Bytes of the ring that are left when the building group, with so much more, has been written. */
+static int64_t left_after(const struct nv_log *log, uint32_t data)
+{
+    uint32_t pad_units;
+    const uint32_t have = log->building ? log->building->data : 0;
+    const uint64_t bytes = log->building || data ? needs(log, have + data, &pad_units) : 0;
+
+    return (int64_t)(log->ring - (log->head - log->tail)) - (int64_t)bytes;
+}
+
+static uint64_t versions_under_way(const struct nv_log *log)
+{
+    uint64_t blocks = log->building ? log->building->blocks : 0;
+
+    for (const struct nv_log_group *group = log->flight; group; group = group->next)
+        blocks += group->blocks;
+    return blocks;
+}
+
+/* One unit stays free, so that the next life can begin; each bypass under way has one for its tombstone. */
+bool nv_log_tombstone_room(const struct nv_log *log)
+{
+    return left_after(log, 0) >= (int64_t)((3 + log->bypasses) * (uint64_t)NV_LOG_UNIT);
+}
+
+static bool room(const struct nv_log *log, uint32_t data, uint64_t blocks)
+{
+    const uint64_t keep = log->reserve + (2 + log->bypasses) * (uint64_t)NV_LOG_UNIT;
+
+    return left_after(log, data) >= (int64_t)keep &&
+           log->version_head - log->version_tail + versions_under_way(log) + blocks <= log->version_mask;
+}
+
+static struct nv_log_group *begin_group(struct nv_log *log)
+{
+    for (uint32_t i = 0; i < NV_LOG_GROUPS; i++) {
+        struct nv_log_group *group = &log->groups[i];
+        if (group->used)
+            continue;
+        group->used = true;
+        group->submitted = group->wants_sync = group->dsync = false;
+        group->count = group->data = group->left = 0;
+        group->blocks = 0;
+        group->error = 0;
+        group->requests = (struct nv_log_list){NULL, &group->requests.first};
+        memset(group->memory, 0, NV_LOG_UNIT);
+        return group;
+    }
+    return NULL;
+}
+
+/* A group that has room for so many more entries and data, or NULL: it has to wait. */
+static struct nv_log_group *group_for(struct nv_log *log, uint32_t entries, uint32_t data)
+{
+    struct nv_log_group *group = log->building;
+
+    if (group && group->count + entries <= NV_LOG_ENTRIES && group->data + data <= log->group_data)
+        return group;
+    if (group)
+        nv_log_submit(log);
+    if (!log->building)
+        log->building = begin_group(log);
+    return log->building != group ? log->building : NULL;
+}
+
+static void add_entry(struct nv_log_group *group, const struct nv_log_entry *entry)
+{
+    nv_log_entry_encode(group->memory, group->count, entry);
+    group->entries[group->count++] = *entry;
+    group->blocks += entry->kind == NV_LOG_TOMBSTONE ? 0 : entry->blocks;
+}
+
+static void add_data(struct nv_log_group *group, const struct nv_log_request *request, uint64_t first, uint32_t blocks)
+{
+    for (uint32_t i = 0; i < blocks; i++) {
+        uint8_t *to = group->memory + (1 + group->data) * (uint64_t)NV_LOG_UNIT;
+        const uint64_t done = i * (uint64_t)NV_LOG_UNIT, left = request->length - done;
+        const uint64_t part = left < NV_LOG_UNIT ? left : NV_LOG_UNIT;
+        memcpy(to, request->data + done, part);
+        memset(to + part, 0, NV_LOG_UNIT - part); /* the VVol ends inside this block */
+        add_entry(group, &(struct nv_log_entry){first + i, 1, NV_LOG_DATA, nv_crc32c(0, to, NV_LOG_UNIT)});
+        group->data++;
+    }
+}
+
+enum nv_log_added nv_log_add(struct nv_log *log, struct nv_log_request *request, uint32_t kind)
+{
+    const uint64_t first = request->offset / NV_LOG_UNIT, blocks = nv_log_units(request->length);
+    const uint32_t data = kind == NV_LOG_DATA ? (uint32_t)blocks : 0;
+    struct nv_log_group *group;
+
+    if (kind != NV_LOG_TOMBSTONE && !room(log, data, blocks))
+        return NV_LOG_FULL;
+    group = group_for(log, data ? data : 1, data);
+    if (!group)
+        return NV_LOG_NO_GROUP;
+    if (kind != NV_LOG_TOMBSTONE && !room(log, data, blocks)) { /* what was being built has been sealed meanwhile */
+        if (group->count == 0) {                                /* a record without entries would be none: the log's end */
+            group->used = false;
+            log->building = NULL;
+        }
+        return NV_LOG_FULL;
+    }
+    if (data)
+        add_data(group, request, first, data);
+    else
+        add_entry(group, &(struct nv_log_entry){first, blocks, kind, 0});
+    group->wants_sync |= (request->flags & NV_LOG_FUA) || kind == NV_LOG_TOMBSTONE;
+    nv_log_push(&group->requests, request);
+    return NV_LOG_ADDED;
+}
+
+/* ---- completion ---- */
+
+static void fua_done(struct nv_log_sync_wait *wait, int error)
+{
+    struct nv_log_request *request = (struct nv_log_request *)((char *)wait - offsetof(struct nv_log_request, wait));
+    struct nv_log *log = request->below.log;
+
+    if (error)
+        nv_log_push(&log->held, request);
+    else
+        nv_log_finish(log, request, 0);
+}
+
+static void acknowledge(struct nv_log *log, struct nv_log_group *group)
+{
+    struct nv_log_request *request;
+
+    while ((request = nv_log_pop(&group->requests))) {
+        if (request->dropped) {
+            nv_log_entombed(log, request);
+        } else if (request->flags & NV_LOG_FUA) {
+            request->wait.done = fua_done;
+            if (nv_log_sync(log, &request->wait))
+                nv_log_finish(log, request, 0);
+        } else {
+            nv_log_finish(log, request, 0);
+        }
+    }
+}
+
+static void enter_index(struct nv_log *log, const struct nv_log_group *group)
+{
+    uint32_t unit = (uint32_t)(group->position % log->ring / NV_LOG_UNIT) + 1;
+
+    for (uint32_t i = 0; i < group->count; i++) {
+        const struct nv_log_entry *entry = &group->entries[i];
+        for (uint64_t block = 0; entry->kind != NV_LOG_TOMBSTONE && block < entry->blocks; block++)
+            nv_log_put(log, entry->block + block, entry->kind, unit, entry->crc);
+        unit += entry->kind == NV_LOG_DATA;
+    }
+}
+
+static void complete(struct nv_log *log, struct nv_log_group *group)
+{
+    const uint64_t now_ns = nv_io_now_ns(log->config.io);
+    const uint64_t pad_bytes = group->pad_units * (uint64_t)NV_LOG_UNIT;
+
+    assert(log->completed == group->position - pad_bytes);
+    if (group->pad_units)
+        nv_log_mark(log, &(struct nv_log_mark){group->position - pad_bytes, group->sequence - 1, log->version_head, now_ns,
+                                               group->pad_units, group->pad_seal});
+    nv_log_mark(log, &(struct nv_log_mark){group->position, group->sequence, log->version_head, now_ns, 1 + group->data,
+                                           group->seal});
+    enter_index(log, group);
+    log->completed = group->position + (1 + group->data) * (uint64_t)NV_LOG_UNIT;
+    if (group->dsync && log->synced == group->position - pad_bytes) {
+        log->synced = log->completed;
+        log->synced_versions = log->version_head;
+    }
+    acknowledge(log, group);
+    group->used = false;
+}
+
+static void in_order(struct nv_log *log)
+{
+    while (log->flight && log->flight->left == 0) {
+        struct nv_log_group *group = log->flight;
+        if (group->error && log->state != NV_LOG_FAILED && log->state != NV_LOG_VOID)
+            nv_log_fail(log, group->error);
+        log->flight = group->next;
+        if (!log->flight)
+            log->flight_last = &log->flight;
+        log->in_flight--;
+        if (log->state == NV_LOG_FAILED || log->state == NV_LOG_VOID)
+            group->used = false; /* nobody waits for it any more */
+        else
+            complete(log, group);
+    }
+}
+
+static void op_done(struct nv_log_group *group, struct nv_op *op)
+{
+    if (nv_log_goes_on(group->log, op))
+        return;
+    if (op->result <= 0 && !group->error)
+        group->error = op->result < 0 ? (int)op->result : -EIO;
+    group->left--;
+    in_order(group->log);
+}
+
+static void record_done(struct nv_op *op)
+{
+    op_done((struct nv_log_group *)((char *)op - offsetof(struct nv_log_group, op)), op);
+}
+
+static void pad_done(struct nv_op *op)
+{
+    op_done((struct nv_log_group *)((char *)op - offsetof(struct nv_log_group, pad_op)), op);
+}
+
+/* ---- submission ---- */
+
+static uint32_t seal(struct nv_log *log, struct nv_log_head *head, uint8_t *unit)
+{
+    memcpy(head->id, log->super.id, 16);
+    head->sequence = log->next++;
+    head->chain = log->chain;
+    head->epoch = log->config.claim.epoch;
+    nv_log_head_encode(head, unit);
+    log->chain = head->seal;
+    return head->seal;
+}
+
+static void write_at(struct nv_log *log, struct nv_op *op, struct iovec *iov, void *bytes, uint64_t size)
+{
+    *iov = (struct iovec){bytes, size};
+    op->handle = log->config.handle;
+    op->kind = NV_OP_WRITE;
+    op->iov = iov;
+    op->iov_count = 1;
+    op->offset = log->config.offset + NV_LOG_RING + log->head % log->ring;
+    nv_io_submit(log->config.io, op);
+}
+
+static void write_pad(struct nv_log *log, struct nv_log_group *group)
+{
+    struct nv_log_head head = {.kind = NV_LOG_PAD, .units = group->pad_units};
+
+    memset(group->pad, 0, NV_LOG_UNIT);
+    group->pad_seal = seal(log, &head, group->pad);
+    group->left++;
+    group->pad_op = (struct nv_op){.done = pad_done, .flags = group->dsync ? NV_OP_DSYNC : 0};
+    write_at(log, &group->pad_op, &group->pad_iov, group->pad, NV_LOG_UNIT);
+    log->head += group->pad_units * (uint64_t)NV_LOG_UNIT;
+}
+
+void nv_log_submit(struct nv_log *log)
+{
+    struct nv_log_group *group = log->building;
+    struct nv_log_head head;
+
+    if (!group || log->in_flight == NV_LOG_GROUPS_UNDER_WAY)
+        return;
+    assert(group->count > 0);
+    log->building = NULL;
+    group->submitted = true;
+    group->since_ns = nv_io_now_ns(log->config.io);
+    group->dsync = group->wants_sync && log->synced == log->head; /* else a sync of all that is before it follows */
+    needs(log, group->data, &group->pad_units);
+    *log->flight_last = group;
+    group->next = NULL;
+    log->flight_last = &group->next;
+    log->in_flight++;
+    if (group->pad_units)
+        write_pad(log, group);
+    head = (struct nv_log_head){.kind = NV_LOG_WRITES, .entries = group->count, .units = 1 + group->data};
+    group->position = log->head;
+    group->sequence = log->next;
+    group->seal = seal(log, &head, group->memory);
+    group->left++;
+    group->op = (struct nv_op){.done = record_done, .flags = group->dsync ? NV_OP_DSYNC : 0};
+    write_at(log, &group->op, &group->iov, group->memory, (1 + group->data) * (uint64_t)NV_LOG_UNIT);
+    log->head += (1 + group->data) * (uint64_t)NV_LOG_UNIT;
+    log->counts.groups++;
+    assert(log->head - log->tail < log->ring);
+}

@@ -1,0 +1,221 @@
+/*
+ * A batch on its way below, in runs: adjacent blocks of one kind, up to 1 MiB. A run's data is read from the log and looked
+ * at, then written below; what cannot be read is read again block by block, and then it is lost (nv_log_spoil). The more
+ * the log is filled, the more runs are under way.
+ */
+#include <errno.h>
+
+#include "log/state.h"
+#include "reactor/crc32c.h"
+
+static void write_on(struct nv_log_run *run);
+static void read_on(struct nv_log_run *run);
+
+static struct nv_log_version *version_of(const struct nv_log_run *run, uint32_t index)
+{
+    return nv_log_version(run->log, run->log->destager.batch[run->from + index].number);
+}
+
+static uint64_t block_of(const struct nv_log_run *run, uint32_t index)
+{
+    return run->log->destager.batch[run->from + index].block;
+}
+
+bool nv_log_carrying(const struct nv_log *log, uint64_t first, uint64_t blocks)
+{
+    for (uint32_t i = 0; i < NV_LOG_RUNS; i++) {
+        const struct nv_log_run *run = &log->destager.runs[i];
+        const uint64_t from = run->used ? block_of(run, 0) : 0;
+        if (run->used && from < first + blocks && first < from + run->count)
+            return true;
+    }
+    return false;
+}
+
+static void end_run(struct nv_log_run *run)
+{
+    run->used = false;
+    nv_log_unblock(run->log);
+    nv_log_carry_on(run->log);
+}
+
+/* ---- below ---- */
+
+static void written(struct nv_log_below *io)
+{
+    struct nv_log_run *run = (struct nv_log_run *)((char *)io - offsetof(struct nv_log_run, below));
+
+    if (io->error) {
+        run->log->destager.failed = true;
+        for (uint32_t i = 0; i < run->writing; i++)
+            version_of(run, run->at + i)->state = NV_LOG_LIVE;
+    } else {
+        run->log->destager.carried = true;
+    }
+    run->at += run->writing;
+    write_on(run);
+}
+
+static void write_on(struct nv_log_run *run)
+{
+    struct nv_log *log = run->log;
+    uint64_t offset, length;
+
+    while (run->at < run->count && !run->fine[run->at])
+        run->at++;
+    if (run->at == run->count) {
+        end_run(run);
+        return;
+    }
+    run->writing = 1;
+    while (run->at + run->writing < run->count && run->fine[run->at + run->writing])
+        run->writing++;
+    offset = block_of(run, run->at) * NV_LOG_UNIT;
+    length = run->writing * (uint64_t)NV_LOG_UNIT;
+    if (length > log->config.size - offset)
+        length = log->config.size - offset; /* the VVol ends inside its last block */
+    run->below = (struct nv_log_below){
+        .kind = version_of(run, run->at)->kind == NV_LOG_ZERO ? NV_LOG_ZEROES : NV_LOG_WRITE, .ours = true,
+        .offset = offset, .length = length, .data = run->memory + run->at * (uint64_t)NV_LOG_UNIT, .done = written,
+    };
+    nv_log_below(log, &run->below);
+}
+
+/* ---- from the log ---- */
+
+/* All reads are done. */
+static void look(struct nv_log_run *run)
+{
+    bool all = true;
+
+    for (uint32_t i = 0; i < run->count; i++) {
+        if (!run->fine[i])
+            run->fine[i] = nv_crc32c(0, run->memory + i * (uint64_t)NV_LOG_UNIT, NV_LOG_UNIT) == version_of(run, i)->crc;
+        all &= run->fine[i];
+    }
+    if (!all && !run->again) {
+        run->again = true;
+        run->next_read = 0;
+        read_on(run);
+        return;
+    }
+    for (uint32_t i = 0; i < run->count; i++) {
+        if (run->fine[i])
+            continue;
+        version_of(run, i)->state = NV_LOG_LIVE;
+        nv_log_spoil(run->log, run->log->destager.batch[run->from + i].number);
+    }
+    write_on(run);
+}
+
+static void read_done(struct nv_op *op)
+{
+    struct nv_log_run_read *read = (struct nv_log_run_read *)((char *)op - offsetof(struct nv_log_run_read, op));
+
+    if (nv_log_goes_on(read->run->log, op))
+        return;
+    read->used = false;
+    read->run->reading--;
+    read_on(read->run); /* what did not come fails its checksum */
+}
+
+static void start_read(struct nv_log_run *run, struct nv_log_run_read *read)
+{
+    const struct nv_log *log = run->log;
+    const uint32_t first = run->next_read, unit = version_of(run, first)->unit;
+    uint32_t count = 1;
+
+    while (!run->again && first + count < run->count && version_of(run, first + count)->unit == unit + count)
+        count++;
+    run->next_read += count;
+    run->reading++;
+    read->used = true;
+    read->run = run;
+    read->iov = (struct iovec){run->memory + first * (uint64_t)NV_LOG_UNIT, count * (uint64_t)NV_LOG_UNIT};
+    read->op = (struct nv_op){.kind = NV_OP_READ, .handle = log->config.handle, .iov = &read->iov, .iov_count = 1,
+                              .offset = log->config.offset + NV_LOG_RING + unit * (uint64_t)NV_LOG_UNIT, .done = read_done};
+    nv_io_submit(log->config.io, &read->op);
+}
+
+static void read_on(struct nv_log_run *run)
+{
+    for (uint32_t i = 0; i < NV_LOG_RUN_READS; i++) {
+        while (run->next_read < run->count && run->fine[run->next_read])
+            run->next_read++;
+        if (run->next_read < run->count && !run->reads[i].used)
+            start_read(run, &run->reads[i]);
+    }
+    if (run->reading == 0)
+        look(run);
+}
+
+/* ---- runs ---- */
+
+/* The next of the batch may be carried now. It may have been overtaken by a tombstone, or be about to. */
+static bool may_go(struct nv_log *log, const struct nv_log_pick *pick)
+{
+    struct nv_log_version *version = nv_log_version(log, pick->number);
+
+    if (version->state != NV_LOG_CARRIED)
+        return false;
+    if (nv_log_bypassing(log, pick->block)) {
+        version->state = NV_LOG_LIVE;
+        return false;
+    }
+    return true;
+}
+
+static void start_run(struct nv_log *log, struct nv_log_run *run)
+{
+    struct nv_log_destager *destager = &log->destager;
+    const struct nv_log_pick *first = &destager->batch[destager->next];
+    const uint8_t kind = nv_log_version(log, first->number)->kind;
+
+    run->used = true;
+    run->from = destager->next;
+    run->count = 1;
+    while (run->from + run->count < destager->count && run->count < NV_LOG_RUN_BLOCKS) {
+        const struct nv_log_pick *next = first + run->count;
+        if (next->block != first->block + run->count || !may_go(log, next) || nv_log_version(log, next->number)->kind != kind)
+            break;
+        run->count++;
+    }
+    destager->next += run->count;
+    run->at = run->next_read = run->reading = 0;
+    run->again = false;
+    for (uint32_t i = 0; i < run->count; i++)
+        run->fine[i] = kind == NV_LOG_ZERO;
+    if (kind == NV_LOG_ZERO)
+        write_on(run);
+    else
+        read_on(run);
+}
+
+static uint32_t runs_max(const struct nv_log *log)
+{
+    const bool hurry = log->draining || log->state == NV_LOG_FAILED || log->blocked.first;
+    const uint32_t quarters = (uint32_t)(nv_log_used(log) * 4 / log->ring);
+
+    return hurry || quarters >= NV_LOG_RUNS ? NV_LOG_RUNS : 1 + quarters;
+}
+
+void nv_log_carry_on(struct nv_log *log)
+{
+    struct nv_log_destager *destager = &log->destager;
+    uint32_t busy = 0;
+
+    for (uint32_t i = 0; i < NV_LOG_RUNS; i++)
+        busy += destager->runs[i].used;
+    for (uint32_t i = 0; i < NV_LOG_RUNS; i++) {
+        while (destager->next < destager->count && !may_go(log, &destager->batch[destager->next]))
+            destager->next++;
+        if (destager->next == destager->count || busy >= runs_max(log))
+            break;
+        if (destager->runs[i].used)
+            continue;
+        start_run(log, &destager->runs[i]);
+        busy++;
+    }
+    if (busy == 0 && destager->next == destager->count)
+        nv_log_carried(log);
+}

@@ -1,0 +1,63 @@
+/*
+ * The log's device has failed: an append, a sync or the superblock. It is not written to any more but for one superblock
+ * that makes it void. First all that is acknowledged is read from it and carried below, synced or not; requests whose
+ * records were on their way, writes over covered blocks and FLUSH are held until the log is void: were they answered
+ * before, a crash would bring back what is in the log over what they had been promised. Then they go below.
+ *
+ * If not even that superblock can be written, control's word is needed (NV_LOG_NEEDS_WORD): it commits that this log is
+ * never replayed, and nv_log_forget() says so.
+ */
+#include <errno.h>
+
+#include "log/state.h"
+
+static void hold_all(struct nv_log *log, struct nv_log_list *list)
+{
+    struct nv_log_request *request;
+
+    while ((request = nv_log_pop(list))) {
+        if (request->dropped)
+            nv_log_leave(log, request);
+        nv_log_push(&log->held, request);
+    }
+}
+
+void nv_log_fail(struct nv_log *log, int error)
+{
+    if (log->state != NV_LOG_SERVING && log->state != NV_LOG_THROUGH)
+        return;
+    log->state = NV_LOG_FAILED;
+    log->destager.retry_ns = 0;
+    for (struct nv_log_group *group = log->flight; group; group = group->next)
+        hold_all(log, &group->requests);
+    if (log->building) {
+        hold_all(log, &log->building->requests);
+        log->building->used = false;
+        log->building = NULL;
+    }
+    hold_all(log, &log->waiting);
+    hold_all(log, &log->entombing);
+    hold_all(log, &log->blocked);
+    log->config.event(log->config.context, NV_LOG_FAILING, error);
+}
+
+void nv_log_is_void(struct nv_log *log)
+{
+    struct nv_log_list again = {NULL, &again.first};
+    struct nv_log_request *request;
+
+    log->state = NV_LOG_VOID;
+    log->needs_word = false;
+    nv_log_empty(log);
+    nv_log_splice(&again, &log->held);
+    while ((request = nv_log_pop(&again)))
+        nv_log_route(log, request);
+    log->config.event(log->config.context, NV_LOG_DRAINED, 0);
+}
+
+void nv_log_forget(struct nv_log *log)
+{
+    log->forgotten = true;
+    if (log->needs_word)
+        nv_log_is_void(log);
+}

@@ -1,0 +1,212 @@
+/*
+ * What is logged: versions, marks and the index (state.h). Linear probing; a slot that becomes free is filled by moving
+ * later ones of its chain back, so there are no gravestones and a search ends at the first free slot.
+ */
+#include "log/state.h"
+
+static uint64_t hash(const struct nv_log *log, uint64_t block)
+{
+    block *= 0x9e3779b97f4a7c15ull;
+    return (block ^ block >> 32) & log->index_mask;
+}
+
+static struct nv_log_slot *slot_of(const struct nv_log *log, uint64_t block)
+{
+    uint64_t at = hash(log, block);
+
+    while (log->index[at].block && log->index[at].block != block + 1)
+        at = (at + 1) & log->index_mask;
+    return &log->index[at];
+}
+
+uint64_t nv_log_newest(const struct nv_log *log, uint64_t block)
+{
+    const struct nv_log_slot *slot = slot_of(log, block);
+
+    return slot->block ? slot->number : NV_LOG_NONE;
+}
+
+bool nv_log_covered(const struct nv_log *log, uint64_t first, uint64_t blocks)
+{
+    if (blocks > log->indexed) {
+        for (uint64_t at = 0; at <= log->index_mask; at++)
+            if (log->index[at].block && log->index[at].block - 1 - first < blocks)
+                return true;
+        return false;
+    }
+    for (uint64_t i = 0; i < blocks; i++)
+        if (slot_of(log, first + i)->block)
+            return true;
+    return false;
+}
+
+static void forget(struct nv_log *log, struct nv_log_slot *slot)
+{
+    uint64_t hole = (uint64_t)(slot - log->index), at = hole;
+
+    log->indexed--;
+    for (;;) {
+        log->index[hole].block = 0;
+        do {
+            at = (at + 1) & log->index_mask;
+            if (!log->index[at].block)
+                return;
+        } while (((at - hash(log, log->index[at].block - 1)) & log->index_mask) < ((at - hole) & log->index_mask));
+        log->index[hole] = log->index[at];
+        hole = at;
+    }
+}
+
+/* The version that the index leads to, if it is not settled, counts its block as dirty. */
+static void count_newest(struct nv_log *log, uint64_t number, int64_t change)
+{
+    const struct nv_log_version *version = nv_log_version(log, number);
+
+    if (version->state == NV_LOG_SETTLED)
+        return;
+    log->dirty_blocks = (uint64_t)((int64_t)log->dirty_blocks + change);
+    if (version->bad)
+        log->lost_blocks = (uint64_t)((int64_t)log->lost_blocks + change);
+}
+
+void nv_log_put(struct nv_log *log, uint64_t block, uint32_t kind, uint32_t unit, uint32_t crc)
+{
+    struct nv_log_slot *slot = slot_of(log, block);
+    const uint64_t number = log->version_head++;
+
+    assert(number - log->version_tail <= log->version_mask);
+    log->versions[number & log->version_mask] = (struct nv_log_version){
+        .block = block, .older = slot->block ? slot->number : NV_LOG_NONE, .unit = unit, .crc = crc, .kind = (uint8_t)kind,
+    };
+    if (slot->block)
+        count_newest(log, slot->number, -1);
+    else
+        log->indexed++;
+    *slot = (struct nv_log_slot){block + 1, number};
+    log->unsettled++;
+    log->dirty_blocks++;
+}
+
+void nv_log_mark(struct nv_log *log, const struct nv_log_mark *mark)
+{
+    assert(log->mark_head - log->mark_tail <= log->mark_mask);
+    log->marks[log->mark_head++ & log->mark_mask] = *mark;
+}
+
+uint64_t nv_log_carry_limit(const struct nv_log *log)
+{
+    return log->state == NV_LOG_FAILED ? log->version_head : log->synced_versions;
+}
+
+uint64_t nv_log_carry(const struct nv_log *log, uint64_t block, uint64_t limit)
+{
+    uint64_t number = nv_log_newest(log, block);
+
+    while (number != NV_LOG_NONE && number >= limit)
+        number = nv_log_version(log, number)->older;
+    return number != NV_LOG_NONE && number >= log->version_tail ? number : NV_LOG_NONE;
+}
+
+static void settle_one(struct nv_log *log, uint64_t number)
+{
+    struct nv_log_version *version = nv_log_version(log, number);
+
+    if (version->state == NV_LOG_SETTLED)
+        return;
+    if (nv_log_newest(log, version->block) == number)
+        count_newest(log, number, -1);
+    version->state = NV_LOG_SETTLED;
+    log->unsettled--;
+}
+
+void nv_log_settle(struct nv_log *log, uint64_t number)
+{
+    const uint64_t carried = number;
+
+    while (number != NV_LOG_NONE && number >= log->version_tail) {
+        if (number != carried && nv_log_version(log, number)->state == NV_LOG_SETTLED)
+            break; /* and so are all before it */
+        log->counts.merged += number != carried;
+        settle_one(log, number);
+        number = nv_log_version(log, number)->older;
+    }
+}
+
+void nv_log_unsettle(struct nv_log *log, uint64_t first, uint64_t blocks)
+{
+    for (uint64_t number = log->version_tail; number < log->version_head; number++) {
+        struct nv_log_version *version = nv_log_version(log, number);
+        if (version->block - first >= blocks || nv_log_newest(log, version->block) != number)
+            continue;
+        if (version->state == NV_LOG_SETTLED) {
+            log->unsettled++;
+            version->state = NV_LOG_LIVE;
+            count_newest(log, number, 1);
+        }
+        version->state = NV_LOG_LIVE; /* CARRIED: what was written below may be gone again */
+    }
+}
+
+void nv_log_spoil(struct nv_log *log, uint64_t number)
+{
+    struct nv_log_version *version = nv_log_version(log, number);
+
+    if (version->bad)
+        return;
+    version->bad = true;
+    if (version->state == NV_LOG_SETTLED)
+        return;
+    log->lost_blocks += nv_log_newest(log, version->block) == number;
+    log->config.event(log->config.context, NV_LOG_LOST, (int64_t)version->block);
+}
+
+static void drop_block(struct nv_log *log, struct nv_log_slot *slot)
+{
+    nv_log_settle(log, slot->number);
+    forget(log, slot);
+}
+
+void nv_log_drop(struct nv_log *log, uint64_t first, uint64_t blocks)
+{
+    if (blocks <= log->indexed) {
+        for (uint64_t i = 0; i < blocks; i++) {
+            struct nv_log_slot *slot = slot_of(log, first + i);
+            if (slot->block)
+                drop_block(log, slot);
+        }
+        return;
+    }
+    for (uint64_t number = log->version_tail; number < log->version_head; number++) {
+        const uint64_t block = nv_log_version(log, number)->block;
+        struct nv_log_slot *slot = block - first < blocks ? slot_of(log, block) : NULL;
+        if (slot && slot->block && slot->number == number)
+            drop_block(log, slot);
+    }
+}
+
+void nv_log_expire(struct nv_log *log, uint64_t marks)
+{
+    const uint64_t end = marks < log->mark_head ? log->marks[marks & log->mark_mask].first : log->version_head;
+
+    for (uint64_t number = log->version_tail; number < end; number++) {
+        const struct nv_log_version *version = nv_log_version(log, number);
+        struct nv_log_slot *slot = slot_of(log, version->block);
+        assert(version->state == NV_LOG_SETTLED && version->pins == 0);
+        if (slot->block && slot->number == number)
+            forget(log, slot);
+    }
+    log->version_tail = end;
+    log->mark_tail = marks;
+}
+
+void nv_log_empty(struct nv_log *log)
+{
+    for (uint64_t number = log->version_tail; number < log->version_head; number++) {
+        const struct nv_log_version *version = nv_log_version(log, number);
+        struct nv_log_slot *slot = slot_of(log, version->block);
+        const bool lost = version->bad && version->state != NV_LOG_SETTLED;
+        if (slot->block && slot->number == number && !lost)
+            drop_block(log, slot);
+    }
+    log->mark_tail = log->mark_head;
+}

@@ -1,0 +1,164 @@
+/*
+ * Deliberate bugs in the write-back log, to prove that nvlog would see them: functions replaced at link time (--wrap), so
+ * that the log's own code has no hooks. NVSIM_MUTANT=n in the environment chooses one:
+ *
+ *   1  FUA is answered before the log is durable                  nv_log_sync
+ *   2  the tail moves before what is below is flushed              nv_log_below
+ *   3  recovery goes on past a record whose data are damaged       nv_log_data_valid
+ *   4  recovery takes what an earlier life left (no chain)         nv_log_head_follows
+ *   5  what is not synced is destaged                              nv_log_carry_limit
+ *   6  of a block the oldest version is carried, not the newest    nv_log_carry
+ *   7  a bypass leaves no tombstone                                nv_log_add
+ *   8  what is settled counts as not covered                       nv_log_covered
+ *   9  a bypass that failed leaves what is below trusted           nv_log_unsettle
+ *  10  a bypass runs beside a destage write                        nv_log_carrying
+ *  11  destaging takes no notice of a bypass                       nv_log_bypassing
+ *  12  a log that failed counts as void without a word on disk     nv_log_make_void
+ *  13  a bypass runs beside an older read from below               nv_log_reading
+ *  14  what cannot be read from the log counts as settled         nv_log_spoil
+ */
+#include <stdlib.h>
+
+#include "log/state.h"
+
+bool __real_nv_log_sync(struct nv_log *log, struct nv_log_sync_wait *wait);
+bool __wrap_nv_log_sync(struct nv_log *log, struct nv_log_sync_wait *wait);
+void __real_nv_log_below(struct nv_log *log, struct nv_log_below *io);
+void __wrap_nv_log_below(struct nv_log *log, struct nv_log_below *io);
+bool __real_nv_log_data_valid(const uint8_t *unit, const struct nv_log_head *head, const uint8_t *data);
+bool __wrap_nv_log_data_valid(const uint8_t *unit, const struct nv_log_head *head, const uint8_t *data);
+bool __real_nv_log_head_follows(const struct nv_log_head *head, const uint8_t *id, uint64_t next, uint32_t chain);
+bool __wrap_nv_log_head_follows(const struct nv_log_head *head, const uint8_t *id, uint64_t next, uint32_t chain);
+uint64_t __real_nv_log_carry_limit(const struct nv_log *log);
+uint64_t __wrap_nv_log_carry_limit(const struct nv_log *log);
+uint64_t __real_nv_log_carry(const struct nv_log *log, uint64_t block, uint64_t limit);
+uint64_t __wrap_nv_log_carry(const struct nv_log *log, uint64_t block, uint64_t limit);
+enum nv_log_added __real_nv_log_add(struct nv_log *log, struct nv_log_request *request, uint32_t kind);
+enum nv_log_added __wrap_nv_log_add(struct nv_log *log, struct nv_log_request *request, uint32_t kind);
+bool __real_nv_log_covered(const struct nv_log *log, uint64_t first, uint64_t blocks);
+bool __wrap_nv_log_covered(const struct nv_log *log, uint64_t first, uint64_t blocks);
+void __real_nv_log_unsettle(struct nv_log *log, uint64_t first, uint64_t blocks);
+void __wrap_nv_log_unsettle(struct nv_log *log, uint64_t first, uint64_t blocks);
+bool __real_nv_log_carrying(const struct nv_log *log, uint64_t first, uint64_t blocks);
+bool __wrap_nv_log_carrying(const struct nv_log *log, uint64_t first, uint64_t blocks);
+bool __real_nv_log_bypassing(const struct nv_log *log, uint64_t block);
+bool __wrap_nv_log_bypassing(const struct nv_log *log, uint64_t block);
+void __real_nv_log_make_void(struct nv_log *log);
+void __wrap_nv_log_make_void(struct nv_log *log);
+bool __real_nv_log_reading(const struct nv_log *log, uint64_t first, uint64_t blocks);
+bool __wrap_nv_log_reading(const struct nv_log *log, uint64_t first, uint64_t blocks);
+void __real_nv_log_spoil(struct nv_log *log, uint64_t number);
+void __wrap_nv_log_spoil(struct nv_log *log, uint64_t number);
+
+static bool mutant(int number)
+{
+    static int chosen = -1;
+
+    if (chosen < 0) {
+        const char *word = getenv("NVSIM_MUTANT");
+        chosen = word ? (int)strtol(word, NULL, 10) : 0;
+    }
+    return chosen == number;
+}
+
+bool __wrap_nv_log_sync(struct nv_log *log, struct nv_log_sync_wait *wait)
+{
+    return (mutant(1) && wait != &log->destager.sync) || __real_nv_log_sync(log, wait);
+}
+
+void __wrap_nv_log_below(struct nv_log *log, struct nv_log_below *io)
+{
+    static uint8_t nothing[512];
+
+    if (mutant(2) && io->ours && io->kind == NV_LOG_FLUSH) {
+        io->kind = NV_LOG_READ;
+        io->length = sizeof nothing;
+        io->data = nothing;
+    }
+    __real_nv_log_below(log, io);
+}
+
+bool __wrap_nv_log_data_valid(const uint8_t *unit, const struct nv_log_head *head, const uint8_t *data)
+{
+    return mutant(3) || __real_nv_log_data_valid(unit, head, data);
+}
+
+bool __wrap_nv_log_head_follows(const struct nv_log_head *head, const uint8_t *id, uint64_t next, uint32_t chain)
+{
+    return __real_nv_log_head_follows(head, id, next, mutant(4) ? head->chain : chain);
+}
+
+uint64_t __wrap_nv_log_carry_limit(const struct nv_log *log)
+{
+    return mutant(5) ? log->version_head : __real_nv_log_carry_limit(log);
+}
+
+uint64_t __wrap_nv_log_carry(const struct nv_log *log, uint64_t block, uint64_t limit)
+{
+    uint64_t number = __real_nv_log_carry(log, block, limit);
+
+    while (mutant(6) && nv_log_version(log, number)->older != NV_LOG_NONE &&
+           nv_log_version(log, number)->older >= log->version_tail &&
+           nv_log_version(log, nv_log_version(log, number)->older)->state == NV_LOG_LIVE)
+        number = nv_log_version(log, number)->older;
+    return number;
+}
+
+enum nv_log_added __wrap_nv_log_add(struct nv_log *log, struct nv_log_request *request, uint32_t kind)
+{
+    if (mutant(7) && kind == NV_LOG_TOMBSTONE) {
+        nv_log_entombed(log, request);
+        return NV_LOG_ADDED;
+    }
+    return __real_nv_log_add(log, request, kind);
+}
+
+bool __wrap_nv_log_covered(const struct nv_log *log, uint64_t first, uint64_t blocks)
+{
+    if (!mutant(8))
+        return __real_nv_log_covered(log, first, blocks);
+    for (uint64_t i = 0; i < blocks; i++) {
+        const uint64_t number = nv_log_newest(log, first + i);
+        if (number != NV_LOG_NONE && nv_log_version(log, number)->state != NV_LOG_SETTLED)
+            return true;
+    }
+    return false;
+}
+
+void __wrap_nv_log_unsettle(struct nv_log *log, uint64_t first, uint64_t blocks)
+{
+    if (!mutant(9))
+        __real_nv_log_unsettle(log, first, blocks);
+}
+
+bool __wrap_nv_log_carrying(const struct nv_log *log, uint64_t first, uint64_t blocks)
+{
+    return !mutant(10) && __real_nv_log_carrying(log, first, blocks);
+}
+
+bool __wrap_nv_log_bypassing(const struct nv_log *log, uint64_t block)
+{
+    return !mutant(11) && __real_nv_log_bypassing(log, block);
+}
+
+void __wrap_nv_log_make_void(struct nv_log *log)
+{
+    if (!mutant(12)) {
+        __real_nv_log_make_void(log);
+        return;
+    }
+    nv_log_rest(log, true);
+    nv_log_is_void(log);
+}
+
+bool __wrap_nv_log_reading(const struct nv_log *log, uint64_t first, uint64_t blocks)
+{
+    return !mutant(13) && __real_nv_log_reading(log, first, blocks);
+}
+
+void __wrap_nv_log_spoil(struct nv_log *log, uint64_t number)
+{
+    if (mutant(14)) /* as if there were no version: the bytes below are returned */
+        nv_log_version(log, number)->state = NV_LOG_SETTLED;
+    __real_nv_log_spoil(log, number);
+}

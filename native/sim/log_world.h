@@ -1,0 +1,76 @@
+/*
+ * The world of nvlog: a write-back log (native/log) on one simulated disk over another one, which is what lies below it;
+ * requests at random or by a script, and the registry's word about the log. One life runs until a crash or until all is
+ * drained; the next one begins with what the disks were left with.
+ */
+#ifndef NV_SIM_LOG_WORLD_H
+#define NV_SIM_LOG_WORLD_H
+
+#include "log/log.h"
+#include "sim/log_model.h"
+#include "sim/random.h"
+
+#define WORLD_REQUESTS 24u
+#define WORLD_IOS 64u
+#define WORLD_RING_MAX (1u << 20)
+
+struct world_plan {
+    uint64_t seed;
+    uint32_t blocks, ring, depth, lives, steps;
+    uint32_t bypass, stream, age_ms;
+    uint16_t log_trouble;           /* chance in 1024 of a life: its log device fails in some way */
+    uint16_t leg_trouble;
+    bool pure;                      /* nothing goes past the log, nothing fails: prefixes are judged */
+    int64_t crash_at;               /* the step of the first life at which it crashes; -1: by chance */
+    const char *script;             /* what is asked for, instead of chance; NULL: chance */
+    bool trace;
+};
+
+struct world_request {
+    struct nv_log_request log;
+    bool used;
+    uint64_t first, blocks;
+    uint8_t data[16 * MODEL_BLOCK];
+    struct model_least least[16];
+    uint32_t covered[MODEL_BLOCKS];
+};
+
+struct world_io {                   /* I/O below */
+    struct nv_op op;
+    struct iovec iov;
+    struct nv_log_below *below;
+    uint64_t moved;
+    bool used;
+};
+
+struct world {
+    struct world_plan plan;
+    struct sim_random random;
+    struct model model, at_crash;
+    struct nv_io *io;
+    struct nv_log *log;
+    int log_file, leg_file;
+    nv_handle log_handle, leg_handle;
+    struct world_request requests[WORLD_REQUESTS];
+    struct world_io ios[WORLD_IOS];
+    bool busy[MODEL_BLOCKS];        /* a change of the block is under way: range order */
+    uint32_t outstanding;
+    int leg_fault;                  /* a failed sync of the leg latches, as nv_sync does */
+    uint64_t leg_written, leg_synced;
+    bool opened, drained, needs_word, calm, allowed, troubled;
+    enum nv_log_verdict verdict;
+    /* the registry */
+    bool dirty;
+    uint8_t id[16];
+    uint64_t epoch;
+    /* what the last life left */
+    uint8_t *log_image, *leg_image;
+    uint64_t log_size, leg_size, vvol_size;
+    bool cache_survived;
+    uint64_t step, done, crashes, life;
+};
+
+/* All lives of a plan; ends the process at a violation. How many steps the first life took. */
+uint64_t world_run(struct world *world, const struct world_plan *plan);
+
+#endif
