@@ -6,6 +6,7 @@ import re
 from typing import Any, Literal
 
 from nbdvvol.control.clock import moment
+from nbdvvol.control.older import check_older
 from nbdvvol.control.registry import bindings, faults, space, stores
 from nbdvvol.control.registry.space import LegPlace, Placement
 from nbdvvol.control.registry.stores import Store
@@ -55,6 +56,7 @@ async def _format(context: Context, name: str) -> None:
         for index in (0, 1):
             await context.work(store, "write_meta", f"format.header{index}", offset=index * disk.PAGE, data=copy)
         await context.registry.run(stores.formatted, name)
+        context.looked_at.add(name)  # nobody else has written there
 
 
 async def _place(context: Context, placement: Placement) -> None:
@@ -84,6 +86,7 @@ async def place_leg(
         await context.registry.run(space.place_file, placement.uuid, number, datastore, name, life, replaces)
         return
     await _format(context, datastore)
+    await check_older(context, await context.store(datastore))
     await context.registry.run(space.place, placement.uuid, number, datastore, life, replaces)
 
 
@@ -229,7 +232,7 @@ async def resize(context: Context) -> None:
     await context.settled(but_mine=True)
     if placement.size < size:
         for leg in placement.legs:
-            await _probed(context, leg.datastore)
+            await check_older(context, await _probed(context, leg.datastore))
         await context.registry.run(space.reserve_growth, placement.uuid, size)
         reserved = await get_placement(context)
         assert reserved is not None, "a VVol with a task is not deleted"

@@ -32,13 +32,21 @@ class Context:
     """What a running task works with."""
 
     def __init__(
-        self, job: Job, registry: Registry, links: Links, changed: Signals, locks: dict[str, asyncio.Lock]
+        self,
+        job: Job,
+        registry: Registry,
+        links: Links,
+        changed: Signals,
+        locks: dict[str, asyncio.Lock],
+        looked_at: set[str],
     ) -> None:
         self.job = job
         self.registry = registry
         self.links = links
         self._changed = changed.of(job.vvol)
         self._locks = locks
+        self.looked_at = looked_at
+        """Datastores that this process knows to be no newer than the registry (older.py)."""
         self._said = (-1.0, "")
         self.firm = False
         """Past the point of no return: a wish to cancel comes too late."""
@@ -169,6 +177,7 @@ class Tasks:
         self._undo = undo
         self._running: dict[int, asyncio.Task[None]] = {}
         self._locks: dict[str, asyncio.Lock] = {}
+        self._looked_at: set[str] = set()
 
     async def run(self) -> None:
         """Start every task that is not done, for ever; cancelled at the end, it leaves them as they are."""
@@ -185,7 +194,7 @@ class Tasks:
             await asyncio.gather(*self._running.values(), return_exceptions=True)
 
     async def _one(self, job: Job) -> None:
-        context = Context(job, self._registry, self._links, self._changed, self._locks)
+        context = Context(job, self._registry, self._links, self._changed, self._locks, self._looked_at)
         state, error = "success", ""
         try:
             await self._bodies[job.kind](context)

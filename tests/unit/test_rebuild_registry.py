@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import sqlite3
 from collections.abc import AsyncIterator
@@ -24,7 +25,7 @@ from nbdvvol.model.errors import Code, NvError
 from nbdvvol.model.mirror import LegChange, Stamp
 from nbdvvol.model.rebuild import Rebuilt
 from nbdvvol.model.resources import AddLeg, ResizeVVol, TaskState
-from nbdvvol.rebuild import rebuild
+from nbdvvol.rebuild import _with_log, rebuild
 from tests.unit.control_farm import MIB, TestFarm
 from tests.unit.fake_filter import FakeFilter
 
@@ -338,6 +339,36 @@ async def test_a_crash_in_the_middle_never_leaves_an_empty_registry(lost: LostFa
         await Registry.open(path)
     await lost.rebuild()
     assert rows(path)["legs"] == before["legs"]
+
+
+@pytest.mark.parametrize("newer", ["VVol", "growth"])
+async def test_an_older_registry_takes_no_space_that_a_newer_one_has_used(lost: LostFarm, newer: str) -> None:
+    """The extents that it calls free hold what it does not know of."""
+    await lost.start()
+    old = lost.folder / "old.db"
+    with contextlib.closing(sqlite3.connect(lost.farm.state / "registry.db")) as now, sqlite3.connect(old) as copy:
+        now.backup(copy)
+    run = lost.farm.control.registry.run
+    if newer == "VVol":
+        assert (await lost.farm.create("late", MIB, profile="plain")).state is TaskState.SUCCESS
+    else:
+        ref = await run(vvols.begin_resize, "vm1", "solo", ResizeVVol(size=5 * MIB))
+        assert (await lost.farm.over(ref.task.id)).state is TaskState.SUCCESS
+    await lost.lose()
+    for path in _with_log(lost.farm.state / "registry.db"):
+        path.unlink(missing_ok=True)
+    old.rename(lost.farm.state / "registry.db")
+    await lost.restart()
+    for host in ("one", "two"):
+        await lost.farm.filter(host, f"/run/{host}")
+    before = bytes(lost.farm.disks.bytes[str(lost.folder / "s.img")])
+    refused = await lost.farm.create("more", MIB, profile="plain")
+    assert refused.state is TaskState.ERROR and "older than the datastore" in refused.error
+    ref = await lost.farm.control.registry.run(vvols.begin_resize, "vm1", "solo", ResizeVVol(size=6 * MIB))
+    assert "older than the datastore" in (await lost.farm.over(ref.task.id)).error
+    assert bytes(lost.farm.disks.bytes[str(lost.folder / "s.img")]) == before
+    fine = await lost.farm.create("fine", MIB, profile="files")
+    assert fine.state is TaskState.SUCCESS, "files of their own are nobody else's"
 
 
 async def test_nobody_takes_a_vms_bytes_for_metadata(lost: LostFarm) -> None:

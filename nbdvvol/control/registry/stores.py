@@ -31,6 +31,8 @@ class Store:
     size: int
     state: str
     hosts: tuple[str, ...]
+    header: str
+    """Hex of the header that was written; empty: none."""
 
     @property
     def is_dir(self) -> bool:
@@ -85,7 +87,7 @@ def store(tx: Tx, name: str) -> Store:
     config = DatastoreConfig.model_validate_json(row.config)
     names = [host for host in tx.db.execute(select(s.hosts.c.name)).scalars() if feed.sees(config, host)]
     spec = feed.datastore_spec(tx, row)
-    return Store(row.name, config, spec, row.use, row.size, row.state, tuple(sorted(names)))
+    return Store(row.name, config, spec, row.use, row.size, row.state, tuple(sorted(names)), row.header)
 
 
 @transaction
@@ -222,6 +224,37 @@ def formatted(tx: Tx, name: str) -> None:
     tx.db.execute(update(s.datastores).where(s.datastores.c.name == name).values(use="formatted"))
     tx.event("datastore.formatted", name, f"{space.free} bytes in extents of {header.extent_size}")
     touch_store(tx, row)
+
+
+@dataclass(frozen=True, slots=True)
+class KnownLeg:
+    """A leg that a datastore's directory may name, and how new its VVol is."""
+
+    vvol: str
+    name: str
+    offset: int
+    length: int
+    epoch: int
+    generation: int
+
+    def is_at(self, entry: disk.Entry) -> bool:
+        """Whether an entry of the directory names it. (Its number may have changed: `space.renumber`.)"""
+        return (self.vvol, self.offset, self.length) == (str(entry.vvol), entry.offset, entry.length)
+
+
+@transaction
+def known_legs(tx: Tx, name: str) -> dict[int, KnownLeg]:
+    """Legs on a formatted datastore, by their slot in its directory."""
+    query = select(s.legs.c.slot, s.legs.c.meta_offset, s.legs.c.meta_length, s.vvols).join(
+        s.vvols, s.vvols.c.uuid == s.legs.c.vvol
+    )
+    rows = tx.db.execute(query.where(s.legs.c.datastore == name, s.legs.c.slot.is_not(None))).all()
+    return {
+        row.slot: KnownLeg(
+            row.uuid, f"{row.vm}/{row.name}", row.meta_offset, row.meta_length, row.epoch, row.generation
+        )
+        for row in rows
+    }
 
 
 @transaction
