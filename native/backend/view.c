@@ -59,11 +59,22 @@ static uint64_t bits_of(uint64_t word, uint64_t first, uint64_t last)
     return (UINT64_MAX << low) & (UINT64_MAX >> (WORD_BITS - 1 - high));
 }
 
+/* The kernel is asked of a whole word's pages at once: who comes next finds its neighbours known. */
+static uint64_t look(struct nv_view *view, uint64_t word)
+{
+    const uint64_t pages = (view->size + (1u << PAGE_SHIFT) - 1) >> PAGE_SHIFT, left = pages - word * WORD_BITS;
+    const uint64_t found = nv_io_present(view->base + (word * WORD_BITS << PAGE_SHIFT),
+                                         left < WORD_BITS ? (unsigned)left : WORD_BITS);
+
+    return atomic_fetch_or_explicit(&view->present[word], found, memory_order_relaxed) | found;
+}
+
 static bool known(struct nv_view *view, uint64_t first, uint64_t last)
 {
     for (uint64_t word = first / WORD_BITS; word <= last / WORD_BITS; word++) {
         const uint64_t bits = bits_of(word, first, last);
-        if ((atomic_load_explicit(&view->present[word], memory_order_relaxed) & bits) != bits)
+        if ((atomic_load_explicit(&view->present[word], memory_order_relaxed) & bits) != bits &&
+            (look(view, word) & bits) != bits)
             return false;
     }
     return true;
@@ -78,13 +89,7 @@ uint8_t *nv_view_at(struct nv_view *view, uint64_t offset, uint64_t length)
         return NULL;
     first = offset >> PAGE_SHIFT;
     last = (offset + length - 1) >> PAGE_SHIFT;
-    if (known(view, first, last))
-        return view->base + offset;
-    if (!nv_io_present(view->base + offset, length))
-        return NULL;
-    for (uint64_t word = first / WORD_BITS; word <= last / WORD_BITS; word++)
-        atomic_fetch_or_explicit(&view->present[word], bits_of(word, first, last), memory_order_relaxed);
-    return view->base + offset;
+    return known(view, first, last) ? view->base + offset : NULL;
 }
 
 void nv_view_forget(struct nv_view *view, uint64_t offset, uint64_t length)

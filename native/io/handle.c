@@ -95,22 +95,33 @@ void nv_io_unmap(uint8_t *view, uint64_t size)
     munmap(view, size);
 }
 
-bool nv_io_present(const uint8_t *at, uint64_t length)
+/*
+ * Entries in the page table for the pages that are there, many with each fault: the first touch of each would fault by
+ * itself else. It is an advice: what comes of it does not matter.
+ */
+static void make_ready(const uint8_t *at, uint64_t pages)
+{
+    while (pages) {
+        const unsigned first = (unsigned)__builtin_ctzll(pages);
+        const uint64_t gaps = ~(pages >> first);
+        const unsigned count = gaps ? (unsigned)__builtin_ctzll(gaps) : PRESENT_PAGES;
+        (void)madvise((void *)(uintptr_t)(at + first * PAGE), count * PAGE, MADV_POPULATE_READ);
+        pages &= first + count < PRESENT_PAGES ? UINT64_MAX << (first + count) : 0;
+    }
+}
+
+uint64_t nv_io_present(const uint8_t *at, unsigned pages)
 {
     uint8_t there[PRESENT_PAGES];
-    uintptr_t first = (uintptr_t)at & ~(uintptr_t)(PAGE - 1);
-    const uintptr_t end = (uintptr_t)at + length;
+    uint64_t found = 0;
 
-    while (first < end) {
-        const uintptr_t pages = (end - first + PAGE - 1) / PAGE, some = pages < PRESENT_PAGES ? pages : PRESENT_PAGES;
-        if (mincore((void *)first, some * PAGE, there) != 0)
-            return false;
-        for (uintptr_t i = 0; i < some; i++)
-            if (!(there[i] & 1))
-                return false;
-        first += some * PAGE;
-    }
-    return true;
+    assert(pages > 0 && pages <= PRESENT_PAGES && ((uintptr_t)at & (PAGE - 1)) == 0);
+    if (mincore((void *)(uintptr_t)at, pages * PAGE, there) != 0)
+        return 0;
+    for (unsigned i = 0; i < pages; i++)
+        found |= (uint64_t)(there[i] & 1) << i;
+    make_ready(at, found);
+    return found;
 }
 
 int64_t nv_io_copy(nv_handle handle, void *to, uint64_t length, uint64_t offset)

@@ -133,8 +133,11 @@ bool nv_io_in_memory(nv_handle handle);
  */
 uint8_t *nv_io_map(nv_handle handle, uint64_t size, bool writable);
 void nv_io_unmap(uint8_t *view, uint64_t size);
-/* True if the pages that hold these bytes of a view are there. Another user of the file may take them away later. */
-bool nv_io_present(const uint8_t *at, uint64_t length);
+/*
+ * Of so many pages of a view (at most 64) from `at` on: bit i, page i is there, and quick to touch from now on. Another
+ * user may take it away later.
+ */
+uint64_t nv_io_present(const uint8_t *at, unsigned pages);
 /* Copy bytes of a file in memory: how many (fewer at its end), or -errno. */
 int64_t nv_io_copy(nv_handle handle, void *to, uint64_t length, uint64_t offset);
 void nv_io_close(nv_handle handle);

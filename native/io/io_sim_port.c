@@ -228,11 +228,11 @@ void nv_io_unmap(uint8_t *view, uint64_t size)
 }
 
 /* The world's files have pages that come and go as they like. */
-bool nv_io_present(const uint8_t *at, uint64_t length)
+uint64_t nv_io_present(const uint8_t *at, unsigned pages)
 {
     (void)at;
-    (void)length;
-    return sim_random_chance(&sim_world.random, 700);
+    (void)pages;
+    return sim_random_chance(&sim_world.random, 700) ? UINT64_MAX : sim_random_next(&sim_world.random);
 }
 
 int64_t nv_io_copy(nv_handle handle, void *to, uint64_t length, uint64_t offset)

@@ -1,8 +1,9 @@
 /*
- * See crc32c.h. Both ways give the same number; which one runs is decided by the processor, once a thread.
+ * See crc32c.h. Both ways give the same number; which one runs is decided by the processor.
  */
 #include "reactor/crc32c.h"
 
+#include <pthread.h>
 #include <string.h>
 
 #define POLYNOMIAL 0x82f63b78u
@@ -14,13 +15,18 @@ static uint32_t step(uint32_t crc)
     return crc;
 }
 
+static uint32_t table[256]; /* one for all: room for what each thread has is scarce in a library that is loaded late */
+static pthread_once_t table_once = PTHREAD_ONCE_INIT;
+
+static void make_table(void)
+{
+    for (uint32_t i = 0; i < 256; i++)
+        table[i] = step(i);
+}
+
 static uint32_t by_table(uint32_t crc, const uint8_t *at, uint64_t length)
 {
-    static _Thread_local uint32_t table[256]; /* made by each thread that needs it: no order of start-up to keep */
-
-    if (table[1] == 0)
-        for (uint32_t i = 0; i < 256; i++)
-            table[i] = step(i);
+    pthread_once(&table_once, make_table);
     for (uint64_t i = 0; i < length; i++)
         crc = (crc >> 8) ^ table[(crc ^ at[i]) & 0xff];
     return crc;
