@@ -33,6 +33,9 @@
 #define NV_MIRROR_TICK_MS 250u
 #define NV_COPY_PIECE (1u << 20)               /* resync, reconciliation, verify */
 #define NV_COPY_DEPTH 4u                       /* ... pieces under way at once */
+#define NV_COPY_PACED (128u << 10)             /* a piece of a resync with a rate, while clients are served */
+#define NV_COPY_LATE_US 2000u                  /* what such a resync may catch up with */
+#define NV_COPY_WAIT_MAX_MS 100u               /* its longest timer: what must end is not held up by one */
 #define NV_COPY_CHECKPOINT (1ull << 30)        /* bytes copied between two saved dirty maps */
 #define NV_REPAIRS_MAX 16u                     /* places waiting to be rewritten after a read error */
 

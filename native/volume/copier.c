@@ -341,17 +341,76 @@ static bool is_idle(const struct nv_copy *copy)
     return copy->kind != NV_COPY_VERIFY && !targets_of(copy);
 }
 
+/* --- a resync with a rate: small pieces, each in its time, so that no client waits long behind one --- */
+
+static bool is_paced(const struct nv_copy *copy)
+{
+    return copy->kind == NV_COPY_RESYNC && copy->mirror->copier.limited;
+}
+
+static void time_comes(struct nv_op *op)
+{
+    struct nv_mirror *mirror = (struct nv_mirror *)((char *)op - offsetof(struct nv_mirror, copier.timer));
+    struct nv_copier *copier = &mirror->copier;
+
+    copier->timer_out = false;
+    for (unsigned i = 0; i < NV_COPY_DEPTH; i++) {
+        struct nv_copy *copy = &copier->copies[i];
+        if (!copy->busy || !copy->waiting)
+            continue;
+        copy->waiting = false;
+        next_piece(copy);
+    }
+    nv_mirror_pump(mirror);
+}
+
+static void wait_for_time(struct nv_copy *copy, uint64_t wait_ns)
+{
+    struct nv_mirror *mirror = copy->mirror;
+    struct nv_copier *copier = &mirror->copier;
+
+    copy->waiting = true;
+    if (copier->timer_out)
+        return;
+    if (wait_ns > NV_COPY_WAIT_MAX_MS * 1000000ull)
+        wait_ns = NV_COPY_WAIT_MAX_MS * 1000000ull;
+    copier->timer_out = true;
+    copier->timer = (struct nv_op){.kind = NV_OP_TIMER, .done = time_comes, .length = wait_ns};
+    nv_io_submit(mirror->reactor->io, &copier->timer);
+}
+
+/* True: the copy's present piece may begin, and the next one has its time. */
+static bool has_its_time(struct nv_copy *copy)
+{
+    struct nv_copier *copier = &copy->mirror->copier;
+    const uint64_t rate = nv_mirror_map(copy->mirror)->mirror.resync_rate, now = nv_io_now_ns(copy->mirror->reactor->io);
+
+    if (!is_paced(copy) || rate == 0)
+        return true;
+    if (copier->due_ns > now) {
+        wait_for_time(copy, copier->due_ns - now);
+        return false;
+    }
+    if (now - copier->due_ns > NV_COPY_LATE_US * 1000ull)
+        copier->due_ns = now - NV_COPY_LATE_US * 1000ull;
+    copier->due_ns += copy->length * 1000000000ull / rate;
+    return true;
+}
+
 static void next_piece(struct nv_copy *copy)
 {
     struct nv_mirror *mirror = copy->mirror;
     const struct nv_map *map = nv_mirror_map(mirror);
 
     while (!copy->error && copy->at < copy->end && !is_idle(copy)) {
-        copy->length = copy->end - copy->at < NV_COPY_PIECE ? copy->end - copy->at : NV_COPY_PIECE;
+        const uint64_t most = is_paced(copy) ? NV_COPY_PACED : NV_COPY_PIECE;
+        copy->length = copy->end - copy->at < most ? copy->end - copy->at : most;
         if (!nv_mirror_span(map, copy->at, &copy->length)) { /* nothing is stored there */
             copy->at += copy->length;
             continue;
         }
+        if (!has_its_time(copy))
+            return;
         copy->range = (struct nv_range){.offset = copy->at, .length = copy->length, .reactor = mirror->reactor,
                                         .ready = range_ready};
         nv_range_enter(&mirror->volume->ranges, &copy->range);
@@ -485,7 +544,7 @@ static bool begin_resync(struct nv_mirror *mirror)
     struct nv_copier *copier = &mirror->copier;
     const uint32_t regions = mirror->intent.regions;
 
-    if (!mirror->syncing || copier->exhausted || mirror->checkpoint_due || (copier->limited && copier->tokens <= 0))
+    if (!mirror->syncing || copier->exhausted || mirror->checkpoint_due)
         return false;
     for (uint32_t i = 0; i < regions; i++) {
         const uint32_t region = (copier->cursor + i) % regions;
@@ -493,7 +552,6 @@ static bool begin_resync(struct nv_mirror *mirror)
         if (!lanes || under_way(copier, NV_COPY_RESYNC, region))
             continue;
         copier->cursor = (region + 1) % regions;
-        copier->tokens -= copier->limited ? 1ll << mirror->intent.shift : 0;
         begin_region(mirror, NV_COPY_RESYNC, region, lanes);
         return true;
     }
@@ -506,7 +564,7 @@ bool nv_copier_pump(struct nv_mirror *mirror)
     struct nv_copier *copier = &mirror->copier;
     bool any = false;
 
-    if (mirror->attaching || mirror->fenced || mirror->broken || mirror->end_wanted)
+    if (mirror->attaching || mirror->fenced || mirror->broken || mirror->end_wanted || !nv_copier_has_work(mirror))
         return false;
     while (copier->busy < NV_COPY_DEPTH &&
            (begin_repair(mirror) || begin_reconcile(mirror) || begin_rewrite(mirror) ||
@@ -565,18 +623,11 @@ bool nv_copier_has_work(const struct nv_mirror *mirror)
            mirror->intent.rewrite_count;
 }
 
-void nv_copier_tick(struct nv_mirror *mirror, uint64_t elapsed_ms)
+void nv_copier_tick(struct nv_mirror *mirror)
 {
     struct nv_copier *copier = &mirror->copier;
-    const uint64_t rate = nv_mirror_map(mirror)->mirror.resync_rate;
-    const int64_t most = rate < INT64_MAX ? (int64_t)rate : INT64_MAX;
 
     copier->stuck = false;
-    copier->limited = rate > 0 && mirror->requests_seen > 0; /* with nobody to stand behind, it goes as fast as it can */
-    if (!copier->limited)
-        copier->tokens = 0;
-    else if (elapsed_ms >= 1000 || copier->tokens > most - (int64_t)(rate / 1000 * elapsed_ms))
-        copier->tokens = most;
-    else
-        copier->tokens += (int64_t)(rate * elapsed_ms / 1000);
+    /* with nobody to stand behind, it goes as fast as it can */
+    copier->limited = nv_mirror_map(mirror)->mirror.resync_rate > 0 && mirror->requests_seen > 0;
 }

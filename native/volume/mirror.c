@@ -1,7 +1,8 @@
 /*
  * The mirror's legs and queues (see mirror.h). Invariants: `in_sync` is never empty once the mirror has attached; a lane
  * stands in at most one of the masks; while a lane is failing no write-like request starts and none is acknowledged.
- * Entries from outside end with nv_mirror_pump(), which is the only place where things go on.
+ * Entries from outside end with nv_mirror_pump(), which is the only place where things go on; requests and completions,
+ * of which many come in a turn, ask for it once before the turn ends.
  */
 #include "volume/mirror.h"
 
@@ -178,11 +179,11 @@ uint8_t nv_mirror_judge(struct nv_mio *mio)
 {
     uint8_t did = 0;
 
-    for (uint32_t lane = NV_LEGS_MAX; lane-- > 0;) { /* the primary last: it is the one to stay */
+    for (uint32_t left = mio->sent & (uint8_t)~mio->late; left;) { /* the primary last: it is the one to stay */
+        const uint32_t lane = 31u - (uint32_t)__builtin_clz(left);
         const struct nv_part *part = &mio->parts[lane];
         const uint8_t bit = nv_lane_bit(lane);
-        if (!(mio->sent & bit) || (mio->late & bit))
-            continue;
+        left &= ~(uint32_t)bit;
         if (has_kept_all(mio, lane) && part->result >= 0)
             did |= bit;
         else if (part->result < 0)
@@ -294,7 +295,7 @@ static void run_here(struct nv_mirror *mirror, struct nv_vreq *request)
     request->tried = 0;
     request->primary_only = false;
     run(mirror, request);
-    nv_mirror_pump(mirror);
+    nv_mirror_pump_later(mirror);
 }
 
 static void forwarded_run(struct nv_reactor *reactor, struct nv_message *message)
@@ -367,6 +368,7 @@ static void finish_end(struct nv_mirror *mirror)
     if (mirror->mios_out > 0)
         return;
     nv_reactor_drop_ticker(&mirror->ticker);
+    nv_reactor_drop_late(reactor, &mirror->late);
     reactor->mirrors--;
     nv_volume_mirror_ended(mirror->volume, reactor);
 }
@@ -388,6 +390,17 @@ void nv_mirror_pump(struct nv_mirror *mirror)
     mirror->pumping = false;
     if (mirror->ended)
         finish_end(mirror);
+}
+
+void nv_mirror_pump_due(struct nv_late *late)
+{
+    nv_mirror_pump((struct nv_mirror *)((char *)late - offsetof(struct nv_mirror, late)));
+}
+
+void nv_mirror_pump_later(struct nv_mirror *mirror)
+{
+    if (!mirror->pumping)
+        nv_reactor_late(mirror->reactor, &mirror->late);
 }
 
 /* --- freeze, release, fence --- */

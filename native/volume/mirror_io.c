@@ -313,7 +313,7 @@ static void piece_over(struct nv_piece *piece, int64_t result)
     struct nv_mirror *mirror = part->mio->mirror;
 
     part_over(part, result);
-    nv_mirror_pump(mirror);
+    nv_mirror_pump_later(mirror);
 }
 
 static void start_piece(struct nv_part *part, struct nv_object *object, uint8_t kind, uint8_t flags, uint64_t offset,

@@ -48,11 +48,13 @@ int nv_mirror_create(struct nv_volume *volume, struct nv_map *map, struct nv_rea
     nv_queue_init(&mirror->reads);
     nv_queue_init(&mirror->starved);
     mirror->commands_tail = &mirror->commands;
+    mirror->late.run = nv_mirror_pump_due;
     init_slots(mirror, volume->id);
     for (uint32_t i = 0; i < map->leg_count; i++) {
         map->legs[i].lane = i;
         map->by_lane[i] = &map->legs[i];
         mirror->lanes[i].id = map->legs[i].id;
+        mirror->used |= nv_lane_bit(i);
         mirror->lanes[i].state = map->legs[i].state == NV_LEG_IN_SYNC ? NV_LANE_IN_SYNC : NV_LANE_STALE;
         mirror->in_sync |= map->legs[i].state == NV_LEG_IN_SYNC ? nv_lane_bit(i) : 0;
     }
@@ -219,6 +221,7 @@ static void remove_leg(struct nv_mirror *mirror, uint32_t lane)
     mirror->losses++;
     at->state = NV_LANE_UNUSED;
     at->id = 0;
+    mirror->used &= (uint8_t)~bit;
     at->label_sequence = 0;
     nv_mirror_abandon(mirror, lane);
     nv_mirror_choose_primary(mirror);
@@ -252,6 +255,7 @@ void nv_mirror_changed(struct nv_mirror *mirror, const struct nv_map *from, cons
         if (!to->by_lane[lane] || mirror->lanes[lane].id)
             continue;
         mirror->lanes[lane].id = to->by_lane[lane]->id;
+        mirror->used |= nv_lane_bit(lane);
         mirror->lanes[lane].state = NV_LANE_STALE;
         nv_intent_dirty_all(mirror, nv_lane_bit(lane));
     }
@@ -314,7 +318,6 @@ static bool needs_tick(const struct nv_mirror *mirror)
 static void ticked(struct nv_ticker *ticker, uint64_t now_ns)
 {
     struct nv_mirror *mirror = (struct nv_mirror *)((char *)ticker - offsetof(struct nv_mirror, ticker));
-    const uint64_t before_ms = mirror->now_ms;
     const nv_desc_mirror *policy = &nv_mirror_map(mirror)->mirror;
 
     if (!mirror->tick_wanted)
@@ -326,7 +329,7 @@ static void ticked(struct nv_ticker *ticker, uint64_t now_ns)
         mirror->expired = true;
     if (mirror->now_ms - mirror->swept_ms >= policy->intent_idle_ms)
         sweep(mirror);
-    nv_copier_tick(mirror, mirror->now_ms - before_ms);
+    nv_copier_tick(mirror);
     mirror->requests_seen = 0;
     if (needs_tick(mirror))
         nv_mirror_wake_tick(mirror);

@@ -139,6 +139,7 @@ struct nv_copy {                    /* one region, or one range to repair, piece
     uint8_t compared;               /* VERIFY: lanes that were */
     bool keep;                      /* REWRITE: no sync has failed meanwhile */
     int error;
+    bool waiting;                   /* RESYNC: for its next piece's time */
     uint64_t begin, at, end;
     uint64_t length;                /* of the present piece */
     struct nv_mio *mio;             /* VERIFY: holds the source's bytes */
@@ -156,8 +157,10 @@ struct nv_copier {
     uint32_t busy, resyncing;       /* copies; those of a resync */
     uint32_t cursor;                /* region to look at next */
     uint64_t since_checkpoint, copied_bytes;
-    int64_t tokens;                 /* bytes that may be copied now, while limited */
     bool limited;                   /* clients are served, and there is a rate */
+    uint64_t due_ns;                /* ... when the next piece of a resync may begin */
+    struct nv_op timer;             /* out exactly while a copy waits for that */
+    bool timer_out;
     bool exhausted;                 /* nothing to resync was found since something changed */
     bool stuck;                     /* a doubtful region could not be read anywhere: not again before the next tick */
     struct nv_repair repairs[NV_REPAIRS_MAX];
@@ -174,7 +177,8 @@ struct nv_mirror {
     struct nv_volume *volume;
     struct nv_reactor *reactor;
     struct nv_lane lanes[NV_LEGS_MAX];
-    uint8_t in_sync, promoting, syncing, failing; /* lanes in these states */
+    uint8_t used;                   /* lanes with a leg */
+    uint8_t in_sync, promoting, syncing, failing; /* ... in these states */
     uint32_t primary;               /* of in_sync: answers reads while writes to the place are in flight */
     bool settling;                  /* the primary has changed: writes begun before have not all landed yet */
     uint32_t explored;              /* NEAREST: reads since start */
@@ -205,6 +209,7 @@ struct nv_mirror {
     bool checkpoint_due, clean_due, relabel_due;
     struct nv_copier copier;
     struct nv_ticker ticker;
+    struct nv_late late;            /* pumps once more before the turn ends */
     bool tick_wanted;
     struct nv_message open_message, end_message;
     struct nv_event_slot attached, fenced_event, relabelled;
@@ -237,11 +242,7 @@ static inline uint8_t nv_lanes_live(const struct nv_mirror *mirror)
 
 static inline uint8_t nv_lanes_used(const struct nv_mirror *mirror)
 {
-    uint8_t used = 0;
-
-    for (uint32_t lane = 0; lane < NV_LEGS_MAX; lane++)
-        used |= mirror->lanes[lane].id ? nv_lane_bit(lane) : 0;
-    return used;
+    return mirror->used;
 }
 
 static inline bool nv_mirror_frozen(const struct nv_mirror *mirror)
@@ -288,6 +289,9 @@ void nv_mirror_end_command(struct nv_mirror *mirror, struct nv_mirror_command *c
 void nv_mirror_show(struct nv_mirror *mirror);
 /* Run whatever can go on; call it at the end of everything that enters the mirror from outside. */
 void nv_mirror_pump(struct nv_mirror *mirror);
+/* The same, once before the turn ends, for what comes many times a turn. */
+void nv_mirror_pump_later(struct nv_mirror *mirror);
+void nv_mirror_pump_due(struct nv_late *late);
 /* mirror_life.c: somebody waits for time to pass. */
 void nv_mirror_wake_tick(struct nv_mirror *mirror);
 
@@ -348,7 +352,7 @@ void nv_task_prepare(struct nv_mirror *mirror, uint32_t lane);
 /* copier.c */
 /* Begin what can be begun; true: something was. */
 bool nv_copier_pump(struct nv_mirror *mirror);
-void nv_copier_tick(struct nv_mirror *mirror, uint64_t elapsed_ms);
+void nv_copier_tick(struct nv_mirror *mirror);
 void nv_copier_repair(struct nv_mirror *mirror, uint64_t offset, uint64_t length, uint32_t lane);
 /* A write to the range did not reach the lanes: what is being copied there does not count for them. */
 void nv_copier_missed(struct nv_mirror *mirror, uint32_t first, uint32_t last, uint8_t lanes);

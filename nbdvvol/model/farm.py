@@ -196,8 +196,8 @@ class MirrorConfig(Model):
     """Datastores that take the place of a leg that is lost."""
     spare_after: Annotated[Duration, Field(ge=0, le=7 * 86400)] = Field(default=600.0, alias="spare-after")
     """... for longer than this."""
-    resync_rate: Annotated[Rate, Field(ge=64 << 10, le=1 << 40)] | None = Field(default=None, alias="resync-rate")
-    """Bytes a second that copying to a leg takes at most while clients have something to do; left out, no limit."""
+    resync_rate: Annotated[Rate, Field(ge=64 << 10, le=1 << 40)] | None = Field(default=100 << 20, alias="resync-rate")
+    """Bytes a second that copying to a leg takes at most while clients have something to do; null: no limit."""
     intent_idle: Annotated[Duration, Field(ge=0.1, le=3600)] = Field(default=5.0, alias="intent-idle")
     """A region that nobody wrote to for so long counts as equal on all legs, and need not be copied after a crash."""
     verify: Literal["report", "repair"] = "repair"

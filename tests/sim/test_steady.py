@@ -12,7 +12,7 @@ import pytest
 
 from perf import callgrind
 
-LIMITS = {"read": 1320, "structured": 1350, "write": 1250, "mirror": 3200}
+LIMITS = {"read": 1320, "structured": 1350, "write": 1250, "mirror": 2560}
 """Instructions a request of 4 KiB in a full batch, -O2, assertions on.
 
 Ten more than at first: limits and shares, the trace's hooks and the counters of datastores cost that together. Another
@@ -35,7 +35,7 @@ def test_instructions_per_request(steady: Path, load: str) -> None:
 @pytest.mark.timeout(600)
 def test_a_warm_regions_intent_check_is_cheap(steady: Path) -> None:
     """At most 3 % of what a write to a mirror of two legs costs: the region's bit is set, one look says so."""
-    part = callgrind.share(steady, "mirror", frozenset({"volume/intent.c", "volume/intent.h"}))
+    part = callgrind.share(steady, "mirror", callgrind.INTENT_FILES)
     assert 0 < part <= 0.03
 
 
