@@ -19,6 +19,8 @@ from perf.peers import ROOT
 ROOMS = ("nbd", "reactor", "volume", "backend")
 LOADS = {"read": 32, "structured": 32, "write": 15, "mirror": 15}
 """What steady.c does, and how many requests it has in a batch."""
+INTENT_FILES = frozenset({"volume/intent.c", "volume/intent.h"})
+"""What a write to a mirror executes to know that its regions' intents are set."""
 FEW, MANY = 5, 25
 _COST = re.compile(r"(?:\+|-)?\d+|\*")
 

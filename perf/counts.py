@@ -242,6 +242,10 @@ def simulated(say: Say) -> list[Count]:
         say(f"  {OURS} {load}, simulated port: {value:,.1f} instructions per request above it: {rooms}")
         work = f"{load}-4k-qd{batch}, simulated port"
         counts.append(Count(peer=OURS, work=work, name=bars.INSTRUCTIONS, value=value, tolerance=0.005))
+        if work == bars.MIRROR_LOAD:
+            part = callgrind.share(program, load, callgrind.INTENT_FILES)
+            say(f"  {OURS} {load}, simulated port: a warm region's intent check is {part:.2%} of that")
+            counts.append(Count(peer=OURS, work=work, name=bars.INTENT, value=part, tolerance=0.02))
     return counts
 
 

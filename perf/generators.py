@@ -133,7 +133,8 @@ def fio_sample(report: fio.Report, peer: str, turn: int, cost: usage.Usage | Non
     )
 
 
-def _fio(arguments: list[str], environment: dict[str, str], limit_s: float) -> fio.Report:
+def run_fio(arguments: list[str], environment: dict[str, str], limit_s: float) -> fio.Report:
+    """fio, once. Raises PointError."""
     with tempfile.TemporaryDirectory(prefix="nvfio") as folder:
         out = Path(folder) / "out.json"
         command = ["fio", "--output-format=json", f"--output={out}", f"--aux-path={folder}", *arguments]
@@ -159,7 +160,7 @@ def fio_nbd(running: Running, suite: Suite, section: str, peer: str, turn: int, 
         "LOOPS": str(VERIFY_LOOPS),
     }
     before = usage.read(running.pid)
-    report = _fio([f"--section={section}", str(suite.job_file)], environment, seconds + EXTRA_LIMIT_S)
+    report = run_fio([f"--section={section}", str(suite.job_file)], environment, seconds + EXTRA_LIMIT_S)
     after = usage.read(running.pid)
     cost = usage.Usage(after.cpu_ns - before.cpu_ns, after.rss_bytes, after.rss_anon_bytes, after.threads)
     return fio_sample(report, peer, turn, cost)
@@ -187,4 +188,4 @@ def storage(load: Load, file: Path, size: int, direct: bool, turn: int, seconds:
     arguments = storage_arguments(load, file, size, direct, seconds)
     if arguments is None:
         return None
-    return fio_sample(_fio(arguments, {}, seconds + EXTRA_LIMIT_S), STORAGE, turn, None)
+    return fio_sample(run_fio(arguments, {}, seconds + EXTRA_LIMIT_S), STORAGE, turn, None)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from perf.mirrored import meta_bytes
 from perf.model import Backend, Transport
 from perf.servers import PSK_IDENTITY, Place, Plan, ServerError
 from perf.usage import children
@@ -23,6 +24,8 @@ OURS = "nbdvvol"
 OURS_TWO = "nbdvvol-2-reactors"
 OURS_ONE_RUN = "nbdvvol-one-run"
 OURS_MILLION_RUNS = "nbdvvol-million-runs"
+OURS_MIRROR = "nbdvvol-mirror"
+QUORUM = "qemu-quorum"
 MILLION = 1_000_000
 CEILING = "ceiling"
 CEILING_FILE = "ceiling-file"
@@ -43,6 +46,8 @@ class Peer:
     """What must be installed; a path in the tree, or a name on PATH."""
     variant: bool = False
     """Another form of a server, which takes part only where a suite names it."""
+    legs: int = 0
+    """It makes so many files of its own beside the one it is given, which is not made."""
 
     def serves(self, backend: Backend, transport: Transport) -> bool:
         """Whether it takes part."""
@@ -168,6 +173,40 @@ def _ours(place: Place) -> Plan:
     return Plan(command, export, environment={"PYTHONPATH": str(ROOT)}, find_pid=filter_of, ready="\nready\n")
 
 
+def _legs(place: Place, size: int) -> list[Path]:
+    """Two empty files beside the place's own."""
+    legs = [place.file.with_name(f"leg{number}-{place.file.name}") for number in (1, 2)]
+    for leg in legs:
+        with leg.open("wb") as out:
+            out.truncate(size)
+    return legs
+
+
+def _ours_mirror(place: Place) -> Plan:
+    """Our data plane with a mirror of two files, and nobody who would have to agree to a resync."""
+    legs = _legs(place, place.size + meta_bytes(place.size))
+    command = [sys.executable, "-m", "perf.mirrored", "--unix", str(place.socket), "--size", str(place.size)]
+    command += ["--spin-us", str(place.spin_us), *(["--direct"] if place.direct else [])]
+    command += [word for leg in legs for word in ("--file", str(leg))]
+    resyncs = place.socket.with_name(f"{place.socket.name}.resyncs")
+    return Plan(command, environment={"PYTHONPATH": str(ROOT)}, prefill=True, legs=legs, resyncs=resyncs)
+
+
+def _quorum(place: Place) -> Plan:
+    """QEMU's mirror, in the mode that costs it least: a read asks one child, one child's word is enough for a write."""
+    legs = _legs(place, place.size)
+    direct = "on" if place.direct else "off"
+    disks = []
+    for number, leg in enumerate(legs):
+        disk = f"driver=file,node-name=leg{number},filename={leg},aio=io_uring,cache.direct={direct},discard=unmap"
+        disks += ["--blockdev", disk]
+    quorum = "driver=quorum,node-name=disk,children.0=leg0,children.1=leg1,vote-threshold=1,read-pattern=fifo"
+    server = ["--nbd-server", f"addr.type=unix,addr.path={place.socket},max-connections=0"]
+    export = ["--export", "type=nbd,id=export0,node-name=disk,name=disk,writable=on"]
+    command = ["qemu-storage-daemon", *disks, "--blockdev", quorum, *server, *export]
+    return Plan(command, export="disk", prefill=True, legs=legs)
+
+
 def filter_of(pid: int) -> int:
     """`up` runs control and a filter as children."""
     for child in children(pid):
@@ -190,6 +229,7 @@ PEERS: tuple[Peer, ...] = (
     Peer(OURS_TWO, _FILES, _UNIX, lambda p: _ours(replace(p, reactors=2)), _US, variant=True),
     Peer(OURS_ONE_RUN, _PAGE_CACHE, _UNIX, lambda p: _runs(p, 1), _US, variant=True),
     Peer(OURS_MILLION_RUNS, _PAGE_CACHE, _UNIX, lambda p: _runs(p, MILLION), _US, variant=True),
+    Peer(OURS_MIRROR, _FILES, _UNIX, _ours_mirror, _US, variant=True, legs=2),
     Peer(CEILING, _ALL, _PLAIN, _ceiling, "cc"),
     Peer(CEILING_FILE, _PAGE_CACHE, _UNIX, _ceiling_file, "cc", variant=True),
     Peer("nbdkit-file", _FILES, _EVERYWHERE, _nbdkit_file, "nbdkit"),
@@ -198,9 +238,10 @@ PEERS: tuple[Peer, ...] = (
     Peer("qemu-nbd-uring", _ALL, _EVERYWHERE, lambda p: _qemu_nbd(p, "io_uring"), "qemu-nbd"),
     Peer("qemu-nbd-threads", _FILES, _EVERYWHERE, lambda p: _qemu_nbd(p, "threads"), "qemu-nbd"),
     Peer("qemu-storage-daemon", _ALL, _EVERYWHERE, _storage_daemon, "qemu-storage-daemon"),
+    Peer(QUORUM, _FILES, _UNIX, _quorum, "qemu-storage-daemon", variant=True, legs=2),
     Peer("nbd-server", _PAGE_CACHE, _PLAIN, _nbd_server, "nbd-server"),
 )
 BY_NAME = {peer.name: peer for peer in PEERS}
-OUR_FORMS = (OURS, OURS_TWO, OURS_ONE_RUN, OURS_MILLION_RUNS)
-RIVALS = tuple(peer.name for peer in PEERS if peer.name not in (*OUR_FORMS, CEILING, CEILING_FILE))
+OUR_FORMS = (OURS, OURS_TWO, OURS_ONE_RUN, OURS_MILLION_RUNS, OURS_MIRROR)
+RIVALS = tuple(peer.name for peer in PEERS if peer.name not in (*OUR_FORMS, CEILING, CEILING_FILE, QUORUM))
 QEMU_NBD = ("qemu-nbd-uring", "qemu-nbd-threads")

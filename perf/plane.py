@@ -11,6 +11,8 @@ import os
 import random
 import signal
 import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated
 from uuid import uuid4
@@ -47,30 +49,43 @@ def describe(size: int, runs: tuple[Run, ...]) -> VolumeDescription:
     return VolumeDescription(uuid4().bytes, size, 1, 1, 0, 1, (leg,))
 
 
-async def serve(path: Path, file: Path, size: int, runs: int, config: PlaneConfig) -> None:
-    """Until SIGTERM or SIGINT."""
+@asynccontextmanager
+async def serving(path: Path, size: int, plane: Plane, volume: int, block_min: int = 1) -> AsyncIterator[asyncio.Event]:
+    """Serve a volume on a unix socket for the length of the block; the event is set by SIGTERM and SIGINT."""
     stop = asyncio.Event()
     for ending in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(ending, stop.set)
-    plane = Plane(config)
-    try:
-        fd = os.open(file, os.O_RDWR | os.O_CLOEXEC)
-        number = plane.open_object(fd, size=size, direct=False, block=False, read_only=False, align=1)
-        os.close(fd)
-        cut = shuffled(size, runs, number)
-        visit = Visit(
-            OneExport(Facts("", size, transmission_flags(read_only=False)), plane.open_volume(describe(size, cut)))
-        )
-        del cut
-        server = Server(lambda _: visit, plane)
-        with socket.socket(socket.AF_UNIX) as listener:
-            listener.bind(str(path))
-            listener.listen(128)
-            accepting = asyncio.get_running_loop().create_task(server.serve(listener))
-            await stop.wait()
+    facts = Facts("", size, transmission_flags(read_only=False), block_min=block_min)
+    visit = Visit(OneExport(facts, volume))
+    server = Server(lambda _: visit, plane)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen(128)
+        accepting = asyncio.get_running_loop().create_task(server.serve(listener))
+        try:
+            yield stop
+        finally:
             accepting.cancel()
             await asyncio.gather(accepting, return_exceptions=True)
             await server.stop()
+
+
+def open_file(plane: Plane, file: Path, size: int, *, direct: bool = False) -> int:
+    """A file as an object of the plane: its number."""
+    fd = os.open(file, os.O_RDWR | os.O_CLOEXEC | (os.O_DIRECT if direct else 0))
+    try:
+        align = BLOCK if direct else 1
+        return plane.open_object(fd, size=size, direct=direct, block=False, read_only=False, align=align)
+    finally:
+        os.close(fd)
+
+
+async def until_stopped(config: PlaneConfig, path: Path, size: int, make: Callable[[Plane], int]) -> None:
+    """Serve the volume that `make` opens until SIGTERM or SIGINT."""
+    plane = Plane(config)
+    try:
+        async with serving(path, size, plane, make(plane)) as stop:
+            await stop.wait()
     finally:
         await plane.close()
 
@@ -87,7 +102,11 @@ def main(
 ) -> None:
     """Serve one volume on a unix socket."""
     config = PlaneConfig(reactors=reactors, spin_us=spin_us, lock_memory=False)
-    asyncio.run(serve(unix, file, size, runs, config))
+
+    def make(plane: Plane) -> int:
+        return plane.open_volume(describe(size, shuffled(size, runs, open_file(plane, file, size))))
+
+    asyncio.run(until_stopped(config, unix, size, make))
 
 
 if __name__ == "__main__":

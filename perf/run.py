@@ -17,13 +17,13 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from perf import generators, machine, suites
+from perf import generators, machine, resync, suites
 from perf.generators import PointError
 from perf.model import PointResult, Result, Sample
 from perf.peers import OURS, PEERS, ROOT, STORAGE, Peer
 from perf.progress import Progress
 from perf.servers import Place, Running, ServerError, free_port
-from perf.suites import Suite, bytes_of
+from perf.suites import RESYNC, Suite, bytes_of
 
 Say = Callable[[str], None]
 QUICK_SUITES = ("core",)
@@ -74,8 +74,9 @@ class NoRoomError(Exception):
 
 
 @contextmanager
-def _files(options: Options, suite: Suite, size: int, count: int) -> Iterator[Callable[[str], Path]]:
-    """Makes a filled file per server: servers lock theirs, and two caches of one file would help each other."""
+def _files(options: Options, suite: Suite, size: int, count: int) -> Iterator[Callable[[str, bool], Path]]:
+    """Makes a filled file per server (servers lock theirs, and two caches of one file would help each other); or only
+    says where the server's own ones go."""
     parent = options.disk if suite.backend == "disk" else options.tmpfs
     parent.mkdir(parents=True, exist_ok=True)
     needed, free = size * (1 if suite.shared_file else count), shutil.disk_usage(parent).free
@@ -83,9 +84,9 @@ def _files(options: Options, suite: Suite, size: int, count: int) -> Iterator[Ca
         raise NoRoomError(f"{parent} has {free >> 20} MiB free and {needed >> 20} MiB are needed; use a smaller --size")
     folder = Path(tempfile.mkdtemp(prefix="nbdvvol-perf-", dir=parent))
 
-    def make(name: str) -> Path:
+    def make(name: str, filled: bool) -> Path:
         path = folder / ("all.img" if suite.shared_file else f"{name}.img")
-        if suite.backend != "null" and not path.exists():
+        if filled and suite.backend != "null" and not path.exists():
             fill(path, size)
         return path
 
@@ -129,13 +130,13 @@ def field_of(options: Options, suite: Suite, say: Say, skipped: dict[str, str]) 
     size = bytes_of(suite.size) if suite.size else options.size
     peers = wanted(options, suite)
     with ExitStack() as stack:
-        make = stack.enter_context(_files(options, suite, size, len(peers)))
+        make = stack.enter_context(_files(options, suite, size, sum(max(1, peer.legs) for peer in peers)))
         found = _Field()
         for peer in peers:
             reason = peer.missing()
             if reason is None:
                 folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nv", dir="/tmp")))
-                place = place_of(options, suite, folder, make(peer.name), size)
+                place = place_of(options, suite, folder, make(peer.name, peer.legs == 0), size)
                 try:
                     found.running[peer.name] = stack.enter_context(generators.serving(peer, place))
                     continue
@@ -144,20 +145,29 @@ def field_of(options: Options, suite: Suite, say: Say, skipped: dict[str, str]) 
             skipped[f"{suite.name}/{peer.name}"] = reason
             say(f"  {peer.name} left out: {reason}")
         if with_storage(options, suite):
-            found.storage = found.running[OURS].place.file if OURS in found.running else make(STORAGE)
+            found.storage = found.running[OURS].place.file if OURS in found.running else make(STORAGE, True)
         yield found
 
 
-def _one(options: Options, suite: Suite, point: str, peer: str, server: Running, turn: int) -> Sample:
-    if suite.generator == "fio":
-        return generators.fio_nbd(server, suite, point, peer, turn, options.seconds)
+def _one(options: Options, suite: Suite, point: str, peer: str, server: Running, turn: int) -> list[Sample]:
+    """Nothing where the server cannot do what the point asks for; with fio's, where that works on the same files."""
     tool = options.build / "loadgen"
-    return generators.loadgen(tool, server, suite.points[point], peer, turn, options.seconds)
+    if suite.generator == "fio":
+        return [generators.fio_nbd(server, suite, point, peer, turn, options.seconds)]
+    if suite.resync and point == RESYNC:
+        return resync.measure(server, peer, turn) if server.resyncs else []
+    load = suite.points[point]
+    if not load.resyncing:
+        return [generators.loadgen(tool, server, load, peer, turn, options.seconds)]
+    if server.resyncs is None:
+        return []
+    with resync.running(server, server.resyncs):
+        return [generators.loadgen(tool, server, load, peer, turn, options.seconds)]
 
 
 def _storage(options: Options, suite: Suite, point: str, file: Path, size: int, turn: int) -> Sample | None:
-    load, direct = suite.points[point], suite.backend == "disk"
-    return generators.storage(load, file, size, direct, turn, options.seconds)
+    load, direct = suite.points.get(point), suite.backend == "disk"
+    return generators.storage(load, file, size, direct, turn, options.seconds) if load else None
 
 
 def measure(options: Options, suite: Suite, point: str, turn: int, servers: _Field, say: Say) -> list[Sample]:
@@ -168,7 +178,7 @@ def measure(options: Options, suite: Suite, point: str, turn: int, servers: _Fie
         if peer in failed:
             continue
         try:
-            samples.append(_one(options, suite, point, peer, server, turn))
+            samples += _one(options, suite, point, peer, server, turn)
         except PointError as error:
             failed[peer] = str(error)
             say(f"  {point}: {peer} failed: {error}")

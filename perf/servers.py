@@ -77,6 +77,10 @@ class Plan:
     """How long it may take to answer."""
     prefill: bool = False
     """It starts empty, and memory that was never written reads faster than memory that was: write all of it first."""
+    legs: Sequence[Path] = ()
+    """The files of a mirror."""
+    resyncs: Path | None = None
+    """It copies its first leg to its second one at SIGUSR1, and writes here what became of it (perf/mirrored.py)."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,8 @@ class Running:
     pid: int
     place: Place
     export: str
+    legs: Sequence[Path] = ()
+    resyncs: Path | None = None
 
     def loadgen_arguments(self) -> list[str]:
         """Where the load generator finds it."""
@@ -191,6 +197,6 @@ def running(plan: Plan, place: Place) -> Iterator[Running]:
             raise ServerError(f"cannot run {plan.command[0]}: {error}") from error
     pid = _wait(plan, place, process, log)
     try:
-        yield Running(pid, place, plan.export)
+        yield Running(pid, place, plan.export, plan.legs, plan.resyncs)
     finally:
         _stop(process, process.pid if plan.find_pid else pid)

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from perf.model import Backend, Generator, Transport
 
 FOLDER = Path(__file__).with_name("suites")
+RESYNC = "resync"
 SPIN_US = 50
 """Server and load generator spin that long before they sleep, in points that measure rate and not latency."""
 
@@ -36,11 +37,13 @@ class Load(BaseModel):
     lockstep: bool = False
     batch: int | None = None
     spin_us: int = SPIN_US
+    resyncing: bool = False
+    """A mirror copies a whole leg meanwhile; servers that are none, or cannot be told to, do not take part."""
 
     def arguments(self) -> list[str]:
         """For perf/native/loadgen."""
         out: list[str] = []
-        for name, value in self.model_dump(exclude_none=True).items():
+        for name, value in self.model_dump(exclude_none=True, exclude={"resyncing"}).items():
             flag = f"--{name.replace('_', '-')}"
             if value is True:
                 out.append(flag)
@@ -74,6 +77,8 @@ class Suite(BaseModel):
     """fio's io_uring engine takes part, on the file itself: what the storage can do without a server."""
     size: str | None = None
     """Bytes of each server's file, where the suite needs a certain size."""
+    resync: bool = False
+    """One more point, `resync`: a mirror copies a whole leg, with no client; fio does the same on its files."""
     shared_file: bool = False
     """All servers on one file: for loads that only read it, by servers that do not lock it."""
     name: str = ""
@@ -87,10 +92,13 @@ class Suite(BaseModel):
 
     def point_names(self) -> list[str]:
         """In file order."""
-        return list(self.points) if self.generator == "loadgen" else sections(self.job_file)
+        own = list(self.points) if self.generator == "loadgen" else sections(self.job_file)
+        return [*own, *([RESYNC] if self.resync else [])]
 
     def spec(self, point: str) -> dict[str, str]:
         """What the result file says about a point."""
+        if self.resync and point == RESYNC:
+            return {"one request": "a whole leg, read and written to the other"}
         if self.generator == "loadgen":
             return {k: str(v) for k, v in self.points[point].model_dump(exclude_defaults=True).items()}
         return {**_jobs(self.job_file)[point]}

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perf import bars, callgrind, counts, fio, generators, profile, progress, run, sampling, stats, suites
+from perf import bars, callgrind, counts, fio, generators, profile, progress, resync, run, sampling, stats, suites
 from perf.model import Count, PointResult
 from perf.peers import STORAGE
 from tests.unit.perf_results import point, result, sample
@@ -162,12 +162,45 @@ class TestBars:
         assert clock.asked == "published" and clock.reached is None
         assert clock.measured is not None and clock.measured.median == pytest.approx(0.9)
 
+    def test_what_is_to_be_no_worse_is_missed_only_beyond_the_noise(self) -> None:
+        work, label = "a mirror of 2 legs, 4 KiB random read, depth 32", "IOPS / one leg"
+
+        def found(*rates: float) -> bars.Verdict:
+            mirror = [sample("nbdvvol-mirror", turn, rate) for turn, rate in enumerate(rates)]
+            leg = [sample("nbdvvol", turn, 100.0) for turn in range(len(rates))]
+            return self.verdicts(point([*mirror, *leg], suite="mirror"))[work, label]
+
+        assert found(90.0, 98.0, 101.0).reached is False, "its third quartile is 0.995"
+        assert found(90.0, 98.0, 103.0).reached is True and found(90.0, 98.0, 103.0).asked == "≥ 1, within noise"
+
+    def test_a_mirror_is_held_against_one_leg_qemus_and_itself_while_it_copies(self) -> None:
+        writes = [sample("nbdvvol-mirror", 0, 60.0, mean_us=50.0), sample("nbdvvol", 0, 100.0)]
+        writes.append(sample("qemu-quorum", 0, 10.0))
+        meanwhile = [sample("nbdvvol-mirror", 0, 50.0, mean_us=90.0)]
+        copies = [resync.copied("nbdvvol-mirror", 0, 0.5, 10**9), resync.copied(STORAGE, 0, 0.45, None)]
+        intent = Count(peer="nbdvvol", work=bars.MIRROR_LOAD, name=bars.INTENT, value=0.02, tolerance=0.0)
+        found = self.verdicts(
+            point(writes, "randwrite-4k-qd32", "mirror"), point(meanwhile, "randwrite-4k-qd32-resync", "mirror"),
+            point(copies, "resync", "mirror"), counts=(intent,),
+        )  # fmt: skip
+        write, copy = "a mirror of 2 legs, 4 KiB random write, depth 32", "resync of a whole leg"
+        figures = {
+            (write, "IOPS / one leg"): 0.6, (write, "IOPS / QEMU's quorum"): 6.0,
+            (write, "a warm region's intent check, % of the instructions"): 2.0,
+            (copy, "bytes / fio reading one leg and writing the other"): 0.9,
+            (copy, "4 KiB random writes meanwhile, depth 32: p99 / without"): 1.8,
+        }  # fmt: skip
+        for key, value in figures.items():
+            verdict = found[key]
+            assert verdict.measured is not None and verdict.measured.median == pytest.approx(value), key
+            assert verdict.reached is True, key
+
     def test_every_bar_names_a_point_that_its_suite_has_and_servers_that_take_part(self) -> None:
         for bar in bars.BARS:
             suite = suites.load(bar.suite)
             assert {bar.point, bar.against_point or bar.point} <= set(suite.point_names()), f"{bar.suite}/{bar.point}"
             taking_part = {peer.name for peer in run.wanted(run.Options(), suite)}
-            taking_part |= {STORAGE} if suite.storage else set()
+            taking_part |= {STORAGE} if suite.storage or suite.resync else set()
             assert bar.ours in taking_part and set(bar.against) & taking_part, f"{bar.suite}/{bar.point} {bar.label}"
 
     def test_every_row_of_the_table_has_a_bar(self) -> None:
@@ -186,6 +219,11 @@ class TestBars:
             "1,000 bound exports, one idle connection each": 2,
             "a map of 1,000,000 runs, random order": 2,
             "TLS on TCP, per core": 4,
+            "a mirror of 2 legs, 4 KiB random write, depth 32": 3,
+            "a mirror of 2 legs, 4 KiB random write, depth 32, O_DIRECT on the real disk": 2,
+            "a mirror of 2 legs, 4 KiB random read, depth 32": 2,
+            "a mirror of 2 legs, 4 KiB random read, depth 32, O_DIRECT on the real disk": 2,
+            "resync of a whole leg": 3, "resync of a whole leg, O_DIRECT on the real disk": 3,
         }  # fmt: skip
 
 
@@ -235,6 +273,13 @@ class TestSuites:
         assert {"--rw=randrw", "--rwmixread=70", "--bs=4096", "--iodepth=8", "--direct=1"} <= set(arguments)
         flushing = suites.Load(mix="write=50,flush=50", block="4k", depth=1)
         assert generators.storage_arguments(flushing, Path("/f"), 1, False, 1) is None
+
+    def test_a_resync_is_a_point_and_its_load_generator_knows_nothing_of_it(self) -> None:
+        suite = suites.load("mirror")
+        assert suite.point_names()[-1] == suites.RESYNC and suite.spec(suites.RESYNC)
+        meanwhile = suite.points["randread-4k-qd32-resync"]
+        assert meanwhile.resyncing and not any("resync" in word for word in meanwhile.arguments())
+        assert meanwhile.arguments() == suite.points["randread-4k-qd32"].arguments()
 
     @pytest.mark.parametrize("text", ["", "k", "4q", "-1", "4 k"])
     def test_what_is_no_size_is_refused(self, text: str) -> None:

@@ -92,11 +92,11 @@ class TestRuns:
     ) -> None:
         order: list[str] = []
 
-        def one(options: object, suite: object, point: str, peer: str, server: object, turn: int) -> Sample:
+        def one(options: object, suite: object, point: str, peer: str, server: object, turn: int) -> list[Sample]:
             order.append(f"{turn}{point}{peer}")
             if (peer, point, turn) == ("y", "a", 0):
                 raise PointError("lost")
-            return some_sample(peer, turn)
+            return [some_sample(peer, turn)]
 
         monkeypatch.setattr(run, "_one", one)
         monkeypatch.setattr(run, "wanted", lambda options, suite: [])
