@@ -109,3 +109,25 @@ def test_an_old_registry_is_refused_and_a_rebuilt_one_serves(farms: MakeFarm) ->
         with farm.open(name, wait_s=20) as nbd:
             assert difference(expected, nbd.read(0, len(expected))) == ""
     assert problems(farm) == {}
+
+
+def test_a_filter_that_runs_on_is_given_everything_anew(farms: MakeFarm) -> None:
+    """Control and its registry are gone; what the filter serves meanwhile goes on, and comes back under new epochs."""
+    farm = farms(spec())
+    (farm.folder / "data" / "two").mkdir(parents=True)
+    farm.start_split()
+    pid = farm.filter_pid()
+    epoch = farm.vvol("vm1/disk")["epoch"]
+    assert farm.control is not None
+    assert farm.control.stop(30) == 0
+    data = write(farm, "disk", 4, SIZE)
+    for path in farm.state.glob("registry.db*"):
+        path.unlink()
+    assert "the old one" not in rebuild(farm).stdout
+    farm.start_control()
+    for name in ("disk", "solo"):
+        farm.wait_bound(f"vm1/{name}", 30)
+    assert farm.filter_pid() == pid and farm.vvol("vm1/disk")["epoch"] > epoch
+    with farm.open("disk", wait_s=20) as nbd:
+        assert difference(data, nbd.read(0, SIZE)) == ""
+    assert set(states(farm).values()) == {"in-sync"}

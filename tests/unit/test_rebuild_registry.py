@@ -24,7 +24,7 @@ from nbdvvol.datastores import format as disk
 from nbdvvol.model.errors import Code, NvError
 from nbdvvol.model.mirror import LegChange, Stamp
 from nbdvvol.model.rebuild import Rebuilt
-from nbdvvol.model.resources import AddLeg, ResizeVVol, TaskState
+from nbdvvol.model.resources import AddLeg, BindVVol, ResizeVVol, TaskState
 from nbdvvol.rebuild import _with_log, rebuild
 from tests.unit.control_farm import MIB, TestFarm
 from tests.unit.fake_filter import FakeFilter
@@ -236,6 +236,22 @@ async def test_it_serves_once_every_host_has_let_go(lost: LostFarm) -> None:
 
 async def _serves(fake: FakeFilter, count: int) -> bool:
     return len(fake.serving) == count
+
+
+async def test_the_operator_answers_for_a_host_that_is_gone(lost: LostFarm) -> None:
+    await lost.start()
+    await lost.lose()
+    await lost.rebuild()
+    await lost.restart()
+    one = await lost.farm.filter("one", "/run/one")
+
+    async def told() -> bool:
+        problems = (await lost.farm.control.status()).problems
+        return {"vm1/root"} <= {problem.subject for problem in problems if problem.code == "RELEASE_WAITS"}
+
+    await lost.farm.until(told)
+    await lost.farm.control.registry.run(vvols.begin_unbind, "vm1", "root", BindVVol(force=True))
+    await lost.farm.until(lambda: _serves(one, 1))
 
 
 async def test_a_leg_that_was_removed_is_freed(lost: LostFarm) -> None:
