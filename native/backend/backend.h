@@ -81,6 +81,7 @@ struct nv_piece {
             struct nv_message message;
             struct nv_piece *next;
             uint64_t era, sets;
+            uint64_t shut_ns;       /* since when servers say that they shut down; 0: the last one did not */
             uint32_t lost, timeouts, hangups; /* links that it was on */
         } remote;
     };

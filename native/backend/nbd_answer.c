@@ -57,6 +57,7 @@ static void step(struct nv_remote *remote, struct nv_piece *piece, const struct 
 {
     piece->remote.hangups = 0;
     piece->remote.timeouts = 0;
+    piece->remote.shut_ns = 0;
     if (ask->command == NBD_CMD_FLUSH) {
         nv_remote_finish(remote, piece, ask->error ? -EIO : 0);
         return;
@@ -123,6 +124,32 @@ static void over(struct nv_ask *ask)
     nv_link_settle(link);
 }
 
+/*
+ * It was not done: another link, or the next server, will do it. Not for ever: one that says so link after link, for as
+ * long as I/O waits for a server that is away, is as good as away.
+ */
+static void shut_out(struct nv_ask *ask)
+{
+    struct nv_link *link = ask->link;
+    struct nv_remote *remote = link->remote;
+    struct nv_piece *piece = ask->piece;
+    const uint64_t now = nv_io_now_ns(remote->home->io);
+
+    link->retiring = true;
+    if (piece->remote.shut_ns == 0)
+        piece->remote.shut_ns = now;
+    if (now - piece->remote.shut_ns < remote->hold_ns) {
+        nv_remote_again(ask);
+    } else {
+        nv_ask_free(ask);
+        if (nv_piece_changes(piece))
+            change_failed(remote, piece, EIO);
+        else
+            nv_remote_finish(remote, piece, -EIO);
+    }
+    nv_link_settle(link);
+}
+
 void nv_remote_concluded(struct nv_ask *ask)
 {
     struct nv_link *link = ask->link;
@@ -134,10 +161,8 @@ void nv_remote_concluded(struct nv_ask *ask)
         over(ask);
         return;
     }
-    if (ask->error == ESHUTDOWN) { /* it was not done: another link, or the next server, will do it */
-        link->retiring = true;
-        nv_remote_again(ask);
-        nv_link_settle(link);
+    if (ask->error == ESHUTDOWN) {
+        shut_out(ask);
         return;
     }
     account(remote, ask);

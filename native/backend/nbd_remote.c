@@ -68,6 +68,7 @@ static void arrive(struct nv_remote *remote, struct nv_piece *piece)
     piece->remote.sets = remote->sets;
     piece->remote.timeouts = 0;
     piece->remote.hangups = 0;
+    piece->remote.shut_ns = 0;
     nv_remote_append(remote, piece);
     nv_reactor_late(remote->home, &remote->late);
 }

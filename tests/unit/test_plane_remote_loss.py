@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import select
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ import pytest
 from tests.lib import nbdwords as w
 from tests.lib.fakeserver import Asked, FakeServer, Wire
 from tests.lib.rawio import NbdError
-from tests.unit.plane_rig import Rig, eventually, rig, running
+from tests.unit.plane_rig import Client, Rig, eventually, rig, running
 from tests.unit.remote_rig import Remote
 from tests.unit.test_plane_remote import served, servers
 
@@ -303,6 +304,39 @@ def test_a_server_that_shuts_down_is_left_for_another_link(rig: Rig, servers: li
     remote.link()
     assert client.wait(cookie).check().data == b"x" * 512
     assert not remote.failed
+
+
+@pytest.mark.parametrize("command", [w.CMD_READ, w.CMD_WRITE, w.CMD_FLUSH])
+def test_a_server_that_shuts_down_for_ever_is_an_error(rig: Rig, servers: list[FakeServer], command: int) -> None:
+    """Each new link is told the same. That ends when I/O would no longer wait for a server that is away."""
+    down = threading.Event()
+
+    def handler(server: FakeServer, wire: Wire, asked: Asked) -> list[bytes] | None:
+        return [wire.error(asked, 108)] if down.is_set() and asked.command == command else None
+
+    server = served(servers, handler=handler)
+    remote = Remote(rig, server, hold_ms=500)
+    client = rig.connect(remote.volume())
+    client.write(0, b"x" * 512, flags=w.CMD_FLAG_FUA)  # nothing is owed
+    down.set()
+    length = 512 if command != w.CMD_FLUSH else 0
+    cookie = client.send(command, 0, length, payload=b"y" * length if command == w.CMD_WRITE else None)
+    while not readable(client):
+        if remote.ends[-1].done():
+            remote.link()
+    assert client.wait(cookie).error == errno.EIO
+    assert len(remote.ends) > 2, "one link, or two, may be told so by chance"
+    down.clear()
+    remote.link()
+    if command != w.CMD_FLUSH:  # nothing is latched by what was not done
+        client.write(0, b"z" * 512)
+        client.flush()
+        assert client.read(0, 512) == b"z" * 512
+
+
+def readable(client: Client) -> bool:
+    """Whether an answer is there."""
+    return bool(select.select([client.stream.sock], [], [], 0.02)[0])
 
 
 def test_a_plane_closes_though_its_server_is_gone(servers: list[FakeServer]) -> None:
