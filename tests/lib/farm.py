@@ -56,8 +56,10 @@ class Farm:
         self.state = self.folder / "state"
         self.run = self.folder / "run"
         self.file = self.folder / "farm.yaml"
-        self.inside: list[str] = []
-        """What its filters' command lines begin with (a network namespace)."""
+        self.inside: dict[str, list[str]] = {}
+        """What the command lines of `control`, `filter-HOST` begin with (a network namespace)."""
+        self.link = [f"unix:{self.run / 'control.sock'}"]
+        """How filters reach control: its address, and more words for their command line."""
         self.up: Process | None = None
         self.control: Process | None = None
         self.filters: dict[str, Process] = {}
@@ -77,7 +79,7 @@ class Farm:
 
     def _process(self, name: str, *args: str | Path) -> Process:
         self._logs += 1
-        argv = [*(self.inside if name != "control" else []), sys.executable, "-m", "nbdvvol", *args]
+        argv = [*self.inside.get(name, []), sys.executable, "-m", "nbdvvol", *args]
         env = {"PYTHONUNBUFFERED": "1", **(sanitizer_env(SANITIZER) if "filter" in args else {})}
         process = Process(argv, self.folder / f"{name}-{self._logs}.log", env=env)
         self._seen.add(process.pid)
@@ -119,20 +121,30 @@ class Farm:
                 self.wait_bound(f"{vm}/{name}", START_S)
                 self.open(name, vm=vm, wait_s=START_S).disconnect()
 
+    def begin_control(self) -> Process:
+        """Start `nbdvvol control` alone, without waiting for anything."""
+        self.control = self._process("control", "control", "--state", self.state, "--run", self.run)
+        return self.control
+
     def start_control(self, timeout_s: float = START_S) -> Process:
         """Start `nbdvvol control` alone and wait until its API answers."""
-        self.control = self._process("control", "control", "--state", self.state, "--run", self.run)
-        wait_until("control answers", lambda: self.api_answers() or not self._alive(self.control), timeout_s, 0.1)
-        assert self.control.alive(), f"control ended:\n{self.control.text()}"
+        self.begin_control()
+        self.wait_control(timeout_s)
+        assert self.control is not None
         return self.control
+
+    def wait_control(self, timeout_s: float = START_S) -> None:
+        """Wait until control's API answers."""
+        wait_until("control answers", lambda: self.api_answers() or not self._alive(self.control), timeout_s, 0.1)
+        assert self.control is not None and self.control.alive(), f"control ended:\n{self.log_text()}"
 
     def start_filter(self, host: str = "local", run: Path | None = None, *, control: str | None = None) -> Process:
         """Start `nbdvvol filter` alone, without waiting for anything."""
         run = run or self.run
-        address = control or f"unix:{self.run / 'control.sock'}"
+        address, *more = [control] if control else self.link
         token = self.state / "hosts" / f"{host}.token"
         config = self.spec.get("hosts", {}).get(host, {})
-        words = ["filter", "--host", host, "--control", address, "--token-file", token, "--run", run]
+        words = ["filter", "--host", host, "--control", address, *more, "--token-file", token, "--run", run]
         words += ["--reactors", str(config.get("reactors", 1))]
         words += ["--cache", str(config["cache"])] if "cache" in config else []
         self.filters[host] = self._process(f"filter-{host}", *words)

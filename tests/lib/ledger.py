@@ -148,6 +148,12 @@ class Writer:
             assert time.monotonic() < end, f"the load made no progress within {timeout_s} s"
             time.sleep(0.005)
 
+    def ended(self, timeout_s: float = 30.0) -> None:
+        """Wait until it ends by itself, because its connection closed or a request failed: see `failure`."""
+        self._thread.join(timeout_s)
+        assert not self._thread.is_alive(), f"the load goes on: nothing ended it within {timeout_s} s"
+        self._nbd.stream.close()
+
     def join(self) -> None:
         """Wait for its end after a kill (or end it); raise what went wrong."""
         self._stop.set()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import ipaddress
 import ssl
+from collections.abc import Sequence
 from pathlib import Path
 
 from cryptography import x509
@@ -43,7 +44,9 @@ class Authority:
             .not_valid_after(end)
         )
 
-    def issue(self, folder: Path, role: str, common_name: str, *, days: int = 3650) -> None:
+    def issue(
+        self, folder: Path, role: str, common_name: str, *, days: int = 3650, addresses: Sequence[str] = ("127.0.0.1",)
+    ) -> None:
         """Write `ROLE-cert.pem` and `ROLE-key.pem` (role: server or client) and the CA's `ca-cert.pem`."""
         folder.mkdir(parents=True, exist_ok=True)
         key = ec.generate_private_key(ec.SECP256R1())
@@ -58,7 +61,7 @@ class Authority:
         if role == "server":
             names: list[x509.GeneralName] = [
                 x509.DNSName("localhost"),
-                x509.IPAddress(ipaddress.ip_address("127.0.0.1")),
+                *(x509.IPAddress(ipaddress.ip_address(one)) for one in addresses),
             ]
             builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
         certificate = builder.sign(self.key, hashes.SHA256())

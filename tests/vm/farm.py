@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from tests.lib import relay
-from tests.lib.farm import Farm, free_port
+from tests.lib.farm import Farm, JsonDict, free_port
 from tests.lib.relay import Relay
 from tests.vm.guest import HOST, Guest
 
@@ -15,14 +15,15 @@ DISK_BYTES = 96 << 20
 
 
 class GuestFarm(Farm):
-    """vm1 has `disk` (for QEMU) and `net` (for the kernel's own client), `DISK_BYTES` each."""
+    """vm1 has `disk` (for QEMU) and `net` (for the kernel's own client), `DISK_BYTES` each, unless a test says else."""
 
-    def __init__(self) -> None:
+    def __init__(self, spec: JsonDict | None = None) -> None:
         self.port = free_port()
         self._relays: list[Relay] = []
         disk = {"size": DISK_BYTES, "profile": "plain"}
         super().__init__(
-            {
+            spec
+            or {
                 "hosts": {"local": {"listen": {"address": f"127.0.0.1:{self.port}", "tls": "none"}}},
                 "datastores": {"main": {"kind": "file", "path": "main.img", "size": "512MiB"}},
                 "profiles": {"plain": {"datastore": "main"}},
