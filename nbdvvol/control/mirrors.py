@@ -15,6 +15,8 @@ from nbdvvol.model.mirror import VerifyResult, verify_args
 from nbdvvol.model.units import format_size
 
 log = structlog.get_logger()
+WIPE_AGAIN_S = 5.0
+"""How long after a datastore did not answer it is tried again."""
 LOOK_S = 1.0
 """How often a verification looks whether it was cancelled."""
 
@@ -125,11 +127,26 @@ async def free_leg(context: Context) -> None:
     if not await _leaving(context, number):
         return
     await context.registry.run(space.begin_freeing_leg, context.job.vvol, number)
+    while await _leaving(context, number):
+        if await _wiped(context, number):
+            await context.registry.run(space.leg_gone, context.job.vvol, number)
+            return
+        await asyncio.sleep(WIPE_AGAIN_S)
+
+
+async def _wiped(context: Context, number: int) -> bool:
+    """Scrub the leg. False: its datastore is away; a leg that was lost is often removed while it is."""
     placement = await _needed(context)
     leg = placement.leg(number)
     assert leg is not None, "only this task, and the one that deletes the VVol, take the leg away"
-    await wipe_leg(context, leg, (0.2, 0.9))
-    await context.registry.run(space.leg_gone, context.job.vvol, number)
+    try:
+        await wipe_leg(context, leg, (0.2, 0.9))
+    except NvError as error:
+        if error.code not in (Code.UNAVAILABLE, Code.TIMEOUT):
+            raise
+        await context.say(0.2, f"waits for datastore {leg.datastore}: {error.message}")
+        return False
+    return True
 
 
 async def _leaving(context: Context, number: int) -> bool:

@@ -22,6 +22,7 @@ from nbdvvol.dataplane.mirror import (
     Act,
     Ask,
     LaneState,
+    LaneStatus,
     LegsAction,
     LegsRecord,
     Look,
@@ -313,7 +314,8 @@ class Mirror:
             return
         if act is Act.RESYNC and event.result == 0:
             place.lane, place.why = "syncing", ""
-        elif act is Act.RESYNC:
+        elif act is Act.RESYNC:  # its object may be latched by what failed: it is opened anew
+            place.lost = True
             place.failed(f"its resync does not begin: {os.strerror(-event.result)}", self._loop.time())
         elif act is Act.RELEASE and event.result == 0:
             place.lane = "stale"
@@ -546,7 +548,7 @@ class Mirror:
             elif place.id not in self._progress.since:
                 self._progress.since[place.id] = self._progress.last[place.id] = lanes[place.id].dirty_regions
         known = {place.id: self.lane_of(place) for place in self.places.values()}
-        whys = {place.id: place.why for place in self.places.values()}
+        whys = {place.id: _why(place, lanes.get(place.id)) for place in self.places.values()}
         since, rates = self._progress.since, self._progress.rates
         self._link.mirror(
             report_of(self.spec, status, self._shift, known, whys, since, rates, dead=self.dead is not None)
@@ -566,5 +568,13 @@ class Mirror:
                 now = max(before - leg.dirty_regions, 0) * (1 << self._shift) / REPORT_S
                 self._progress.rates[leg.id] = 0.7 * self._progress.rates.get(leg.id, now) + 0.3 * now
                 self._progress.last[leg.id] = leg.dirty_regions
-            if self._progress.since or status.doubtful or status.frozen:
+            waits = any(place.lost and place.held is not None for place in self.places.values())
+            if self._progress.since or status.doubtful or status.frozen or waits:
                 self.report()
+
+
+def _why(place: LegPlace, lane: LaneStatus | None) -> str:
+    """Why a leg is not in sync, and what its coming back waits for."""
+    if lane is None or not lane.outstanding or place.held is None or not (place.lost and place.lane == "stale"):
+        return place.why
+    return f"{place.why}; waits: {lane.outstanding} old operations have not ended"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -117,6 +118,26 @@ def test_a_lost_leg_comes_back_and_only_what_differs_is_copied(rig: MirrorRig) -
     assert rig.call(rig.plane.mirror_status, volume).copied_bytes <= SIZE
     kinds = [line.split()[1] for line in rig.registry.lines if line.startswith("notice")]
     assert kinds.count("leg_failed") == 1 and kinds.count("leg_in_sync") == 1
+
+
+def test_a_resync_that_does_not_begin_has_its_leg_opened_anew(rig: MirrorRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What failed its label may have latched its object: a try on the same opening would fail for ever."""
+    rig.serve()
+    whole = rig.plane.resync_leg
+    openings: list[int] = []
+
+    def fails_once(*args: int, full: bool) -> None:
+        export = rig.table.get(UUID_OF)
+        assert export is not None and export.mirror is not None
+        openings.append(export.mirror.places[2].attempt)
+        if len(openings) == 1:
+            raise OSError(errno.EIO, "its label cannot be written")
+        whole(*args, full=full)
+
+    monkeypatch.setattr(rig.plane, "resync_leg", fails_once)
+    rig.fail(2)
+    comes_back(rig, 2)
+    assert openings == [2, 3]
 
 
 def test_a_leg_that_is_absent_is_stale_before_anything_is_served(rig: MirrorRig) -> None:
