@@ -41,8 +41,8 @@ static bool build(struct nv_cache *cache)
     bool good;
 
     pthread_mutex_init(&cache->lock, NULL);
-    cache->memory = nv_pages_map((size_t)cache->frames * NV_CACHE_BLOCK);
-    cache->lines = nv_pages_map((size_t)cache->frames * sizeof *cache->lines);
+    cache->memory = nv_pages_map_huge((size_t)cache->frames * NV_CACHE_BLOCK);
+    cache->lines = nv_pages_map_huge((size_t)cache->frames * sizeof *cache->lines);
     cache->owners = nv_pages_map((size_t)cache->owner_count * sizeof *cache->owners);
     good = cache->memory && cache->lines && cache->owners;
     for (uint32_t i = 0; i < cache->shard_count; i++) {
@@ -186,6 +186,13 @@ uint32_t nv_cache_pin(struct nv_cache *cache, const struct nv_cache_spot *spot)
 
     assert(spot->tag != 0);
     return nv_shard_pin(shard_of(cache, mixed), mixed, spot);
+}
+
+void nv_cache_expect(const struct nv_cache *cache, const struct nv_cache_spot *spot, bool near)
+{
+    const uint64_t mixed = nv_cache_mix(spot->owner, spot->block);
+
+    nv_shard_expect(shard_of(cache, mixed), mixed, spot, near);
 }
 
 void nv_cache_unpin(struct nv_cache *cache, uint32_t frame)

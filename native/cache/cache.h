@@ -57,6 +57,8 @@ uint64_t nv_cache_held_bytes(const struct nv_cache *cache, uint32_t owner, uint6
 /* The frame of a block, pinned: its bytes stay until nv_cache_unpin(). NV_CACHE_NONE: not here. */
 uint32_t nv_cache_pin(struct nv_cache *cache, const struct nv_cache_spot *spot);
 void nv_cache_unpin(struct nv_cache *cache, uint32_t frame);
+/* A block will be asked for soon: bring what finds it nearer to the processor, in two steps, the second one `near`. */
+void nv_cache_expect(const struct nv_cache *cache, const struct nv_cache_spot *spot, bool near);
 uint8_t *nv_cache_bytes(const struct nv_cache *cache, uint32_t frame);
 /* True once for a frame that was fetched ahead: this is its first use. */
 bool nv_cache_first_use(struct nv_cache *cache, uint32_t frame);

@@ -38,7 +38,7 @@ bool nv_shard_init(struct nv_shard *shard)
     shard->small = shard->main = (struct nv_cache_fifo){NV_CACHE_NONE, NV_CACHE_NONE, 0};
     shard->chain_mask = chains - 1;
     shard->slot_mask = slots - 1;
-    shard->chains = nv_pages_map(chains * sizeof *shard->chains);
+    shard->chains = nv_pages_map_huge(chains * sizeof *shard->chains);
     shard->slots = nv_pages_map(slots * sizeof *shard->slots);
     return nv_ghost_init(&shard->ghost, shard->frames) && shard->chains && shard->slots;
 }
@@ -100,6 +100,17 @@ uint32_t nv_shard_pin(struct nv_shard *shard, uint64_t mixed, const struct nv_ca
     }
     atomic_fetch_sub_explicit(&line->word, 1, memory_order_release);
     return NV_CACHE_NONE;
+}
+
+void nv_shard_expect(struct nv_shard *shard, uint64_t mixed, const struct nv_cache_spot *spot, bool near)
+{
+    _Atomic uint32_t *chain = chain_of(shard, mixed, spot->block, spot->tag);
+    uint32_t at;
+
+    if (!near)
+        __builtin_prefetch(chain);
+    else if ((at = atomic_load_explicit(chain, memory_order_relaxed)) != 0)
+        __builtin_prefetch(&shard->lines[at - 1], 1);
 }
 
 static void unlink_line(struct nv_shard *shard, uint32_t frame)

@@ -93,6 +93,8 @@ bool nv_shard_init(struct nv_shard *shard);
 void nv_shard_free(struct nv_shard *shard);
 /* Without the lock: may miss what is there while chains change. Pinned, or NV_CACHE_NONE. */
 uint32_t nv_shard_pin(struct nv_shard *shard, uint64_t mixed, const struct nv_cache_spot *spot);
+/* It will be looked for: fetch its chain's head into the processor's cache, or, once that is `near`, its first line. */
+void nv_shard_expect(struct nv_shard *shard, uint64_t mixed, const struct nv_cache_spot *spot, bool near);
 /* Under the lock: it is not found any more; who has it pinned keeps its bytes. */
 void nv_shard_drop(struct nv_shard *shard, uint64_t mixed, const struct nv_cache_spot *spot);
 /* Under the lock: put it in, whatever the write slots say. */

@@ -72,6 +72,8 @@
 #define NV_HIT_FRAMES 17u                      /* a hit of up to 64 KiB is sent from its frames; a longer one is copied */
 #define NV_HIT_PINS 256u                       /* frames that one connection may have pinned */
 #define NV_AHEAD_MAX (4u << 20)                /* bytes read ahead of a stream */
+#define NV_AHEAD_PAUSE 16u                     /* requests of a stream for which nothing is fetched, when that was in vain, ... */
+#define NV_AHEAD_PAUSE_MAX 1024u               /* ... and at most */
 #define NV_FETCHES 4u                          /* of a reactor, under way at once */
 #define NV_FETCH_BYTES (256u << 10)
 #define NV_WANT_MAX (64u << 20)                /* of one NBD_CMD_CACHE */

@@ -6,8 +6,23 @@
 #include <assert.h>
 
 #include "nbd/session.h"
+#include "nbd/wire.h"
 
 #define LINE 64u
+
+/* The request that stands so many headers further on, if it is a read like this one: its block will be looked for. */
+static void expect(const struct nv_conn *conn, uint32_t further, bool near)
+{
+    const struct nv_cached *cached = &conn->volume->cached;
+    const uint32_t size = conn->header_bytes;
+    const uint8_t *header = nv_chunk_data(conn->chunk) + conn->rx_start + further * size;
+    struct nv_cache_spot spot = {cached->owner, nv_cache_tag(cached->cache, cached->owner), 0};
+
+    if (conn->rx_end - conn->rx_start < (further + 1) * size || get16(header + 6) != NBD_CMD_READ)
+        return;
+    spot.block = get64(header + 16) >> NV_CACHE_SHIFT;
+    nv_cache_expect(cached->cache, &spot, near);
+}
 
 bool nv_hit_take(struct nv_request *request)
 {
@@ -26,6 +41,8 @@ bool nv_hit_take(struct nv_request *request)
                       (request->offset & (NV_CACHE_BLOCK - 1));
     for (uint32_t i = 0; i < NV_PREFETCH_BYTES && i < request->length; i += LINE)
         __builtin_prefetch(request->buffer + i); /* as in resident.c */
+    expect(conn, 0, true);
+    expect(conn, 1, false);
     return true;
 }
 

@@ -49,12 +49,9 @@ void *nv_pages_map(size_t bytes)
     return pages == MAP_FAILED ? NULL : pages;
 }
 
-/*
- * Like nv_pages_map(), from a boundary of huge pages on and, where there are some, made of them: a large transfer then
- * has few segments. `bytes` is a multiple of a page; unmapped as a whole.
- */
-static uint8_t *map_huge(size_t bytes)
+void *nv_pages_map_huge(size_t least)
 {
+    const size_t bytes = (least + NV_POOL_PAGE - 1) & ~((size_t)NV_POOL_PAGE - 1);
     uint8_t *wide = nv_pages_map(bytes + HUGE_PAGE);
     size_t before;
 
@@ -116,7 +113,7 @@ struct nv_pool *nv_pool_create(uint64_t bytes)
         return NULL;
     pool->pages = (uint32_t)(bytes / NV_POOL_PAGE);
     pool->nodes = calloc(pool->pages, sizeof *pool->nodes);
-    pool->base = map_huge((size_t)pool->pages * NV_POOL_PAGE);
+    pool->base = nv_pages_map_huge((size_t)pool->pages * NV_POOL_PAGE);
     if (!pool->nodes || !pool->base) {
         nv_pool_destroy(pool);
         return NULL;

@@ -22,6 +22,9 @@ uint64_t nv_pool_cost(size_t size);
 
 /* Page-aligned zeroed memory that becomes resident when touched; NULL without address space. */
 void *nv_pages_map(size_t bytes);
+/* The same, from a boundary of huge pages on and, where there are some, made of them: large transfers have few segments
+ * then, and places all over it are found in few steps. */
+void *nv_pages_map_huge(size_t bytes);
 void nv_pages_unmap(void *pages, size_t bytes);
 /* Give the memory behind the pages back; they read as zeros afterwards. */
 void nv_pages_shed(void *pages, size_t bytes);

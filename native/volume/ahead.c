@@ -222,27 +222,47 @@ static void follow(struct nv_reactor *reactor, struct nv_volume_local *local, st
     }
 }
 
-void nv_cached_saw(struct nv_reactor *reactor, struct nv_volume_local *local, uint64_t offset, uint64_t length,
+/*
+ * A client with several requests under way that asks for what is being fetched needs nobody to read ahead of it: both
+ * would read the same. It is left alone for a while, and for longer each time.
+ */
+static void leave_alone(struct nv_stream *stream)
+{
+    stream->pauses = stream->pauses == 0 ? NV_AHEAD_PAUSE : stream->pauses * 2;
+    if (stream->pauses > NV_AHEAD_PAUSE_MAX)
+        stream->pauses = NV_AHEAD_PAUSE_MAX;
+    stream->pause = stream->pauses;
+    stream->window = 0;
+}
+
+bool nv_cached_saw(struct nv_reactor *reactor, struct nv_volume_local *local, uint64_t offset, uint64_t length,
                    bool all_hit)
 {
     struct nv_cached_local *cached = &local->cached;
     const uint32_t most = atomic_load_explicit(&local->volume->cached.ahead_max, memory_order_relaxed);
     struct nv_stream *stream;
 
-    if (most == 0)
-        return;
     if (++cached->looks == 0)
         cached->looks = 1;
     stream = stream_at(cached, offset);
     if (!stream) {
         begin_stream(cached, offset + length);
-        return;
+        return false;
     }
-    if (!all_hit && cached->fetches == 0 && offset < stream->fetched)
-        stream->window /= 4; /* fetched, and gone again: `follow` doubles it */
+    if (!all_hit && offset < stream->fetched) {
+        if (cached->fetches == 0)
+            stream->window /= 4; /* fetched, and gone again: `follow` doubles it */
+        else if (cached->reads > 0 && stream->pause == 0)
+            leave_alone(stream);
+    }
     if (stream->window < length)
         stream->window = (uint32_t)length;
     stream->next = offset + length;
     stream->used = cached->looks;
-    follow(reactor, local, stream, most);
+    stream->seen += length;
+    if (stream->pause > 0)
+        stream->pause--;
+    else if (most > 0)
+        follow(reactor, local, stream, most);
+    return stream->seen > local->volume->plane->config.cache_bytes;
 }

@@ -260,13 +260,14 @@ static void read_begins(struct nv_vreq *request, uint32_t tag)
 {
     struct nv_cache_spot spot = {request->volume->cached.owner, tag, 0};
     struct nv_cached_request *cached = &request->cached;
+    bool scan = false;
 
     cached->time = nv_cache_now(request->volume->cached.cache);
     cached->tag = tag;
     if (!cached->ahead) {
         request->done = copy_hits(request, &spot);
-        nv_cached_saw(request->reactor, local_of(request), request->offset, request->length,
-                      request->done == request->length);
+        scan = nv_cached_saw(request->reactor, local_of(request), request->offset, request->length,
+                             request->done == request->length);
     }
     cached->from = request->offset + request->done;
     if (request->done == request->length)
@@ -274,9 +275,10 @@ static void read_begins(struct nv_vreq *request, uint32_t tag)
     if (!cached->ahead) {
         nv_count(&local_of(request)->cached.counters.misses,
                  end_block(request->offset + request->length) - first_block(cached->from));
+        local_of(request)->cached.reads++;
         want_edges(request);
     }
-    cached->state = NV_CACHED_READ;
+    cached->state = scan ? NV_CACHED_PASS : NV_CACHED_READ;
 }
 
 static void read_ends(struct nv_vreq *request)
@@ -286,7 +288,9 @@ static void read_ends(struct nv_vreq *request)
     struct nv_cache_spot spot = {request->volume->cached.owner, request->cached.tag, end_block(request->cached.from)};
     uint64_t end = first_block(request->offset + request->length);
 
-    if (request->error)
+    if (!request->cached.ahead)
+        local_of(request)->cached.reads--;
+    if (request->error || request->cached.state == NV_CACHED_PASS)
         return;
     if (end > spot.block + NV_CACHE_FILL_MAX)
         end = spot.block + NV_CACHE_FILL_MAX;
@@ -363,6 +367,7 @@ void nv_cached_ends(struct nv_vreq *request)
 {
     switch (request->cached.state) {
     case NV_CACHED_READ:
+    case NV_CACHED_PASS:
         read_ends(request);
         break;
     case NV_CACHED_WRITE:
@@ -406,7 +411,7 @@ uint32_t nv_cached_pin(struct nv_reactor *reactor, struct nv_volume_local *local
         nv_count(&local->cached.counters.ahead_used, nv_cache_first_use(cached->cache, frames[i]));
     nv_count(&local->cached.counters.hits, count);
     reactor->pins += count;
-    nv_cached_saw(reactor, local, offset, length, true);
+    (void)nv_cached_saw(reactor, local, offset, length, true);
     return count;
 }
 

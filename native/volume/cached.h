@@ -35,6 +35,9 @@ struct nv_stream {                  /* requests that follow each other */
     uint64_t fetched;               /* up to here blocks were asked for ahead */
     uint32_t window;                /* bytes to be ahead */
     uint32_t used;                  /* the local's `looks` when it was last met; 0: free */
+    uint32_t pause;                 /* so many requests more nothing is fetched */
+    uint32_t pauses;                /* how long the last pause was */
+    uint64_t seen;                  /* bytes that it has read */
 };
 
 #define NV_STREAMS 8u
@@ -50,6 +53,7 @@ struct nv_cached_local {            /* of a volume on one reactor */
     uint32_t unhooked;              /* of them, those from before `hooks` */
     struct nv_cached_change *change; /* waits for them */
     uint32_t fetches;               /* READs of our own, under way */
+    uint32_t reads;                 /* clients' READs that are being read from below */
     bool pumping;
     uint32_t looks;
     struct nv_stream streams[NV_STREAMS];
@@ -81,6 +85,7 @@ struct nv_cached_request {
 #define NV_CACHED_READ 1u           /* fill what it brings */
 #define NV_CACHED_WRITE 2u          /* begins was called */
 #define NV_CACHED_LONG 3u           /* holds the owner */
+#define NV_CACHED_PASS 4u           /* a read whose blocks are not kept */
 
 struct nv_cached_change {           /* a policy on its way to the reactors */
     struct nv_volume *volume;
@@ -120,8 +125,8 @@ void nv_cached_begins(struct nv_vreq *request);
 void nv_cached_ends(struct nv_vreq *request);
 /* The last write-like request from before the hooks has left. */
 void nv_cached_drained(struct nv_reactor *reactor, struct nv_volume_local *local);
-/* Bytes are read: remember where, and fetch ahead. */
-void nv_cached_saw(struct nv_reactor *reactor, struct nv_volume_local *local, uint64_t offset, uint64_t length,
+/* Bytes are read: remember where, and fetch ahead. True: they are of a scan that nothing is kept of. */
+bool nv_cached_saw(struct nv_reactor *reactor, struct nv_volume_local *local, uint64_t offset, uint64_t length,
                    bool all_hit);
 /* Fetch these whole blocks when there is room. */
 void nv_cached_want(struct nv_reactor *reactor, struct nv_volume_local *local, uint64_t from, uint64_t to);

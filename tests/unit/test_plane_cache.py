@@ -138,6 +138,28 @@ def test_a_stream_is_read_ahead(cached: Rig) -> None:
     assert found.ahead <= 256 + 16
 
 
+def test_a_client_with_many_requests_under_way_is_not_read_ahead_of(cached: Rig) -> None:
+    """It asks for what would be fetched ahead at once: both would read the same from the storage."""
+    volume, number, content = opened(cached, CachePolicy(CacheMode.READ, ahead_bytes=512 << 10))
+    client = cached.connect(volume, SIZE)
+    step = 16 * BLOCK
+    cookies = [client.send(w.CMD_READ, at, step) for at in range(0, SIZE, step)]
+    got = b"".join(client.wait(cookie).check().data for cookie in cookies)
+    assert got == content
+    assert cached.call(cached.plane.object_stats, number).read_bytes <= SIZE * 5 // 4
+
+
+def test_of_a_scan_that_is_longer_than_the_cache_no_more_is_kept(cached: Rig) -> None:
+    """It could not be found again if it were: the next time its beginning would be gone."""
+    volume, _, content = opened(cached, READ)
+    client = cached.connect(volume, SIZE)
+    for at in range(0, SIZE, 16 * BLOCK):
+        assert client.read(at, 16 * BLOCK) == content[at : at + 16 * BLOCK]
+    assert CACHE // BLOCK <= stats(cached, volume).filled <= CACHE // BLOCK + 2 * 16
+    again = client.read(SIZE - BLOCK, BLOCK) + client.read(SIZE - BLOCK, BLOCK)
+    assert again == 2 * content[-BLOCK:] and stats(cached, volume).hits == 1, "what is read by itself is"
+
+
 def test_a_stalled_client_pins_little(cached: Rig) -> None:
     """It reads nothing: what it pins is bounded, others are served, and it gets the right bytes in the end."""
     volume, _, content = opened(cached, READ)
