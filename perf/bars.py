@@ -11,9 +11,13 @@ from perf.model import Count, PointResult, Result, Sample
 from perf.peers import (
     CEILING,
     CEILING_FILE,
+    NBDKIT_CACHE,
     OURS,
+    OURS_CACHE,
+    OURS_HALF,
     OURS_MILLION_RUNS,
     OURS_MIRROR,
+    OURS_NULL,
     OURS_ONE_RUN,
     OURS_TWO,
     QEMU_NBD,
@@ -165,6 +169,17 @@ def _mirror_bars(suite: str, where: str) -> Iterator[Bar]:
         )  # fmt: skip
 
 
+def _cache_bars() -> Iterator[Bar]:
+    """Hits beside no storage at all, and a cache that half of the working set fits into beside none."""
+    hits, half = "reads that hit the cache, 4 KiB, depth 32", "a working set twice the cache's RAM"
+    point = "randread-4k-qd32"
+    yield Bar(hits, "IOPS / without storage", "cache", point, _IOPS, (OURS_NULL,), ">=", 0.9, ours=OURS_CACHE)
+    kit = "IOPS / nbdkit's cache filter"
+    yield Bar(hits, kit, "cache", point, _IOPS, (NBDKIT_CACHE,), ">=", None, ours=OURS_CACHE)
+    for work in (point, "randrw-4k-qd32", "randwrite-4k-qd32", "seqread-256k-qd8"):
+        yield Bar(half, f"{work}: IOPS / no cache", "cache", work, _IOPS, (OURS,), ">=", 0.95, ours=OURS_HALF)
+
+
 BARS: tuple[Bar, ...] = (
     *_ratios(_READ, "core", "randread-4k-qd32", (_CEILING, _IOPS, _C, ">=", 0.85)),
     *_ratios(_READ_DEEP, "core", "randread-4k-qd256", (_CEILING, _IOPS, _C, ">=", 0.70)),
@@ -209,6 +224,8 @@ BARS: tuple[Bar, ...] = (
     *_mirror_bars("mirror", ""),
     *_mirror_bars("mirror-disk", ", O_DIRECT on the real disk"),
 )  # fmt: skip
+OWN_BARS: tuple[Bar, ...] = (*_cache_bars(),)
+"""Of suites that are run by themselves: judged where a run has them."""
 
 IDLE_EXPORTS = 1000
 IDLE_LOAD = f"{IDLE_EXPORTS:,} bound exports, one idle connection each"
@@ -269,7 +286,8 @@ def _counted(bar: CountBar, counts: dict[tuple[str, str, str], float]) -> Summar
 def _verdicts(points: Sequence[PointResult], counts: Sequence[Count]) -> Iterator[Verdict]:
     measured = {(p.suite, p.point): p for p in points}
     counted = {(c.peer, c.work, c.name): c.value for c in counts}
-    for bar in BARS:
+    run = {point.suite for point in points}
+    for bar in (*BARS, *(bar for bar in OWN_BARS if bar.suite in run)):
         ratio = _ratio(bar, measured)
         yield Verdict(
             bar.work, bar.label, _asked(bar.relation, bar.factor, bar.within_noise), ratio,

@@ -61,9 +61,9 @@ def serving(peer: Peer, place: Place) -> Iterator[Running]:
     """A server for the length of the block, filled where it starts empty. Raises ServerError, PointError."""
     plan = peer.plan(place)
     with servers.running(plan, place) as server:
-        if plan.prefill:
+        for kind in ["write"] * plan.prefill + ["read"] * plan.warm:
             block = 1 << 20
-            fill = ["--mix", "write=100", "--block", "1m", "--depth", "4", "--sequential", "--count"]
+            fill = ["--mix", f"{kind}=100", "--block", "1m", "--depth", "4", "--sequential", "--count"]
             loadgen_json(place.build / "loadgen", server, [*fill, str(place.size // block)])
         yield server
 

@@ -26,6 +26,10 @@ OURS_ONE_RUN = "nbdvvol-one-run"
 OURS_MILLION_RUNS = "nbdvvol-million-runs"
 OURS_MIRROR = "nbdvvol-mirror"
 QUORUM = "qemu-quorum"
+OURS_CACHE = "nbdvvol-cache"
+OURS_HALF = "nbdvvol-cache-half"
+OURS_NULL = "nbdvvol-null"
+NBDKIT_CACHE = "nbdkit-cache"
 MILLION = 1_000_000
 CEILING = "ceiling"
 CEILING_FILE = "ceiling-file"
@@ -83,6 +87,12 @@ def _nbdkit(place: Place, plugin: list[str]) -> Plan:
 
 def _nbdkit_file(place: Place) -> Plan:
     return _nbdkit(place, ["file", str(place.file), *(["cache=none"] if place.direct else [])])
+
+
+def _nbdkit_cache(place: Place) -> Plan:
+    """Its cache filter, with room for everything, in memory. (Its file plugin's own `cache=none` has the same name.)"""
+    words = ["--filter=cache", "file", str(place.file), "cache-on-read=true", "cache=writethrough"]
+    return replace(_nbdkit(place, words), environment={"TMPDIR": "/dev/shm"}, warm=True)
 
 
 def _nbdkit_memory(place: Place) -> Plan:
@@ -146,15 +156,19 @@ def _runs(place: Place, count: int) -> Plan:
     return _plane(place, "--file", str(place.file), "--runs", str(count))
 
 
-def _ours(place: Place) -> Plan:
-    """A farm of one VVol, as anybody runs it: `nbdvvol up`. Only its filter is measured: data passes nowhere else."""
+def _ours(place: Place, cache: int = 0, mode: str = "read") -> Plan:
+    """A farm of one VVol, as anybody runs it: `nbdvvol up`. Only its filter is measured: data passes nowhere else.
+
+    `cache`: bytes of RAM."""
     if place.backend == "null":
         return _plane(place)
     host: dict[str, object] = {"spin_us": place.spin_us, "reactors": place.reactors}
-    mode = "direct" if place.direct else "buffered"
+    if cache:
+        host["cache"] = cache
+    io = "direct" if place.direct else "buffered"
     farm: dict[str, object] = {
-        "datastores": {"store": {"kind": "file", "path": str(place.file), "io": mode}},
-        "profiles": {"plain": {"datastore": "store"}},
+        "datastores": {"store": {"kind": "file", "path": str(place.file), "io": io}},
+        "profiles": {"plain": {"datastore": "store", **({"cache": {"mode": mode}} if cache else {})}},
         "hosts": {"local": host},
         "vms": {PSK_IDENTITY: {"vvols": {"disk": {"adopt": {"datastore": "store"}, "profile": "plain"}}}},
     }
@@ -170,7 +184,8 @@ def _ours(place: Place) -> Plan:
     path.write_text(json.dumps(farm))
     folders = ["--state", str(place.folder / "state"), "--run", str(place.folder / "run")]
     command = [sys.executable, "-m", "nbdvvol", "up", "-f", str(path), *folders]
-    return Plan(command, export, environment={"PYTHONPATH": str(ROOT)}, find_pid=filter_of, ready="\nready\n")
+    environment = {"PYTHONPATH": str(ROOT)}
+    return Plan(command, export, environment, find_pid=filter_of, ready="\nready\n", warm=cache > 0)
 
 
 def _legs(place: Place, size: int) -> list[Path]:
@@ -221,6 +236,7 @@ _UNIX: frozenset[Transport] = frozenset({"unix"})
 _FILES: frozenset[Backend] = frozenset({"tmpfs", "disk"})
 _ALL: frozenset[Backend] = frozenset({"tmpfs", "disk", "null"})
 _PAGE_CACHE: frozenset[Backend] = frozenset({"tmpfs"})
+_DISK: frozenset[Backend] = frozenset({"disk"})
 _NULL: frozenset[Backend] = frozenset({"null"})
 _US = sys.executable
 
@@ -230,9 +246,13 @@ PEERS: tuple[Peer, ...] = (
     Peer(OURS_ONE_RUN, _PAGE_CACHE, _UNIX, lambda p: _runs(p, 1), _US, variant=True),
     Peer(OURS_MILLION_RUNS, _PAGE_CACHE, _UNIX, lambda p: _runs(p, MILLION), _US, variant=True),
     Peer(OURS_MIRROR, _FILES, _UNIX, _ours_mirror, _US, variant=True, legs=2),
+    Peer(OURS_CACHE, _DISK, _UNIX, lambda p: _ours(p, 2 * p.size, "writethrough"), _US, variant=True),
+    Peer(OURS_HALF, _DISK, _UNIX, lambda p: _ours(p, p.size // 2), _US, variant=True),
+    Peer(OURS_NULL, _DISK, _UNIX, _plane, _US, variant=True),
     Peer(CEILING, _ALL, _PLAIN, _ceiling, "cc"),
     Peer(CEILING_FILE, _PAGE_CACHE, _UNIX, _ceiling_file, "cc", variant=True),
     Peer("nbdkit-file", _FILES, _EVERYWHERE, _nbdkit_file, "nbdkit"),
+    Peer(NBDKIT_CACHE, _DISK, _UNIX, _nbdkit_cache, "nbdkit", variant=True),
     Peer("nbdkit-memory", _PAGE_CACHE, _EVERYWHERE, _nbdkit_memory, "nbdkit"),
     Peer("nbdkit-null", _NULL, _EVERYWHERE, _nbdkit_null, "nbdkit"),
     Peer("qemu-nbd-uring", _ALL, _EVERYWHERE, lambda p: _qemu_nbd(p, "io_uring"), "qemu-nbd"),
@@ -242,6 +262,8 @@ PEERS: tuple[Peer, ...] = (
     Peer("nbd-server", _PAGE_CACHE, _PLAIN, _nbd_server, "nbd-server"),
 )
 BY_NAME = {peer.name: peer for peer in PEERS}
-OUR_FORMS = (OURS, OURS_TWO, OURS_ONE_RUN, OURS_MILLION_RUNS, OURS_MIRROR)
-RIVALS = tuple(peer.name for peer in PEERS if peer.name not in (*OUR_FORMS, CEILING, CEILING_FILE, QUORUM))
+OUR_FORMS = (OURS, OURS_TWO, OURS_ONE_RUN, OURS_MILLION_RUNS, OURS_MIRROR, OURS_CACHE, OURS_HALF, OURS_NULL)
+OTHERS = (CEILING, CEILING_FILE, QUORUM, NBDKIT_CACHE)
+"""Limits, and what is compared with forms of ours alone."""
+RIVALS = tuple(peer.name for peer in PEERS if peer.name not in (*OUR_FORMS, *OTHERS))
 QEMU_NBD = ("qemu-nbd-uring", "qemu-nbd-threads")

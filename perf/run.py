@@ -258,7 +258,7 @@ def measurements(options: Options, chosen: list[Suite]) -> dict[str, int]:
 
 def run(options: Options, say: Say) -> Result:
     """Everything that was asked for. Raises SuiteError for an unknown suite before anything starts."""
-    chosen = [suites.load(name) for name in (options.suites or suites.names())]
+    chosen = [suites.load(name) for name in (options.suites or suites.complete())]
     generators.build(options.build)
     options.disk.mkdir(parents=True, exist_ok=True)
     load_before, started, stolen = os.getloadavg()[0], datetime.now(UTC), machine.processor_ticks()

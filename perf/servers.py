@@ -75,6 +75,8 @@ class Plan:
     """Given the started process, the one that serves; stopping is the started one's business."""
     limit_s: float = START_LIMIT_S
     """How long it may take to answer."""
+    warm: bool = False
+    """It keeps what it has read: read all of it first."""
     prefill: bool = False
     """It starts empty, and memory that was never written reads faster than memory that was: write all of it first."""
     legs: Sequence[Path] = ()

@@ -81,6 +81,8 @@ class Suite(BaseModel):
     """One more point, `resync`: a mirror copies a whole leg, with no client; fio does the same on its files."""
     shared_file: bool = False
     """All servers on one file: for loads that only read it, by servers that do not lock it."""
+    own: bool = False
+    """It is run by its name alone, and is no part of a complete run."""
     name: str = ""
 
     @property
@@ -127,6 +129,11 @@ def sections(path: Path) -> list[str]:
 def names() -> list[str]:
     """Every suite there is."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def complete() -> list[str]:
+    """Every suite of a complete run."""
+    return [name for name in names() if not load(name).own]
 
 
 def load(name: str) -> Suite:

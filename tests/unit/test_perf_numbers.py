@@ -195,8 +195,17 @@ class TestBars:
             assert verdict.measured is not None and verdict.measured.median == pytest.approx(value), key
             assert verdict.reached is True, key
 
+    def test_a_suite_of_its_own_is_judged_where_it_was_run(self) -> None:
+        hits = [sample("nbdvvol-cache", 0, 95.0), sample("nbdvvol-null", 0, 100.0), sample("nbdkit-cache", 0, 10.0)]
+        halves = [sample("nbdvvol-cache-half", 0, 94.0), sample("nbdvvol", 0, 100.0)]
+        found = self.verdicts(point([*hits, *halves], "randread-4k-qd32", "cache"))
+        assert found["reads that hit the cache, 4 KiB, depth 32", "IOPS / without storage"].reached is True
+        assert found["a working set twice the cache's RAM", "randread-4k-qd32: IOPS / no cache"].reached is False
+        assert not [work for work, _ in self.verdicts() if "cache" in work]
+        assert "cache" in suites.names() and "cache" not in suites.complete()
+
     def test_every_bar_names_a_point_that_its_suite_has_and_servers_that_take_part(self) -> None:
-        for bar in bars.BARS:
+        for bar in (*bars.BARS, *bars.OWN_BARS):
             suite = suites.load(bar.suite)
             assert {bar.point, bar.against_point or bar.point} <= set(suite.point_names()), f"{bar.suite}/{bar.point}"
             taking_part = {peer.name for peer in run.wanted(run.Options(), suite)}
