@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from nbdvvol.model.farm import CacheConfig
 from tests.lib.pattern import pattern
 from tests.lib.rawio import NbdError
 from tests.lib.rawnbd import Closed
@@ -219,4 +220,29 @@ def test_a_leg_that_is_to_be_removed_is_taken_out_of_use_but_never_the_last(tmp_
     client.flush()
     assert (rig.lane(1), rig.registry.state_of(1)) == ("in-sync", "in-sync")
     assert client.read(4096, 4096) == b"the last" * 512
+    rig.close()
+
+
+def test_a_mirror_is_cached_above_its_legs(tmp_path: Path) -> None:
+    """One copy in RAM for all of them: right while a leg goes and comes, and ended by a fence as the legs are."""
+    rig = MirrorRig(tmp_path, cache_bytes=2 * MIB)
+    volume = rig.serve(cache=CacheConfig(mode="read"))
+    client = rig.client()
+    data = pattern(7, 0, MIB)
+    client.write(0, data)
+    assert client.read(0, MIB) == client.read(0, MIB) == data
+    found = rig.call(rig.plane.cache_stats, volume)
+    assert (found.hits, found.misses, found.ahead) == (256, 256, 0)
+    rig.fail(2)
+    eventually("control knows", lambda: "stale 2" in rig.registry.asked)
+    client.write(4096, b"degraded" * 512)
+    assert client.read(0, 3 * 4096) == data[:4096] + b"degraded" * 512 + data[8192 : 3 * 4096]
+    comes_back(rig, 2)
+    client.flush()
+    hits = rig.call(rig.plane.cache_stats, volume).hits
+    assert client.read(0, MIB)[4096:8192] == b"degraded" * 512
+    assert rig.call(rig.plane.cache_stats, volume).hits - hits >= 255, "copying to a leg drops nothing"
+    rig.call(rig.plane.fence_volume, volume)
+    with pytest.raises((NbdError, Closed)):
+        client.read(0, 4096)
     rig.close()
