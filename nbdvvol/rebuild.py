@@ -46,6 +46,7 @@ async def _write(farm: Farm, found: Rebuilt, state: Path) -> str:
         await registry.run(rebuilt.write, farm, found)
     finally:
         await registry.close()
+    assert not any(log.exists() for log in _with_log(fresh)[1:]), "closing it wrote its log back"
     _sync(fresh)
     when = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%SZ")
     aside = state / f"{REGISTRY_NAME}.before-rebuild-{when}"
@@ -54,6 +55,7 @@ async def _write(farm: Farm, found: Rebuilt, state: Path) -> str:
         if old.exists():
             old.rename(new)
             moved = str(aside)
+    _sync(state)  # the old one's log must never be found beside the new one
     fresh.rename(state / REGISTRY_NAME)
     _sync(state)
     return moved
