@@ -122,7 +122,7 @@ def _lost(vvol: VVol, known: dict[str, Datastore]) -> Iterator[Problem]:
 
 def _bring_back(vvol: VVol, leg: Leg, store: Datastore | None) -> str:
     again = f"nbdvvol mirror resync {vvol.full_name} {leg.id}"
-    why = leg.now.why if leg.now is not None else ""
+    why = (leg.now.why if leg.now is not None else "") or leg.why
     if leg.resync == "off":
         return f"it is left so by request; copy to it: {again}"
     if vvol.binding is None:
@@ -135,6 +135,8 @@ def _bring_back(vvol: VVol, leg: Leg, store: Datastore | None) -> str:
         return f"if datastore {leg.datastore} is the right one, copy everything to it: {again} --full"
     if leg.now is None:
         return f"it is copied to when the filter of host {vvol.binding.host} is connected and serves the VVol"
+    if not why:
+        return f"wait: host {vvol.binding.host} begins to copy to it by itself; at once: {again}"
     return f"mend the cause; it is tried again by itself, or at once: {again}"
 
 

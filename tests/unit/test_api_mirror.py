@@ -208,10 +208,17 @@ async def test_what_brings_a_leg_back_depends_on_what_is_in_its_way(api: Api, la
     assert "left so by request" in (await problems(api))["LEG_STALE"]["action"]
 
 
+async def advice_on_stale(api: Api, fake: FakeFilter) -> str:
+    """What is said of a new leg that its host has not begun to copy to."""
+    await says(api, fake, "serving", LegProgress(id=3, lane="stale"))
+    return (await problems(api))["LEG_STALE"]["action"]
+
+
 async def test_spares_that_stand_in_are_told(api: Api) -> None:
-    await served(api, spares=["s"])
+    fake = await served(api, spares=["s"])
     assert "SPARE_USED" not in await problems(api)
     await done(api, await api.client.post(f"{VVOL}/legs", json={"datastore": "s"}))
+    assert "host one begins to copy to it by itself" in await advice_on_stale(api, fake)
     told = (await problems(api))["SPARE_USED"]
     assert "no spare is left" in told["message"] and "make it a leg in the profile" in told["action"]
 
