@@ -3,8 +3,10 @@ SHELL := /bin/bash
 BIN := .venv/bin
 SEEDS ?= 1..1000
 SECONDS_EACH ?= 60
+KILLS ?= 1000
+SEED ?= 1
 C_FILES = $(shell find native -name '*.c' | sort)
-.PHONY: run test lint setup native sim fuzz perf clean
+.PHONY: run test lint setup native sim storm fuzz perf clean
 
 run:                ## a farm from configs/quickstart.yaml, in the foreground
 	@scripts/setup run
@@ -31,6 +33,10 @@ native:             ## build the data plane into the source tree
 sim:                ## replay the data plane under simulated faults: make sim SEEDS=1..100000
 	@scripts/setup run test
 	scripts/sim $(SEEDS)
+
+storm:              ## kill the daemons around a mirror for longer: make storm KILLS=1000 SEED=7
+	@scripts/setup run test
+	NBDVVOL_STORM_KILLS=$(KILLS) NBDVVOL_SEED=$(SEED) $(BIN)/python -m pytest tests/e2e/test_mirror_storm.py
 
 fuzz:               ## coverage-guided fuzzing of handshake and transmission: make fuzz SECONDS_EACH=600
 	@scripts/setup run test

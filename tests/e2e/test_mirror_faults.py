@@ -120,6 +120,9 @@ def test_a_hanging_leg_fails_at_its_deadline_and_comes_back_by_itself(farms: Mak
         overwrite(nbd, data)  # answered although the server says nothing
         assert states(farm) == {"one": "in-sync", "far": "stale"}
         overwrite(nbd, data)
+        waits = "old operations have not ended"
+        wait_until("it is told what the leg waits for", lambda: waits in farm.vvol("vm1/disk")["legs"][1]["now"]["why"])
+        assert waits in farm.cli("describe", "vvol", "vm1/disk").stdout
         peers[0].freeze(False)
         bring_back(farm)
         assert difference(bytes(data), nbd.read(0, SIZE)) == ""
@@ -139,6 +142,8 @@ def test_a_hanging_leg_that_cannot_fence_waits_for_the_operator(farms: MakeFarm,
         overwrite(nbd, data)
         time.sleep(2.0)
         assert states(farm) == {"one": "in-sync", "far": "stale"}
+        said = farm.cli("status", "-x", check=False).stdout
+        assert "vm1/disk" in said and "nbdvvol mirror resync" in said, said
         peers[0].kill()
         peers[0].start()
         bring_back(farm)

@@ -25,7 +25,7 @@ DEPTH = 16
 class Ledger:
     """What [base, base + blocks * 4096) of an export holds."""
 
-    def __init__(self, seed: int, blocks: int = 1024, base: int = 0) -> None:
+    def __init__(self, seed: int, blocks: int = 1024, base: int = 0, rest_s: float = 0.0) -> None:
         self.seed = seed
         self.blocks = blocks
         self.base = base
@@ -34,6 +34,8 @@ class Ledger:
         self.answered = 0
         self.last_answer = time.monotonic()
         self.shutdowns = 0
+        self._rest_s = rest_s
+        """After each answer, so that it leaves the machine to others."""
         self._next = 1
         self._random = random.Random(seed)
 
@@ -81,6 +83,7 @@ class Ledger:
             return  # refused: it may still not be there, and may not have been done
         if answer.error:
             raise NbdError(answer.error, answer.message)
+        time.sleep(self._rest_s)
         self.answered += 1
         self.last_answer = time.monotonic()
         if block >= 0:
