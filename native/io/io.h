@@ -62,7 +62,7 @@ struct nv_op {
     uint64_t length;
     struct nv_extent *extents;          /* EXTENTS: gapless from offset on, adjacent ones differ */
     uint32_t extents_max;
-    uint8_t *view;                      /* WRITE with NOW: where its bytes stand in a view; NULL: not known */
+    uint8_t *view;                      /* READ, WRITE with NOW: where its bytes stand in a view; NULL: not known */
     uint32_t port_flags;                /* the port's own */
     uint64_t port[8];                   /* the port's own: msghdr, timespec */
 };
@@ -127,9 +127,9 @@ nv_handle nv_io_open_socket(int fd);
 /* True if the file's bytes live in memory alone (tmpfs, ramfs): a transfer waits for no device. */
 bool nv_io_in_memory(nv_handle handle);
 /*
- * A view of the first `size` bytes of a file in memory, or NULL. Only nv_io_send() may read it (which answers -EFAULT
- * where the file has no byte to give) and only a WRITE with NOW change it, and both only where nv_io_present() says that
- * the pages are there: touching a hole would fill it.
+ * A view of the first `size` bytes of a file in memory, or NULL. Only nv_io_send() (which answers -EFAULT where the file
+ * has no byte to give) and a READ with NOW may read it, and only a WRITE with NOW change it, all of them only where
+ * nv_io_present() says that the pages are there: touching a hole would fill it.
  */
 uint8_t *nv_io_map(nv_handle handle, uint64_t size, bool writable);
 void nv_io_unmap(uint8_t *view, uint64_t size);

@@ -250,7 +250,10 @@ static bool perform_now(struct nv_io *io, struct nv_op *op)
     ssize_t moved;
 
     assert(op->kind == NV_OP_READ || (op->flags & NV_OP_NOW));
-    if (op->kind == NV_OP_READ)
+    if (op->kind == NV_OP_READ && op->view && (op->flags & NV_OP_NOW) &&
+        nv_load(op->iov->iov_base, op->view, op->iov->iov_len))
+        moved = (ssize_t)op->iov->iov_len;
+    else if (op->kind == NV_OP_READ)
         moved = preadv2(op->handle, op->iov, op->iov_count, (off_t)op->offset, flags);
     else if (op->kind == NV_OP_WRITE && op->view && nv_store(op->view, op->iov->iov_base, op->iov->iov_len))
         moved = (ssize_t)op->iov->iov_len; /* in memory is as durable as this file gets */

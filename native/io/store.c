@@ -21,6 +21,11 @@ static pthread_once_t once = PTHREAD_ONCE_INIT;
 /* Of the copy that this thread is in. Of the initial model, because a handler may not allocate a thread's block for it. */
 static _Thread_local sigjmp_buf *volatile way_out __attribute__((tls_model("initial-exec")));
 
+static void copy_through_cache(uint8_t *to, const uint8_t *from, size_t length)
+{
+    memcpy(to, from, length);
+}
+
 #ifdef __x86_64__
 static bool wide; /* the processor has AVX */
 
@@ -44,13 +49,10 @@ static void copy(uint8_t *to, const uint8_t *from, size_t length)
     if (wide && length >= PAST_CACHE_BYTES && length % STEP == 0 && (uintptr_t)to % 32 == 0)
         copy_past_cache(to, from, length);
     else
-        memcpy(to, from, length);
+        copy_through_cache(to, from, length);
 }
 #else
-static void copy(uint8_t *to, const uint8_t *from, size_t length)
-{
-    memcpy(to, from, length);
-}
+#define copy copy_through_cache
 #endif
 
 static void on_bus_error(int number, siginfo_t *info, void *context)
@@ -85,7 +87,8 @@ bool nv_store_ready(void)
     return ready;
 }
 
-bool nv_store(void *to, const void *from, size_t length)
+static bool guarded(void (*how)(uint8_t *to, const uint8_t *from, size_t length), void *to, const void *from,
+                    size_t length)
 {
     sigjmp_buf here;
 
@@ -96,8 +99,18 @@ bool nv_store(void *to, const void *from, size_t length)
     }
     way_out = &here;
     atomic_signal_fence(memory_order_seq_cst); /* the copy stays between the two */
-    copy(to, from, length);
+    how(to, from, length);
     atomic_signal_fence(memory_order_seq_cst);
     way_out = NULL;
     return true;
+}
+
+bool nv_store(void *to, const void *from, size_t length)
+{
+    return guarded(copy, to, from, length);
+}
+
+bool nv_load(void *to, const void *from, size_t length)
+{
+    return guarded(copy_through_cache, to, from, length);
 }
