@@ -249,7 +249,7 @@ static uint64_t stripe_end(uint64_t at, uint64_t end)
 uint64_t nv_cache_write_begins(struct nv_cache *cache, uint32_t owner, uint64_t first, uint64_t count)
 {
     const uint64_t time = atomic_fetch_add(&cache->clock, 1) + 1;
-    struct nv_cache_spot spot = {owner, 0, first};
+    struct nv_cache_spot spot = {owner, 0, first, false};
     const uint64_t end = first + count;
 
     while (spot.block < end) {
@@ -273,7 +273,7 @@ uint64_t nv_cache_write_ends(struct nv_cache *cache, uint32_t owner, uint64_t fi
                              uint64_t first_whole, uint64_t whole, const uint8_t *bytes)
 {
     const uint64_t now = atomic_fetch_add(&cache->clock, 1) + 1, end = first + count;
-    struct nv_cache_spot spot = {owner, 0, first};
+    struct nv_cache_spot spot = {owner, 0, first, false};
     uint64_t put = 0;
 
     while (spot.block < end) {

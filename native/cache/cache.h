@@ -22,6 +22,7 @@ struct nv_cache_spot {              /* one block of an owner */
     uint32_t owner;
     uint32_t tag;                   /* 0: the cache is off for the owner */
     uint64_t block;
+    bool scan;                      /* to put it in: it is one of very many in a row, and nothing should leave for it */
 };
 
 enum nv_cache_fill {
@@ -29,6 +30,7 @@ enum nv_cache_fill {
     NV_CACHE_THERE,                 /* it was in already */
     NV_CACHE_STALE,                 /* a write came between, or the tag is not the owner's any more */
     NV_CACHE_FULL,                  /* everything that might have gone is pinned or protected */
+    NV_CACHE_PASSED,                /* of a scan, seen for the first time: the ghost remembers it */
 };
 
 struct nv_cache_totals {

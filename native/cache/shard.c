@@ -280,6 +280,10 @@ enum nv_cache_fill nv_shard_put(struct nv_shard *shard, uint64_t mixed, const st
     if (frame != NV_CACHE_NONE)
         return refill(shard, frame, bytes, ahead);
     known = nv_ghost_take(&shard->ghost, mixed, spot->block, spot->tag, shard->frames - shard->small_target);
+    if (spot->scan && !known && shard->fresh == shard->frames) {
+        nv_ghost_add(&shard->ghost, mixed, spot->block, spot->tag);
+        return NV_CACHE_PASSED;
+    }
     frame = find_room(shard, spot->owner);
     if (frame == NV_CACHE_NONE)
         return NV_CACHE_FULL;
@@ -303,7 +307,7 @@ static const char *check_queue(struct nv_shard *shard, const struct nv_cache_fif
 
     for (; count < queue->count; count++, frame = shard->lines[frame].behind) {
         struct nv_line *line = &shard->lines[frame];
-        const struct nv_cache_spot spot = {line->owner, atomic_load(&line->tag), atomic_load(&line->block)};
+        const struct nv_cache_spot spot = {line->owner, atomic_load(&line->tag), atomic_load(&line->block), false};
         if (frame < shard->first || frame >= shard->first + shard->fresh || line->queue != kind)
             return "a queue holds a frame that does not belong to it";
         if (find_surely(shard, nv_cache_mix(spot.owner, spot.block), &spot) != frame)

@@ -74,6 +74,7 @@
 #define NV_AHEAD_MAX (4u << 20)                /* bytes read ahead of a stream */
 #define NV_AHEAD_PAUSE 16u                     /* requests of a stream for which nothing is fetched, when that was in vain, ... */
 #define NV_AHEAD_PAUSE_MAX 1024u               /* ... and at most */
+#define NV_SCAN_BYTES (4u << 20)               /* a longer stream is a scan (in a small cache, one of a tenth of it) */
 #define NV_FETCHES 4u                          /* of a reactor, under way at once */
 #define NV_FETCH_BYTES (256u << 10)
 #define NV_WANT_MAX (64u << 20)                /* of one NBD_CMD_CACHE */

@@ -16,7 +16,7 @@ static void expect(const struct nv_conn *conn, uint32_t further, bool near)
     const struct nv_cached *cached = &conn->volume->cached;
     const uint32_t size = conn->header_bytes;
     const uint8_t *header = nv_chunk_data(conn->chunk) + conn->rx_start + further * size;
-    struct nv_cache_spot spot = {cached->owner, nv_cache_tag(cached->cache, cached->owner), 0};
+    struct nv_cache_spot spot = {cached->owner, nv_cache_tag(cached->cache, cached->owner), 0, false};
 
     if (conn->rx_end - conn->rx_start < (further + 1) * size || get16(header + 6) != NBD_CMD_READ)
         return;

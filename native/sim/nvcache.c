@@ -75,7 +75,7 @@ static void look_at(uint32_t frame, uint64_t block, uint64_t least)
 static void read_block(struct actor *actor, uint64_t block)
 {
     const uint64_t least = atomic_load(&world.acknowledged[block]);
-    const struct nv_cache_spot spot = {0, nv_cache_tag(world.cache, 0), block};
+    const struct nv_cache_spot spot = {0, nv_cache_tag(world.cache, 0), block, false};
     uint64_t since;
     uint32_t frame;
 

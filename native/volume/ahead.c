@@ -108,7 +108,7 @@ static uint64_t skip_present(const struct nv_volume_local *local, uint64_t from,
 {
     const struct nv_cached *cached = &local->volume->cached;
     const uint64_t unit = unit_of(local);
-    struct nv_cache_spot spot = {cached->owner, nv_cache_tag(cached->cache, cached->owner), 0};
+    struct nv_cache_spot spot = {cached->owner, nv_cache_tag(cached->cache, cached->owner), 0, false};
 
     for (uint32_t steps = 0; from < to && spot.tag != 0 && steps < NV_FETCH_BYTES / NV_CACHE_BLOCK; steps++) {
         uint32_t frame;
@@ -264,5 +264,5 @@ bool nv_cached_saw(struct nv_reactor *reactor, struct nv_volume_local *local, ui
         stream->pause--;
     else if (most > 0)
         follow(reactor, local, stream, most);
-    return stream->seen > local->volume->plane->config.cache_bytes;
+    return stream->seen > local->volume->plane->config.cache_bytes / 10 || stream->seen > NV_SCAN_BYTES;
 }

@@ -258,7 +258,7 @@ static void want_edges(struct nv_vreq *request)
 
 static void read_begins(struct nv_vreq *request, uint32_t tag)
 {
-    struct nv_cache_spot spot = {request->volume->cached.owner, tag, 0};
+    struct nv_cache_spot spot = {request->volume->cached.owner, tag, 0, false};
     struct nv_cached_request *cached = &request->cached;
     bool scan = false;
 
@@ -278,19 +278,20 @@ static void read_begins(struct nv_vreq *request, uint32_t tag)
         local_of(request)->cached.reads++;
         want_edges(request);
     }
-    cached->state = scan ? NV_CACHED_PASS : NV_CACHED_READ;
+    cached->state = scan ? NV_CACHED_SCAN : NV_CACHED_READ;
 }
 
 static void read_ends(struct nv_vreq *request)
 {
     struct nv_cache *cache = request->volume->cached.cache;
     struct nv_cached_counters *counters = &local_of(request)->cached.counters;
-    struct nv_cache_spot spot = {request->volume->cached.owner, request->cached.tag, end_block(request->cached.from)};
+    struct nv_cache_spot spot = {request->volume->cached.owner, request->cached.tag, end_block(request->cached.from),
+                                 request->cached.state == NV_CACHED_SCAN};
     uint64_t end = first_block(request->offset + request->length);
 
     if (!request->cached.ahead)
         local_of(request)->cached.reads--;
-    if (request->error || request->cached.state == NV_CACHED_PASS)
+    if (request->error)
         return;
     if (end > spot.block + NV_CACHE_FILL_MAX)
         end = spot.block + NV_CACHE_FILL_MAX;
@@ -367,7 +368,7 @@ void nv_cached_ends(struct nv_vreq *request)
 {
     switch (request->cached.state) {
     case NV_CACHED_READ:
-    case NV_CACHED_PASS:
+    case NV_CACHED_SCAN:
         read_ends(request);
         break;
     case NV_CACHED_WRITE:
@@ -394,7 +395,7 @@ uint32_t nv_cached_pin(struct nv_reactor *reactor, struct nv_volume_local *local
 {
     const struct nv_cached *cached = &local->volume->cached;
     const uint64_t end = end_block(offset + length);
-    struct nv_cache_spot spot = {cached->owner, nv_cache_tag(cached->cache, cached->owner), first_block(offset)};
+    struct nv_cache_spot spot = {cached->owner, nv_cache_tag(cached->cache, cached->owner), first_block(offset), false};
     uint32_t count = 0;
 
     if (spot.tag == 0 || end - spot.block > max || reactor->pins + (end - spot.block) > reactor->pins_max)

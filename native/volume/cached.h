@@ -85,7 +85,7 @@ struct nv_cached_request {
 #define NV_CACHED_READ 1u           /* fill what it brings */
 #define NV_CACHED_WRITE 2u          /* begins was called */
 #define NV_CACHED_LONG 3u           /* holds the owner */
-#define NV_CACHED_PASS 4u           /* a read whose blocks are not kept */
+#define NV_CACHED_SCAN 4u           /* READ, of a long stream */
 
 struct nv_cached_change {           /* a policy on its way to the reactors */
     struct nv_volume *volume;
@@ -125,7 +125,7 @@ void nv_cached_begins(struct nv_vreq *request);
 void nv_cached_ends(struct nv_vreq *request);
 /* The last write-like request from before the hooks has left. */
 void nv_cached_drained(struct nv_reactor *reactor, struct nv_volume_local *local);
-/* Bytes are read: remember where, and fetch ahead. True: they are of a scan that nothing is kept of. */
+/* Bytes are read: remember where, and fetch ahead. True: they are of a long stream. */
 bool nv_cached_saw(struct nv_reactor *reactor, struct nv_volume_local *local, uint64_t offset, uint64_t length,
                    bool all_hit);
 /* Fetch these whole blocks when there is room. */

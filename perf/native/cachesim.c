@@ -22,7 +22,7 @@ static uint64_t now_ns(void)
 static bool request(struct nv_cache *cache, uint64_t block)
 {
     static const uint8_t bytes[NV_CACHE_BLOCK];
-    const struct nv_cache_spot spot = {0, nv_cache_tag(cache, 0), block};
+    const struct nv_cache_spot spot = {0, nv_cache_tag(cache, 0), block, false};
     const uint32_t frame = nv_cache_pin(cache, &spot);
 
     if (frame != NV_CACHE_NONE) {
