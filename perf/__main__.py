@@ -100,7 +100,7 @@ def qos(
 @app.command()
 def cache(
     quick: Annotated[bool, typer.Option(help="Traces a tenth as long: does it run?")] = False,
-    out: Annotated[Path | None, typer.Option(help="Result file; perf/results/cache-TIME.json without it.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Result file; perf/cache/results/TIME.json without it.")] = None,
 ) -> None:
     """Hit ratios of the data plane's cache on generated traces, beside LRU, ARC and S3-FIFO, without any server."""
     folder = running.Options().build
@@ -108,7 +108,7 @@ def cache(
         build(folder)
     except PointError as error:
         raise _fail(str(error), 2) from error
-    path = out or results.FOLDER / f"cache-{datetime.now(UTC):%Y%m%dT%H%M%SZ}.json"
+    path = out or offline.FOLDER / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}.json"
     for written in offline.write(offline.run(folder / "cachesim", say, quick=quick), path):
         print(written)
 

@@ -19,6 +19,7 @@ OURS = "ours"
 SIZES = (0.01, 0.05, 0.1, 0.2, 0.4)
 """Of the blocks that a trace may touch."""
 BLOCKS, REQUESTS = 40_000, 400_000
+FOLDER = Path(__file__).with_name("results")
 QUICK = 10
 """So many times smaller."""
 POLICIES = (*REFERENCES, OURS, f"{OURS}, 4 shards")
