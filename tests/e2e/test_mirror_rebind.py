@@ -159,7 +159,7 @@ def test_a_lease_ends_and_another_host_takes_over_without_force(three: Net, far:
         task = farm.api("POST", "/v1/vvols/vm1/disk/bind", {"host": "b"})
         ends_with_errors(writer)
         on(farm, "a")
-        assert not serves(farm.socket(), "disk")
+        wait_until("host a has stopped", lambda: not serves(farm.socket(), "disk"), 20)
         farm.task(task, timeout_s=60)
         farm.wait_bound("vm1/disk")
         verify(on(farm, "b"), ledger)

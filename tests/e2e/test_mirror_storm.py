@@ -21,6 +21,7 @@ from tests.lib.ledger import Ledger, Writer
 from tests.lib.nbdwords import MiB
 from tests.lib.netfarm import LegFarm, NetFarm, bring_back
 from tests.lib.netns import Net, net
+from tests.lib.procs import Process
 
 KILLS = int(os.environ.get("NBDVVOL_STORM_KILLS", "102"))
 SEED = int(os.environ.get("NBDVVOL_SEED", "1"))
@@ -65,8 +66,9 @@ class Storm:
                 self.ledger.verify(nbd)
             self.writer = Writer(self.ledger, self.farm.open("disk", wait_s=20))
 
-    def _process(self, victim: str):  # type: ignore[no-untyped-def]
+    def _process(self, victim: str) -> Process:
         if victim == "control":
+            assert self.farm.control is not None
             return self.farm.control
         return self.farm.filters["a"] if victim == "filter" else self.legs.filters["local"]
 
