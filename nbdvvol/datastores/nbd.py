@@ -297,7 +297,9 @@ class RemoteExport:
         await self._plane.close_object(self.number)
 
     def quit(self) -> None:
-        """Dial no more: I/O that has no link fails from here on."""
+        """Dial no more: I/O that has no link fails from here on. It may be said again, also once it is closed."""
+        if self._closing:
+            return
         self._closing = True
         if self._timer is not None:
             self._timer.cancel()

@@ -303,6 +303,13 @@ def test_a_farm_that_stops_and_comes_back(peers: list[Peer], tmp_path: Path) -> 
     load.check(peer.file.read_bytes())
 
 
+def test_a_filter_may_end_while_an_export_is_being_closed(peers: list[Peer]) -> None:
+    """Both let go of it: the second one finds nothing to do (`using` quits at its end)."""
+    peers.append(nbdkit(1 << 20).start())
+    with using(peers[0].uri) as far:
+        far.rig.wait(far.export.close())
+
+
 def test_every_far_end_is_let_go(peers: list[Peer]) -> None:
     """Closing leaves no connection behind, also while the server is away."""
     peers.append(nbdkit(SIZE).start())
