@@ -137,7 +137,7 @@ static void fua_done(struct nv_log_sync_wait *wait, int error)
     struct nv_log *log = request->below.log;
 
     if (error)
-        nv_log_push(&log->held, request);
+        nv_log_hold(log, request);
     else
         nv_log_finish(log, request, 0);
 }

@@ -77,7 +77,7 @@ static void tombstone_synced(struct nv_log_sync_wait *wait, int error)
 
     nv_log_leave(log, request);
     if (error) {
-        nv_log_push(&log->held, request);
+        nv_log_hold(log, request);
         return;
     }
     nv_log_drop(log, first_of(request), nv_log_units(request->length));
@@ -120,7 +120,7 @@ static void covered_done(struct nv_log_below *io)
         if (io->error)
             nv_log_finish(log, request, io->error);
         else
-            nv_log_push(&log->held, request);
+            nv_log_hold(log, request);
         return;
     }
     request->dropped = true;
@@ -134,8 +134,9 @@ void nv_log_bypass(struct nv_log *log, struct nv_log_request *request)
     if (log->state == NV_LOG_VOID || !nv_log_covered(log, first, blocks)) {
         send_below(log, request, request->flags, plain_done);
     } else if (log->state == NV_LOG_FAILED) {
-        nv_log_push(&log->held, request);
+        nv_log_hold(log, request);
     } else if (nv_log_carrying(log, first, blocks) || nv_log_reading(log, first, blocks) || !nv_log_tombstone_room(log)) {
+        log->counts.blocked++;
         nv_log_push(&log->blocked, request);
     } else {
         request->beside = log->active;

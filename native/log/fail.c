@@ -11,6 +11,14 @@
 
 #include "log/state.h"
 
+void nv_log_hold(struct nv_log *log, struct nv_log_request *request)
+{
+    if (log->state == NV_LOG_VOID) /* a late completion: the others have gone already */
+        nv_log_route(log, request);
+    else
+        nv_log_push(&log->held, request);
+}
+
 static void hold_all(struct nv_log *log, struct nv_log_list *list)
 {
     struct nv_log_request *request;

@@ -142,6 +142,10 @@ void nv_log_unsettle(struct nv_log *log, uint64_t first, uint64_t blocks)
             log->unsettled++;
             version->state = NV_LOG_LIVE;
             count_newest(log, number, 1);
+            if (version->bad) {
+                log->losses++;
+                log->config.event(log->config.context, NV_LOG_LOST, (int64_t)version->block);
+            }
         }
         version->state = NV_LOG_LIVE; /* CARRIED: what was written below may be gone again */
     }
@@ -156,7 +160,10 @@ void nv_log_spoil(struct nv_log *log, uint64_t number)
     version->bad = true;
     if (version->state == NV_LOG_SETTLED)
         return;
-    log->lost_blocks += nv_log_newest(log, version->block) == number;
+    if (nv_log_newest(log, version->block) == number) {
+        log->lost_blocks++;
+        log->losses++;
+    }
     log->config.event(log->config.context, NV_LOG_LOST, (int64_t)version->block);
 }
 

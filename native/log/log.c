@@ -262,7 +262,7 @@ void nv_log_route(struct nv_log *log, struct nv_log_request *request)
     else if (request->kind != NV_LOG_FLUSH)
         route_change(log, request);
     else if (log->state == NV_LOG_FAILED)
-        nv_log_push(&log->held, request);
+        nv_log_hold(log, request);
     else
         nv_log_flush(log, request);
 }
@@ -277,6 +277,7 @@ void nv_log_start(struct nv_log *log, struct nv_log_request *request)
     request->below.log = log;
     request->error = 0;
     request->moved = 0;
+    request->losses = log->lost_blocks ? NV_LOG_NONE : log->losses;
     request->alone = request->dropped = request->hold = request->routed = false;
     if (request->length == 0 && request->kind != NV_LOG_FLUSH)
         nv_log_finish(log, request, 0);

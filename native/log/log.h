@@ -56,6 +56,7 @@ struct nv_log_request {
     struct nv_log_request *beside;  /* of the bypasses over covered blocks, or of the reads below */
     uint64_t moved;                 /* READ: bytes that are there */
     uint64_t covers;                /* FLUSH: bypassed writes that it covers */
+    uint64_t losses;                /* FLUSH: how many there had been when it was asked for */
     uint8_t parts;                  /* FLUSH: what it waits for */
     bool alone;                     /* READ: one block at a time, a longer read has failed */
     bool dropped;                   /* written below; its tombstone is on its way */
@@ -113,7 +114,9 @@ struct nv_log_look {
     uint64_t ring_bytes, used_bytes;
     uint64_t dirty_blocks, lost_blocks;
     uint64_t oldest_age_ms;
-    uint64_t logged, groups, syncs, bypassed, tombstones, destaged, merged, held;
+    uint64_t held;                  /* requests that wait for the log to be void */
+    uint64_t blocked;               /* bypasses that had to wait: for a destage write or read below, or for room */
+    uint64_t logged, groups, syncs, bypassed, tombstones, destaged, merged;
 };
 
 /* 0 or -errno. */

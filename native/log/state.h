@@ -161,6 +161,7 @@ struct nv_log {
     uint64_t unsettled;             /* versions */
     uint64_t dirty_blocks;          /* whose newest version is not settled */
     uint64_t lost_blocks;
+    uint64_t losses;                /* ever */
     /* records on their way */
     struct nv_log_group groups[NV_LOG_GROUPS];
     struct nv_log_group *building;
@@ -295,5 +296,7 @@ uint64_t nv_log_used(const struct nv_log *log);
 /* ---- fail.c ---- */
 void nv_log_fail(struct nv_log *log, int error);
 void nv_log_is_void(struct nv_log *log);
+/* It waits until the log is void, then it begins anew. */
+void nv_log_hold(struct nv_log *log, struct nv_log_request *request);
 
 #endif

@@ -67,14 +67,17 @@ bool nv_log_sync(struct nv_log *log, struct nv_log_sync_wait *wait)
 
 /* ---- FLUSH ---- */
 
+/* What was lost is not durable, even if it has been overwritten since: this flush need not cover that. */
 static void part_done(struct nv_log *log, struct nv_log_request *request)
 {
+    const bool lost = request->losses != log->losses;
+
     if (--request->parts > 0)
         return;
     if (request->hold && !request->error)
-        nv_log_push(&log->held, request);
+        nv_log_hold(log, request);
     else
-        nv_log_finish(log, request, log->lost_blocks && !request->error ? -EIO : request->error);
+        nv_log_finish(log, request, lost && !request->error ? -EIO : request->error);
 }
 
 static void log_part(struct nv_log_sync_wait *wait, int error)

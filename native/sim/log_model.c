@@ -156,6 +156,7 @@ void model_lost(struct model *model, uint64_t block)
 {
     model->block[block].lost = true;
     model->block[block].durable = 0; /* until it is overwritten, and that flushed */
+    model->block[block].life = 0;    /* what is below may be of any life */
 }
 
 /* ---- crashes ---- */

@@ -16,6 +16,7 @@
  *  12  a log that failed counts as void without a word on disk     nv_log_make_void
  *  13  a bypass runs beside an older read from below               nv_log_reading
  *  14  what cannot be read from the log counts as settled         nv_log_spoil
+ *  15  what comes late is held by a log that is void already      nv_log_hold
  */
 #include <stdlib.h>
 
@@ -49,6 +50,8 @@ bool __real_nv_log_reading(const struct nv_log *log, uint64_t first, uint64_t bl
 bool __wrap_nv_log_reading(const struct nv_log *log, uint64_t first, uint64_t blocks);
 void __real_nv_log_spoil(struct nv_log *log, uint64_t number);
 void __wrap_nv_log_spoil(struct nv_log *log, uint64_t number);
+void __real_nv_log_hold(struct nv_log *log, struct nv_log_request *request);
+void __wrap_nv_log_hold(struct nv_log *log, struct nv_log_request *request);
 
 static bool mutant(int number)
 {
@@ -161,4 +164,12 @@ void __wrap_nv_log_spoil(struct nv_log *log, uint64_t number)
     if (mutant(14)) /* as if there were no version: the bytes below are returned */
         nv_log_version(log, number)->state = NV_LOG_SETTLED;
     __real_nv_log_spoil(log, number);
+}
+
+void __wrap_nv_log_hold(struct nv_log *log, struct nv_log_request *request)
+{
+    if (mutant(15))
+        nv_log_push(&log->held, request);
+    else
+        __real_nv_log_hold(log, request);
 }

@@ -135,6 +135,7 @@ static void heard(void *context, enum nv_log_event event, int64_t value)
         world->needs_word = true;
         break;
     case NV_LOG_FAILING:
+        world->troubled |= value == -ETIMEDOUT; /* the clock may jump past the deadline of a device that is well */
         if (!world->troubled)
             nv_sim_violation("the log fails (%" PRId64 ") on a device without faults", value);
         break;
@@ -282,6 +283,7 @@ static void make_trouble(struct world *world)
         log->write_error = chance(world, 300) ? 60 : 0;
         log->sync_error = chance(world, 300) ? 100 : 0;
         log->gone = chance(world, 60);
+        log->hung = world->plan.deadline_ms && chance(world, 200); /* what is slow may still happen, long after it was given up */
         world->troubled = true;
     }
     if (chance(world, world->plan.leg_trouble)) {
@@ -406,7 +408,7 @@ static void open_log(struct world *world, bool discard)
 {
     struct nv_log_config config = {
         .io = world->io, .handle = world->log_handle, .size = world->vvol_size, .bypass_bytes = world->plan.bypass,
-        .stream_bytes = world->plan.stream, .age_ms = world->plan.age_ms, .deadline_ms = 0, .context = world,
+        .stream_bytes = world->plan.stream, .age_ms = world->plan.age_ms, .deadline_ms = world->plan.deadline_ms, .context = world,
         .below = start_below, .event = heard, .discard = discard,
         .claim = {.epoch = ++world->epoch, .generation = 1, .length = world->log_size, .dirty = world->dirty},
     };
@@ -507,7 +509,7 @@ static void crash(struct world *world)
     if (world->plan.trace)
         printf("%6" PRIu64 " -- %s\n", world->step, world->cache_survived ? "the process dies" : "the power is cut");
     world->at_crash = world->model;
-    world->at_crash.pure = look.bypassed == 0 && !world->troubled && world->vvol_size == world->leg_size;
+    world->at_crash.pure = look.bypassed + look.blocked == 0 && !world->troubled && world->vvol_size == world->leg_size;
     nv_sim_crash(world->log_file, world->cache_survived, random, world->log_image);
     nv_sim_crash(world->leg_file, world->cache_survived, random, world->leg_image);
     const bool dirty = world->dirty; /* the registry of this moment */

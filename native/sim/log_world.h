@@ -17,7 +17,7 @@
 struct world_plan {
     uint64_t seed;
     uint32_t blocks, ring, depth, lives, steps;
-    uint32_t bypass, stream, age_ms;
+    uint32_t bypass, stream, age_ms, deadline_ms;
     uint16_t log_trouble;           /* chance in 1024 of a life: its log device fails in some way */
     uint16_t leg_trouble;
     bool pure;                      /* nothing goes past the log, nothing fails: prefixes are judged */

@@ -47,6 +47,7 @@ static struct world_plan by_chance(uint64_t seed)
         made.steps = 100 + (uint32_t)sim_random_below(&random, 700);
         made.stream = made.log_trouble = made.leg_trouble = 0;
     }
+    made.deadline_ms = made.log_trouble && sim_random_chance(&random, 300) ? 20 : 0;
     return made;
 }
 

@@ -59,6 +59,7 @@ MUTANTS = {
     "a log that failed counts as void without a word on disk": (12, "301..1300"),
     "a bypass runs beside an older read from below": (13, "1..300"),
     "what cannot be read counts as settled": (14, "1..300"),
+    "what comes late is held by a log that is void already": (15, "3401..3700"),
 }
 
 
