@@ -263,7 +263,7 @@ int nv_volume_change(nv_plane *plane, uint32_t number, const void *desc, uint64_
         return error;
     }
     if (volume->mirror || map->legs) { /* one change at a time: lanes are handed out again when it is through */
-        error = volume->changes ? nv_fail(EBUSY, "another change of mirror %u is under way", number)
+        error = volume->map_changes ? nv_fail(EBUSY, "another change of mirror %u is under way", number)
                                 : nv_mirror_check_change(volume->latest, map);
         if (error) {
             nv_object_unuse(map);
@@ -278,6 +278,7 @@ int nv_volume_change(nv_plane *plane, uint32_t number, const void *desc, uint64_
     nv_cached_map_changes(volume, volume->latest, map);
     volume->latest = map;
     volume->changes++;
+    volume->map_changes++;
     for (uint32_t i = 0; i < plane->config.reactors; i++) {
         change->messages[i].change = change;
         change->messages[i].message.run = nv_volume_local_change;
@@ -394,7 +395,7 @@ static int send_command(nv_plane *plane, uint32_t number, enum nv_mirror_command
     struct nv_volume *volume;
     int error = find_volume(plane, number, &volume);
 
-    if (!error && kind == NV_MIRROR_RESYNC && volume->changes)
+    if (!error && kind == NV_MIRROR_RESYNC && volume->map_changes)
         error = nv_fail(EBUSY, "a change of mirror %u is under way", number);
     return error ? error : nv_mirror_send_command(volume, kind, leg, option, generation, token);
 }

@@ -302,6 +302,7 @@ static void volume_changed(nv_plane *plane, struct nv_volume_change *change)
 
     nv_cached_map_changed(volume, change->from, change->to);
     volume->changes--;
+    volume->map_changes--;
     nv_object_unuse(change->from);
     free(change);
     nv_volume_forget(plane, volume);

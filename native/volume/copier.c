@@ -277,7 +277,7 @@ static void source_read(struct nv_mio *mio)
     const uint8_t bit = nv_lane_bit(copy->source);
     const struct nv_part *part = &mio->parts[copy->source];
 
-    if (mio->late || part->result < 0 || (nv_leg_latched(part->leg) && nv_mirror_fault(mirror, copy->source, -EIO)) ||
+    if (mio->late || part->result < 0 || (nv_lane_latched(mirror, copy->source) && nv_mirror_fault(mirror, copy->source, -EIO)) ||
         !(mirror->in_sync & bit)) {
         copy->tried |= bit;
         nv_mio_end(mio);

@@ -48,7 +48,10 @@ static void latch(struct nv_sync *sync, struct nv_reactor *reactor, int error)
     int none = 0;
 
     assert(error < 0);
-    if (!atomic_compare_exchange_strong(&sync->fault, &none, error) || atomic_exchange(&sync->telling, true))
+    if (!atomic_compare_exchange_strong(&sync->fault, &none, error))
+        return;
+    atomic_fetch_add(&sync->faults, 1);
+    if (atomic_exchange(&sync->telling, true))
         return;
     sync->event.event.result = error;
     sync->tell.run = tell_fault;
@@ -150,7 +153,8 @@ void nv_sync_latch(struct nv_sync *sync)
     int none = 0;
 
     pthread_mutex_lock(&sync->lock);
-    atomic_compare_exchange_strong(&sync->fault, &none, -EIO);
+    if (atomic_compare_exchange_strong(&sync->fault, &none, -EIO))
+        atomic_fetch_add(&sync->faults, 1);
     pthread_mutex_unlock(&sync->lock);
 }
 

@@ -103,13 +103,30 @@ void nv_mirror_lose_syncing(struct nv_mirror *mirror, uint32_t lane, int error)
     nv_mirror_raise(mirror, &at->stopped);
 }
 
-bool nv_leg_latched(const struct nv_map_leg *leg)
+/* A fault stands of one of the leg's objects; and how many there have been of all of them. */
+static bool leg_faults(const struct nv_map_leg *leg, uint64_t *count)
 {
-    bool fault = leg && leg->meta && atomic_load(&leg->meta->sync.fault) != 0;
+    bool stands = leg && leg->meta && atomic_load(&leg->meta->sync.fault) != 0;
 
-    for (uint32_t i = 0; leg && i < leg->object_count; i++)
-        fault |= atomic_load(&leg->objects[i]->sync.fault) != 0;
-    return fault;
+    *count = leg && leg->meta ? atomic_load(&leg->meta->sync.faults) : 0;
+    for (uint32_t i = 0; leg && i < leg->object_count; i++) {
+        stands |= atomic_load(&leg->objects[i]->sync.fault) != 0;
+        *count += atomic_load(&leg->objects[i]->sync.faults);
+    }
+    return stands;
+}
+
+bool nv_lane_latched(const struct nv_mirror *mirror, uint32_t lane)
+{
+    uint64_t count;
+    const bool stands = leg_faults(nv_mirror_map(mirror)->by_lane[lane], &count);
+
+    return stands || ((nv_lanes_live(mirror) & nv_lane_bit(lane)) && count != mirror->lanes[lane].faults);
+}
+
+void nv_lane_counts_faults(struct nv_mirror *mirror, uint32_t lane, const struct nv_map_leg *leg)
+{
+    (void)leg_faults(leg, &mirror->lanes[lane].faults);
 }
 
 /* In-sync legs that have lost something, where others have not: those go first, or one with everything might. */
@@ -118,7 +135,7 @@ static void lose_latched(struct nv_mirror *mirror)
     uint8_t latched = 0;
 
     NV_EACH_LANE(lane, mirror->in_sync)
-        if (nv_leg_latched(nv_mirror_map(mirror)->by_lane[lane]))
+        if (nv_lane_latched(mirror, lane))
             latched |= nv_lane_bit(lane);
     if (latched == mirror->in_sync)
         return;
@@ -164,7 +181,7 @@ static bool has_kept_all(struct nv_mio *mio, uint32_t lane)
 {
     struct nv_mirror *mirror = mio->mirror;
 
-    if (!nv_leg_latched(mio->parts[lane].leg)) {
+    if (!nv_lane_latched(mirror, lane)) {
         if (mirror->in_sync == nv_lane_bit(lane))
             mirror->suspected = false;
         return true;
@@ -172,6 +189,7 @@ static bool has_kept_all(struct nv_mio *mio, uint32_t lane)
     if (nv_mirror_fault(mirror, lane, -EIO))
         return false;
     suspect(mirror, mio);
+    nv_lane_counts_faults(mirror, lane, nv_mirror_map(mirror)->by_lane[lane]);
     return true;
 }
 
@@ -464,7 +482,7 @@ static int begin_resync(struct nv_mirror *mirror, uint32_t lane, struct nv_mirro
         return -EALREADY;
     if (!leg || !leg->meta)
         return -ENODEV;
-    if (nv_leg_latched(leg))
+    if (nv_lane_latched(mirror, lane))
         return -EIO; /* until the operator clears it */
     mirror->lanes[lane].resync = command;
     return 1;

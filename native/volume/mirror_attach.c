@@ -194,7 +194,7 @@ void nv_task_attach(struct nv_mirror *mirror)
 {
     nv_task_release_at_attach(mirror);
     for (uint32_t lane = NV_LEGS_MAX; lane-- > 0;) /* an object whose sync has failed while this process lived */
-        if ((mirror->in_sync & nv_lane_bit(lane)) && nv_leg_latched(nv_mirror_map(mirror)->by_lane[lane]))
+        if ((mirror->in_sync & nv_lane_bit(lane)) && nv_lane_latched(mirror, lane))
             nv_mirror_fault(mirror, lane, -EIO);
     if (begin_again(mirror))
         return;
@@ -239,6 +239,7 @@ static void go_live(struct nv_mirror *mirror)
 {
     mirror->lanes[mirror->task.lane].state = NV_LANE_SYNCING;
     mirror->syncing |= nv_lane_bit(mirror->task.lane);
+    nv_lane_counts_faults(mirror, mirror->task.lane, nv_mirror_map(mirror)->by_lane[mirror->task.lane]);
     mirror->task.after_force = prepare_dirty;
     nv_intent_force(mirror);
 }

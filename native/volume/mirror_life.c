@@ -53,6 +53,7 @@ int nv_mirror_create(struct nv_volume *volume, struct nv_map *map, struct nv_rea
     for (uint32_t i = 0; i < map->leg_count; i++) {
         map->legs[i].lane = i;
         map->by_lane[i] = &map->legs[i];
+        nv_lane_counts_faults(mirror, i, &map->legs[i]);
         mirror->lanes[i].id = map->legs[i].id;
         mirror->used |= nv_lane_bit(i);
         mirror->lanes[i].state = map->legs[i].state == NV_LEG_IN_SYNC ? NV_LANE_IN_SYNC : NV_LANE_STALE;

@@ -180,7 +180,7 @@ static bool is_good(struct nv_mio *mio, uint32_t lane)
             request->tried |= bit;
         return false;
     }
-    if (nv_leg_latched(part->leg) && nv_mirror_fault(mirror, lane, -EIO))
+    if (nv_lane_latched(mirror, lane) && nv_mirror_fault(mirror, lane, -EIO))
         return false;
     if (!(mirror->in_sync & bit))
         return false;
@@ -282,7 +282,7 @@ uint8_t *nv_mirror_view(struct nv_mirror *mirror, const struct nv_map *map, uint
 
     if (mirror->attaching || mirror->fenced || mirror->broken || mirror->settling || !leg || leg->run_count == 0 ||
         !(mirror->in_sync & nv_lane_bit(mirror->primary)) || offset >= map->size || length > map->size - offset ||
-        nv_mirror_doubtful(mirror, offset, length) || nv_leg_latched(leg))
+        nv_mirror_doubtful(mirror, offset, length) || nv_lane_latched(mirror, mirror->primary))
         return NULL;
     run = nv_leg_find(leg, offset);
     if (!run->object || length > run->offset + run->length - offset)

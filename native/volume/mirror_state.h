@@ -73,6 +73,7 @@ struct nv_lane {
     uint8_t state;                  /* NV_LANE_* */
     uint32_t outstanding;           /* operations that have not completed, late ones included */
     uint64_t label_sequence;        /* the newest known */
+    uint64_t faults;                /* of its objects, that are known and dealt with */
     uint64_t reads, latency_ns;
     uint64_t read_end;              /* where its last read ended: sequential streams stay on a leg */
     struct nv_mirror_command *resync; /* waits for late operations and for its turn */
@@ -263,8 +264,13 @@ static inline bool nv_lane_present(const struct nv_mirror *mirror, uint32_t lane
     return leg && leg->meta;
 }
 
-/* mirror.c: a sync of one of its objects has failed, perhaps another volume's: it may not have what was written. */
-bool nv_leg_latched(const struct nv_map_leg *leg);
+/*
+ * mirror.c: a sync of one of the lane's objects has failed, perhaps another volume's, since it got what is written (even
+ * if the operator has cleared the fault meanwhile): it may not have all of it.
+ */
+bool nv_lane_latched(const struct nv_mirror *mirror, uint32_t lane);
+/* From here on it counts: the lane gets what is written, or what it may have lost is marked. */
+void nv_lane_counts_faults(struct nv_mirror *mirror, uint32_t lane, const struct nv_map_leg *leg);
 /* No write-like request may start now. */
 static inline bool nv_mirror_stopped(const struct nv_mirror *mirror)
 {

@@ -86,7 +86,8 @@ struct nv_volume {
     /* the front thread's */
     struct nv_map *latest;          /* newest accepted map */
     struct nv_qos *limits;          /* newest accepted; NULL: none */
-    uint32_t changes;               /* under way, of map or limits */
+    uint32_t changes;               /* under way, of map, limits or cache, and */
+    uint32_t map_changes;           /* of the map alone */
     bool closing;
     bool gone;                      /* VOLUME_CLOSED was seen */
     struct nv_volume_local locals[];
