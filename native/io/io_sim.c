@@ -1,5 +1,6 @@
 /*
- * The world of io_sim.h: disks, sockets, faults and the effect of every operation (the port itself: io_sim_port.c).
+ * The world of io_sim.h: disks, faults and the effect of every operation (sockets: io_sim_socket.c; the port itself:
+ * io_sim_port.c).
  * Invariants: an operation is in exactly one of {staged (not yet entered), pending, ready}; only
  * nv_sim_step() moves one from pending to ready, at the moment of its effect; `done` runs only from nv_io_run().
  * While an operation is not ready the port owns its memory: outgoing bytes are hashed when they come and when
@@ -90,6 +91,16 @@ uint64_t nv_sim_timers_late_ns(void)
     return sim_world.timers_late_ns;
 }
 
+uint64_t nv_sim_time(void)
+{
+    return ++sim_world.time;
+}
+
+struct nv_sim_counts nv_sim_counts(void)
+{
+    return sim_world.counts;
+}
+
 uint64_t nv_sim_syncs_failed(void)
 {
     return sim_world.syncs_failed;
@@ -155,20 +166,6 @@ const struct nv_sim_trouble *sim_trouble_of(const struct nv_op *op)
     return handle->origin ? &sim_world.handles[handle->origin].trouble : &handle->trouble;
 }
 
-int nv_sim_socket(void)
-{
-    struct sim_socket *socket = calloc(1, sizeof *socket);
-
-    assert(socket);
-    for (int i = 0; i < 2; i++) {
-        struct pipe_queue *queue = i ? &socket->to_client : &socket->to_server;
-        queue->capacity = 4096u << sim_random_below(&sim_world.random, 8);
-        queue->bytes = malloc(queue->capacity);
-        assert(queue->bytes);
-    }
-    return sim_add_handle((struct handle){.kind = HANDLE_SOCKET, .socket = socket, .owner = true});
-}
-
 void nv_sim_end(void)
 {
     assert(sim_world.alive);
@@ -179,11 +176,8 @@ void nv_sim_end(void)
         struct handle *handle = &sim_world.handles[i];
         if (handle->owner && handle->disk)
             sim_disk_destroy(handle->disk);
-        if (handle->owner && handle->socket) {
-            free(handle->socket->to_server.bytes);
-            free(handle->socket->to_client.bytes);
-            free(handle->socket);
-        }
+        if (handle->owner && handle->socket)
+            sim_socket_free(handle->socket);
     }
     free(sim_world.pending.items);
     sim_world.alive = false;
@@ -228,9 +222,8 @@ uint64_t sim_total(const struct nv_op *op)
     return sum;
 }
 
-/* Visit `size` bytes of the operation's memory from `skip` on, piece by piece; stops when visit answers less. */
-static size_t walk(const struct nv_op *op, uint64_t skip, size_t size,
-                   size_t (*visit)(void *context, uint8_t *bytes, size_t size), void *context)
+size_t sim_walk(const struct nv_op *op, uint64_t skip, size_t size,
+                size_t (*visit)(void *context, uint8_t *bytes, size_t size), void *context)
 {
     size_t walked = 0;
 
@@ -259,7 +252,7 @@ static size_t scribble(void *context, uint8_t *bytes, size_t size)
 
 void sim_scribble(struct nv_op *op)
 {
-    walk(op, 0, SCRIBBLE_MAX, scribble, NULL);
+    sim_walk(op, 0, SCRIBBLE_MAX, scribble, NULL);
 }
 
 void sim_check_stable(struct nv_op *op)
@@ -270,43 +263,9 @@ void sim_check_stable(struct nv_op *op)
                          (unsigned long long)sim_total(op));
 }
 
-/* ---- byte queues ---- */
-
-static size_t queue_push(void *context, uint8_t *bytes, size_t size)
-{
-    struct pipe_queue *queue = context;
-    size_t room = queue->capacity - queue->size, pushed;
-
-    size = size < room ? size : room;
-    for (pushed = 0; pushed < size;) {
-        size_t at = (queue->start + queue->size) % queue->capacity;
-        size_t part = queue->capacity - at < size - pushed ? queue->capacity - at : size - pushed;
-        memcpy(queue->bytes + at, bytes + pushed, part);
-        queue->size += part;
-        pushed += part;
-    }
-    return pushed;
-}
-
-static size_t queue_pull(void *context, uint8_t *out, size_t size)
-{
-    struct pipe_queue *queue = context;
-    size_t pulled;
-
-    size = size < queue->size ? size : queue->size;
-    for (pulled = 0; pulled < size;) {
-        size_t part = queue->capacity - queue->start < size - pulled ? queue->capacity - queue->start : size - pulled;
-        memcpy(out + pulled, queue->bytes + queue->start, part);
-        queue->start = (queue->start + part) % queue->capacity;
-        queue->size -= part;
-        pulled += part;
-    }
-    return pulled;
-}
-
 /* ---- effects: each returns true when the operation has completed ---- */
 
-static bool finish(struct nv_op *op, int64_t result)
+bool sim_finish(struct nv_op *op, int64_t result)
 {
     op->result = result;
     return true;
@@ -327,6 +286,7 @@ static size_t maybe_short(size_t size)
     if (!sim_random_chance(&sim_world.random, sim_world.faults.short_transfer))
         return size;
     part = (size_t)part_of(&sim_world.random, size);
+    sim_world.counts.short_transfers += part > 0 && part < size;
     return part ? part : size;
 }
 
@@ -360,10 +320,10 @@ static bool do_read(struct nv_op *op, struct sim_disk *disk)
     size_t size = (size_t)sim_disk_clip(disk, op->offset, sim_total(op));
 
     if (sim_random_chance(&sim_world.random, sim_world.faults.read_error))
-        return finish(op, -EIO);
+        return sim_finish(op, -EIO);
     size = maybe_short(size);
-    walk(op, 0, size, from_disk, &cursor);
-    return finish(op, (int64_t)size);
+    sim_walk(op, 0, size, from_disk, &cursor);
+    return sim_finish(op, (int64_t)size);
 }
 
 static bool do_write(struct nv_op *op, struct sim_disk *disk)
@@ -381,20 +341,21 @@ static bool do_write(struct nv_op *op, struct sim_disk *disk)
     bool sync_fails = dsync && sim_random_chance(&sim_world.random, sim_world.faults.dsync_error);
     if (fails || sync_fails) { /* part of it may have happened */
         cursor.mode = sync_fails ? SIM_WRITE_LOST : SIM_WRITE_CACHED;
-        walk(op, 0, (size_t)part_of(&sim_world.random, size), to_disk, &cursor);
-        return finish(op, sync_fails || sim_random_chance(&sim_world.random, 512) ? -EIO : -ENOSPC);
+        sim_walk(op, 0, (size_t)part_of(&sim_world.random, size), to_disk, &cursor);
+        return sim_finish(op, sync_fails || sim_random_chance(&sim_world.random, 512) ? -EIO : -ENOSPC);
     }
     size = maybe_short(size);
-    walk(op, 0, size, to_disk, &cursor);
-    return finish(op, (int64_t)size);
+    sim_walk(op, 0, size, to_disk, &cursor);
+    return sim_finish(op, (int64_t)size);
 }
 
 static bool do_sync(struct nv_op *op, struct sim_disk *disk)
 {
     bool fails = sim_random_chance(&sim_world.random, sim_world.faults.sync_error + sim_trouble_of(op)->sync_error);
 
+    sim_world.counts.syncs_failed += fails;
     sim_disk_sync(disk, sim_state_of(op)->entered_at, fails);
-    return finish(op, fails ? -EIO : 0);
+    return sim_finish(op, fails ? -EIO : 0);
 }
 
 static bool do_zero(struct nv_op *op, struct sim_disk *disk)
@@ -402,7 +363,7 @@ static bool do_zero(struct nv_op *op, struct sim_disk *disk)
     bool punch = op->kind == NV_OP_PUNCH;
 
     if (punch ? sim_world.faults.no_punch : sim_world.faults.no_zero_range)
-        return finish(op, -EOPNOTSUPP);
+        return sim_finish(op, -EOPNOTSUPP);
     if (sim_disk_clip(disk, op->offset, op->length) != op->length)
         nv_sim_violation("zeros of %llu bytes at %llu go past the end of their file", (unsigned long long)op->length,
                          (unsigned long long)op->offset);
@@ -412,7 +373,7 @@ static bool do_zero(struct nv_op *op, struct sim_disk *disk)
         sim_disk_punch(disk, op->offset, size, sim_world.time);
     else
         sim_disk_write(disk, op->offset, NULL, size, sim_world.time, SIM_WRITE_CACHED);
-    return finish(op, fails ? -EIO : 0);
+    return sim_finish(op, fails ? -EIO : 0);
 }
 
 static bool do_extents(struct nv_op *op, struct sim_disk *disk)
@@ -421,68 +382,20 @@ static bool do_extents(struct nv_op *op, struct sim_disk *disk)
     uint32_t count = 0;
 
     if (sim_random_chance(&sim_world.random, sim_world.faults.read_error))
-        return finish(op, -EIO);
+        return sim_finish(op, -EIO);
     for (bool hole; at < end && count < op->extents_max; count++) {
         uint64_t length = sim_disk_extent(disk, at, end - at, &hole);
         op->extents[count] = (struct nv_extent){length, hole ? NV_EXTENT_HOLE | NV_EXTENT_ZERO : 0};
         at += length;
     }
-    return finish(op, count);
-}
-
-static bool do_recv(struct nv_op *op, struct sim_socket *socket)
-{
-    struct op_state *state = sim_state_of(op);
-    size_t left = (size_t)(sim_total(op) - state->moved);
-    size_t size = left < socket->to_server.size ? left : socket->to_server.size;
-
-    if (socket->client_reset)
-        return finish(op, state->moved ? (int64_t)state->moved : -ECONNRESET);
-    if (size == 0)
-        return finish(op, (int64_t)state->moved); /* the end of the stream */
-    if (sim_random_chance(&sim_world.random, 256))
-        size = 1 + (size_t)sim_random_below(&sim_world.random, size);
-    state->moved += walk(op, state->moved, size, queue_pull, &socket->to_server);
-    if ((op->flags & NV_OP_WHOLE) && state->moved < sim_total(op))
-        return false;
-    return finish(op, (int64_t)state->moved);
-}
-
-static bool do_send(struct nv_op *op, struct sim_socket *socket)
-{
-    struct op_state *state = sim_state_of(op);
-
-    if (socket->client_closed || socket->server_shut || socket->server_shut_send)
-        return finish(op, state->moved ? (int64_t)state->moved : -EPIPE);
-    size_t left = (size_t)(sim_total(op) - state->moved);
-    if (left > 1 && sim_random_chance(&sim_world.random, 256))
-        left = 1 + (size_t)sim_random_below(&sim_world.random, left);
-    state->moved += walk(op, state->moved, left, queue_push, &socket->to_client);
-    if (state->moved > 0 && sim_random_chance(&sim_world.random, 16)) /* the real port: at an error's edge */
-        return finish(op, (int64_t)state->moved);
-    return state->moved < sim_total(op) ? false : finish(op, (int64_t)state->moved);
-}
-
-int64_t sim_send(struct sim_socket *socket, struct iovec *iov, unsigned count)
-{
-    const struct nv_op op = {.kind = NV_OP_SEND, .iov = iov, .iov_count = (uint16_t)count};
-    size_t size = (size_t)sim_total(&op);
-
-    if (socket->client_closed || socket->server_shut || socket->server_shut_send)
-        return -EPIPE;
-    if (sim_random_chance(&sim_world.random, sim_world.faults.bad_view))
-        return -EFAULT;
-    if (size > 1 && sim_random_chance(&sim_world.random, 256))
-        size = 1 + (size_t)sim_random_below(&sim_world.random, size);
-    size = walk(&op, 0, size, queue_push, &socket->to_client);
-    return size ? (int64_t)size : -EAGAIN;
+    return sim_finish(op, count);
 }
 
 static bool can_go_on(struct nv_op *op)
 {
     const struct nv_sim_trouble *trouble = sim_trouble_of(op);
 
-    if (trouble->hung && !trouble->gone && !trouble->fenced)
+    if (!trouble->gone && !trouble->fenced && (trouble->hung || sim_state_of(op)->entered_at < trouble->stuck_before))
         return false;
     if (sim_state_of(op)->settled)
         return true;
@@ -490,11 +403,7 @@ static bool can_go_on(struct nv_op *op)
         return false;
     if (op->kind != NV_OP_RECV && op->kind != NV_OP_SEND)
         return true;
-    const struct sim_socket *socket = sim_world.handles[op->handle].socket;
-    if (op->kind == NV_OP_RECV)
-        return socket->to_server.size > 0 || socket->client_shut || socket->server_shut;
-    return socket->to_client.size < socket->to_client.capacity || socket->client_closed || socket->server_shut ||
-           socket->server_shut_send;
+    return sim_socket_ready(op, sim_world.handles[op->handle].socket);
 }
 
 /* The file's own troubles: 0, or the error that the operation ends with. */
@@ -503,13 +412,18 @@ static int troubled(struct nv_op *op)
     const struct nv_sim_trouble *trouble = sim_trouble_of(op);
     uint16_t chance = op->kind == NV_OP_READ ? trouble->read_error : trouble->write_error;
 
-    if (trouble->fenced)
+    if (trouble->fenced) {
+        sim_world.counts.fenced++;
         return -ESTALE;
+    }
     if (trouble->gone || sim_state_of(op)->settled)
         return -EIO;
     if (op->kind == NV_OP_SYNC) /* its failure loses what it should have saved */
         return 0;
-    return sim_random_chance(&sim_world.random, chance) ? -EIO : 0;
+    if (!sim_random_chance(&sim_world.random, chance))
+        return 0;
+    sim_world.counts.errors++;
+    return -EIO;
 }
 
 bool sim_perform(struct nv_op *op)
@@ -519,7 +433,7 @@ bool sim_perform(struct nv_op *op)
 
     sim_world.time++;
     if (error)
-        return finish(op, error);
+        return sim_finish(op, error);
     switch (op->kind) {
     case NV_OP_READ:
         return do_read(op, handle->disk);
@@ -533,11 +447,11 @@ bool sim_perform(struct nv_op *op)
     case NV_OP_EXTENTS:
         return do_extents(op, handle->disk);
     case NV_OP_RECV:
-        return do_recv(op, handle->socket);
+        return sim_recv(op, handle->socket);
     case NV_OP_SEND:
-        return do_send(op, handle->socket);
+        return sim_send_op(op, handle->socket);
     default:
-        return finish(op, 0);
+        return sim_finish(op, 0);
     }
 }
 
@@ -586,15 +500,21 @@ bool nv_sim_advance(void)
 static void tear(struct nv_op *op, struct sim_disk *disk, struct sim_random *random)
 {
     uint64_t end = op->offset + sim_total(op);
+    unsigned done = 0, left = 0;
 
     for (uint64_t at = op->offset; at < end;) {
         uint64_t part = SIM_SECTOR - at % SIM_SECTOR;
         struct disk_cursor cursor = {disk, at, SIM_WRITE_CACHED};
         part = part < end - at ? part : end - at;
-        if (sim_random_chance(random, 512))
-            walk(op, at - op->offset, (size_t)part, to_disk, &cursor);
+        if (sim_random_chance(random, 512)) {
+            sim_walk(op, at - op->offset, (size_t)part, to_disk, &cursor);
+            done++;
+        } else {
+            left++;
+        }
         at += part;
     }
+    sim_world.counts.torn += done && left;
 }
 
 /* What an operation that is cut off has done: all of it, some, or nothing. */
@@ -616,7 +536,8 @@ void nv_sim_settle(int file, struct sim_random *random)
         const struct handle *handle = op->kind == NV_OP_TIMER ? NULL : &sim_world.handles[op->handle];
         if (!handle || handle->disk != disk || handle->origin != file || sim_state_of(op)->settled)
             continue;
-        do_in_part(op, disk, random);
+        if (!sim_trouble_of(op)->fenced)
+            do_in_part(op, disk, random);
         sim_state_of(op)->settled = true;
     }
 }
@@ -636,49 +557,3 @@ void nv_sim_crash(int file, bool cache_survives, struct sim_random *random, uint
     else
         sim_disk_crash(disk, random, image);
 }
-
-/* ---- the client's side of sockets ---- */
-
-static struct sim_socket *socket_of(int socket)
-{
-    struct sim_socket *found = sim_world.handles[socket].socket;
-
-    assert(found);
-    return found;
-}
-
-size_t nv_sim_client_send(int socket, const void *bytes, size_t size)
-{
-    struct sim_socket *at = socket_of(socket);
-
-    assert(!at->client_shut);
-    return at->server_closed || at->server_shut ? 0 : queue_push(&at->to_server, (uint8_t *)(uintptr_t)bytes, size);
-}
-
-size_t nv_sim_client_recv(int socket, void *out, size_t capacity)
-{
-    return queue_pull(&socket_of(socket)->to_client, out, capacity);
-}
-
-bool nv_sim_client_ended(int socket)
-{
-    const struct sim_socket *at = socket_of(socket);
-
-    return (at->server_closed || at->server_shut || at->server_shut_send) && at->to_client.size == 0;
-}
-
-void nv_sim_client_shut(int socket)
-{
-    socket_of(socket)->client_shut = true;
-}
-
-void nv_sim_client_close(int socket, bool reset)
-{
-    struct sim_socket *at = socket_of(socket);
-
-    at->client_shut = at->client_closed = true;
-    at->client_reset = reset;
-    if (reset)
-        at->to_server.size = 0;
-}
-

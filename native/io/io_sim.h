@@ -45,6 +45,10 @@ bool nv_sim_advance(void);
 uint64_t nv_sim_clock_ns(void);
 uint64_t nv_sim_timers_late_ns(void); /* the latest so far: from its time until the user of the port heard of it */
 uint64_t nv_sim_syncs_failed(void); /* whose failure was handed back to the user of the port */
+struct nv_sim_counts {          /* of files' operations, so far in this world */
+    uint64_t errors, fenced, syncs_failed, short_transfers, torn;
+};
+struct nv_sim_counts nv_sim_counts(void);
 
 /* A file as a descriptor for nv_io_open_file(); the world owns the disk. With `align` > 1 it is open with O_DIRECT:
  * offsets, lengths and memory that are no multiples of it are violations. A file in memory has a view, too. */
@@ -58,12 +62,15 @@ struct nv_sim_trouble {
     bool hung;                  /* nothing completes */
     bool gone;                  /* everything fails with -EIO, without effect */
     bool fenced;                /* ... with -ESTALE */
+    uint64_t stuck_before;      /* what was asked before this moment (nv_sim_time) does not complete */
     uint16_t read_error, write_error, sync_error; /* chances in 1024, beside the world's */
 };
 struct nv_sim_trouble *nv_sim_trouble(int file);
 /* What is on its way through the file to its disk has its effect now, in part or not at all, and fails. */
 void nv_sim_settle(int file, struct sim_random *random);
 struct sim_disk *nv_sim_disk(int file);
+/* Counts effects: an operation that is asked for from here on is later. */
+uint64_t nv_sim_time(void);
 /* The clock jumps forward. */
 void nv_sim_jump(uint64_t ns);
 /* What a power cut at this moment leaves, or with `cache_survives` the death of the process alone: operations in

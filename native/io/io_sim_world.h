@@ -1,5 +1,5 @@
 /*
- * What io_sim.c (the world and the effects of operations) and io_sim_port.c (the port's functions) share. One world a
+ * What io_sim.c (the world and the effects of operations), io_sim_socket.c and io_sim_port.c (the port's functions) share. One world a
  * process, one thread; everything above the port uses io.h and io_sim.h only.
  */
 #ifndef NV_IO_SIM_WORLD_H
@@ -62,6 +62,7 @@ struct sim_world {
     uint64_t clock_ns;
     uint64_t time; /* counts effects; orders writes against syncs */
     uint64_t syncs_failed;
+    struct nv_sim_counts counts;
     uint64_t timers_late_ns; /* the latest of them all: from its time until its user heard of it */
     struct op_list pending;
     struct handle handles[HANDLES_MAX];
@@ -90,6 +91,16 @@ void sim_check_stable(struct nv_op *op);
 bool sim_perform(struct nv_op *op);
 /* The troubles of an operation's file. */
 const struct nv_sim_trouble *sim_trouble_of(const struct nv_op *op);
+/* It has completed with this: true. */
+bool sim_finish(struct nv_op *op, int64_t result);
+/* Visit `size` bytes of the operation's memory from `skip` on, piece by piece; stops when visit answers less. */
+size_t sim_walk(const struct nv_op *op, uint64_t skip, size_t size,
+                size_t (*visit)(void *context, uint8_t *bytes, size_t size), void *context);
+/* Sockets: the operation's effect, as sim_perform(); something can go on. */
+bool sim_recv(struct nv_op *op, struct sim_socket *socket);
+bool sim_send_op(struct nv_op *op, struct sim_socket *socket);
+bool sim_socket_ready(const struct nv_op *op, const struct sim_socket *socket);
+void sim_socket_free(struct sim_socket *socket);
 /* A send that happens at once, outside of any operation. */
 int64_t sim_send(struct sim_socket *socket, struct iovec *iov, unsigned count);
 void sim_make_ready(struct nv_op *op);

@@ -37,7 +37,9 @@ struct farm_leg {
     uint8_t *snapshot;              /* an earlier state of the disk, */
     uint64_t snapshot_epoch, snapshot_generation; /* and the stamp that the registry had of the leg then */
     bool gone, hung;                /* for every host */
+    uint64_t stuck_before;          /* what was asked of it before this moment of the world does not complete */
     bool rebooted;                  /* what its cache held may be lost, and perhaps nobody has noticed yet */
+    uint64_t rebooted_step, resync_step; /* when it was, and when its last resync began */
     bool suspect;                   /* control knows that a sync failed there: who opens it latches */
     bool spoiled;                   /* rolled back or blank: only a full resync makes it right */
 };
@@ -48,6 +50,12 @@ struct farm_message {
     uint64_t epoch;                 /* of the host's machine */
     nv_legs_action action;
     nv_legs_record record;
+    uint64_t sent_step;
+};
+
+/* How often, of 1000, which step is taken; what is left is the hosts' work. */
+struct farm_shares {
+    uint16_t messages, advance, trouble, heal, tend, control, end;
 };
 
 struct farm {
@@ -63,10 +71,16 @@ struct farm {
     uint8_t uuid[16];
     bool in_memory;                 /* the legs are files in memory: of one host, which has them as long as it lives */
     uint32_t host_count;            /* that the volume is bound to */
+    bool leased;                    /* a host ends by itself before another one is bound; a cache needs that */
+    uint32_t cache_mode, cache_frames; /* NV_CACHE_MODE_*; 0 frames: the filters have no cache */
     uint32_t lives, steps;
     uint32_t good;                  /* this leg has no trouble of its own; FARM_LEGS: none is promised that */
     bool must_serve;                /* nothing may fail for the clients, because of the good leg */
-    uint16_t hang, drop, reboot, leg_errors, sync_errors, cut, kill, rebind, spoil, swap, jump; /* chances */
+    struct farm_shares shares;
+    uint32_t aim, aims;             /* a filter is to die when it does this (enum tally), and how often still */
+    bool sticky;                    /* who hangs leaves only what it was asked before undone */
+    uint16_t hasty;                 /* how often the operator clears a fault at once */
+    uint16_t hang, drop, reboot, read_errors, write_errors, sync_errors, cut, kill, rebind, spoil, swap, jump; /* chances */
     /* control */
     nv_legs_record registry;
     uint32_t owner;                 /* host, or FARM_HOSTS: released */
@@ -75,6 +89,7 @@ struct farm {
     uint32_t message_count;
     struct check *check;
     struct client_rules rules;
+    uint64_t now;                   /* counts steps */
     uint64_t commits, inspections;
     uint64_t crashes;               /* ends of a process, of a host's right to serve, or of power, so far */
     sim_pick *pick;                 /* what a power cut leaves; NULL: by chance */
@@ -102,6 +117,8 @@ void farm_cut(struct farm *farm, uint32_t host);
 /* The leg's server knows of a newer epoch: nothing goes through this file of a host any more. */
 void farm_fence(int file);
 void farm_power_cut(struct farm *farm, uint32_t leg);
+/* It has everything again, if it was made so from this step on. */
+void farm_made_whole(struct farm *farm, uint32_t leg, uint64_t since_step);
 void farm_take_snapshot(struct farm *farm, uint32_t leg);
 bool farm_roll_back(struct farm *farm, uint32_t leg); /* false: nothing would show that it was */
 void farm_inspect(struct farm *farm);

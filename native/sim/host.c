@@ -9,14 +9,16 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "sim/tally.h"
 #include "volume/meta.h"
-#include "volume/mirror_state.h"
 
 #define RECORD_BYTES 2048u
 #define TOKEN_LOOK 1000u
 #define TOKEN_CHANGE 2000u
 #define TOKEN_CLOSE 2001u
 #define TOKEN_VERIFY 2002u
+#define TOKEN_CACHE 2003u
+#define LEASE_TURNS 1000u
 
 static bool tracing(const struct host *host)
 {
@@ -41,7 +43,9 @@ static void set_trouble(const struct host *host, uint32_t leg)
 
     trouble->gone = at->gone;
     trouble->hung = at->hung;
-    trouble->read_error = trouble->write_error = good ? 0 : host->farm->leg_errors;
+    trouble->stuck_before = at->stuck_before;
+    trouble->read_error = good ? 0 : host->farm->read_errors;
+    trouble->write_error = good ? 0 : host->farm->write_errors;
     trouble->sync_error = good ? 0 : host->farm->sync_errors;
 }
 
@@ -170,6 +174,18 @@ static void open_volume(struct host *host)
     if (nv_volume_open(host->plane, record, length, &host->volume) != 0)
         nv_sim_violation("the mirror does not open: %s", nv_last_error());
     host->opened = true;
+    host_set_cache(host, host->farm->cache_mode);
+}
+
+void host_set_cache(struct host *host, uint32_t mode)
+{
+    const nv_cache_policy policy = {.mode = mode, .ahead_bytes = (uint32_t)farm_below(host->farm, 4) * 4 * NV_CACHE_BLOCK};
+
+    if (!host->farm->cache_frames || host->caching || !host->opened || host->closing)
+        return;
+    if (nv_volume_set_cache(host->plane, host->volume, &policy, TOKEN_CACHE) != 0)
+        nv_sim_violation("the cache policy is refused: %s", nv_last_error());
+    host->caching = true;
 }
 
 static void change_volume(struct host *host)
@@ -210,6 +226,7 @@ static void obey(struct host *host, const nv_legs_action *action)
     if (tracing(host))
         printf("-- host %u: action %u, leg %u, ask %u, generation %llu, full %u, why %u\n", host->index, action->kind,
                action->leg, action->ask, (unsigned long long)action->generation, action->full, action->why);
+    host_tally_action(host, action);
     switch (action->kind) {
     case NV_ACT_ASK:
         farm_send(host->farm, &message);
@@ -224,6 +241,7 @@ static void obey(struct host *host, const nv_legs_action *action)
         error = nv_leg_release(host->plane, host->volume, action->leg, action->generation, action->token);
         break;
     case NV_ACT_RESYNC:
+        host->farm->legs[action->leg - FARM_LEG_ID(0)].resync_step = host->farm->now;
         error = nv_leg_resync(host->plane, host->volume, action->leg, action->full, action->generation, action->token);
         break;
     case NV_ACT_PROMOTE:
@@ -275,6 +293,7 @@ static void took_events(struct host *host, const nv_event *event)
         printf("-- host %u: event %u, token %llu, result %d, %llu %llu %llu\n", host->index, event->kind,
                (unsigned long long)event->token, event->result, (unsigned long long)event->args[0],
                (unsigned long long)event->args[1], (unsigned long long)event->args[2]);
+    host_tally_event(host, event);
     switch (event->kind) {
     case NV_EVENT_CONNECTION_CLOSED:
         check_connection_drained(host->farm->check, (uint32_t)event->token);
@@ -288,6 +307,9 @@ static void took_events(struct host *host, const nv_event *event)
         break;
     case NV_EVENT_VOLUME_CHANGED:
         host->changing = false;
+        break;
+    case NV_EVENT_VOLUME_CACHE:
+        host->caching = false;
         break;
     case NV_EVENT_VOLUME_CLOSED:
         host->closed = true;
@@ -303,7 +325,7 @@ static void took_events(struct host *host, const nv_event *event)
         host->failed |= event->result != 0;
         for (uint32_t i = 0; host->attached && i < host->farm->leg_count; i++)
             if (farm_in_sync(host->farm, i))
-                host->farm->legs[i].rebooted = false;
+                farm_made_whole(host->farm, i, host->bound_step);
         break;
     default:
         break;
@@ -433,33 +455,6 @@ void host_clear_faults(struct host *host)
     }
 }
 
-static const struct nv_mirror *mirror_of(const struct host *host)
-{
-    const struct nv_volume *volume = nv_table_get(&host->plane->volumes, host->volume);
-
-    return volume ? volume->mirror : NULL;
-}
-
-bool host_leg_in_sync(const struct host *host, uint32_t leg)
-{
-    const struct nv_mirror *mirror = mirror_of(host);
-
-    for (uint32_t lane = 0; mirror && lane < NV_LEGS_MAX; lane++)
-        if (mirror->lanes[lane].id == FARM_LEG_ID(leg))
-            return mirror->lanes[lane].state == NV_LANE_IN_SYNC;
-    return false;
-}
-
-uint32_t host_other_leg(const struct host *host)
-{
-    const struct nv_mirror *mirror = mirror_of(host);
-
-    for (uint32_t lane = 0; mirror && lane < NV_LEGS_MAX; lane++)
-        if (lane != mirror->primary && (mirror->in_sync & nv_lane_bit(lane)))
-            return mirror->lanes[lane].id - FARM_LEG_ID(0);
-    return FARM_LEGS;
-}
-
 void host_verify(struct host *host, bool repair)
 {
     host->verifying = true;
@@ -547,9 +542,11 @@ bool host_serves(const struct host *host)
 
 bool host_turn(struct host *host)
 {
-    uint32_t reactor = (uint32_t)farm_below(host->farm, host->farm->reactors);
+    const uint32_t reactor = (uint32_t)farm_below(host->farm, host->farm->reactors);
+    const bool moved = nv_reactor_turn(nv_plane_reactor(host->plane, reactor));
 
-    return nv_reactor_turn(nv_plane_reactor(host->plane, reactor));
+    host_tally_turn(host);
+    return moved;
 }
 
 static bool turn_all(struct host *host)
@@ -578,14 +575,15 @@ bool host_move(struct host *host)
 void host_bind(struct host *host)
 {
     struct farm *farm = host->farm;
-    nv_plane_config config = {.reactors = farm->reactors, .cpu_first = -1, .pool_bytes = 4u << 20, .connections_max = 64};
+    nv_plane_config config = {.reactors = farm->reactors, .cpu_first = -1, .pool_bytes = 4u << 20, .connections_max = 64,
+                              .cache_bytes = (uint64_t)farm->cache_frames * NV_CACHE_BLOCK};
     struct farm *const keep = farm;
     uint64_t *const next_id = host->next_id;
     const uint32_t index = host->index;
 
     assert(!host->plane);
     *host = (struct host){.farm = keep, .index = index, .next_id = next_id, .epoch = farm->registry.epoch,
-                          .known = farm->registry};
+                          .known = farm->registry, .bound_step = farm->now};
     if (nv_plane_build(&config, false, &host->plane) != 0)
         nv_sim_violation("the plane does not start: %s", nv_last_error());
     host->plane->scattered = farm_chance(farm, 300);
@@ -613,6 +611,7 @@ static void end_plane(struct host *host)
 {
     bool finished = false;
 
+    host_tally_cache(host);
     nv_plane_stop(host->plane);
     for (uint32_t i = 0; !finished; i++) {
         bool moved = nv_sim_step();
@@ -632,6 +631,17 @@ static void end_plane(struct host *host)
     host->begun = host->attached = false;
 }
 
+void host_lease_ends(struct host *host)
+{
+    if (!host->opened || host->closing || nv_volume_fence(host->plane, host->volume) != 0)
+        return;
+    tally(TALLY_LEASE_ENDS);
+    for (uint32_t i = 0; i < LEASE_TURNS && !host_fenced(host); i++)
+        turn_all(host);
+    if (!host_fenced(host))
+        nv_sim_violation("host %u is not fenced at the end of its lease", host->index);
+}
+
 void host_depose(struct host *host)
 {
     for (uint32_t i = 0; i < host->file_count; i++) {
@@ -646,6 +656,7 @@ void host_depose(struct host *host)
 
 void host_kill(struct host *host)
 {
+    tally(host_doing(host));
     for (uint32_t i = 0; i < host->file_count; i++) {
         nv_sim_settle(host->files[i], &host->farm->random);
         nv_sim_trouble(host->files[i])->gone = true;

@@ -8,6 +8,7 @@
 
 #include "reactor/plane.h"
 #include "sim/farm.h"
+#include "sim/tally.h"
 
 #define HOST_CLIENTS 3u
 #define HOST_PATIENCE 400000u
@@ -30,10 +31,12 @@ struct host {
     uint32_t index;
     nv_plane *plane;                /* NULL: down */
     uint64_t epoch;
+    uint64_t bound_step;            /* when it got it */
     nv_legs *machine;
     bool begun;                     /* the machine has the looks */
-    bool opened, attached, failed, changing, closing, closed;
+    bool opened, attached, failed, changing, caching, closing, closed;
     bool refused, deposed;
+    bool expired;                   /* as it was when the last turn ended */
     uint32_t why;                   /* refused */
     uint32_t volume;
     uint64_t map_version;
@@ -69,8 +72,10 @@ struct client *host_client(struct host *host);
 void host_leg_rebooted(struct host *host, uint32_t disk);
 void host_clear_faults(struct host *host);
 void host_close_volume(struct host *host);
-/* The plane has the leg in sync. */
-bool host_leg_in_sync(const struct host *host, uint32_t leg);
+/* The cache may be switched to any mode at any time. */
+void host_set_cache(struct host *host, uint32_t mode);
+/* Its lease runs out: it stops by itself, before anybody else is bound. */
+void host_lease_ends(struct host *host);
 /* Its files are fenced: whoever asks it from now on gets nothing. */
 void host_depose(struct host *host);
 /* The process dies; what is on its way to the disks has happened in part. */
@@ -78,7 +83,18 @@ void host_kill(struct host *host);
 /* The end of a plane whose volume is closed, or was never opened. */
 void host_stop(struct host *host);
 void host_verify(struct host *host, bool repair);
+
+/* host_watch.c: the plane has the leg in sync; operations of it are under way, late ones included. */
+bool host_leg_in_sync(const struct host *host, uint32_t leg);
+bool host_leg_has_late(const struct host *host, uint32_t leg);
 /* A leg that the plane has in sync and that is not its primary; FARM_LEGS: none. */
 uint32_t host_other_leg(const struct host *host);
+/* If it died now. */
+enum tally host_doing(const struct host *host);
+bool host_fenced(const struct host *host);
+void host_tally_cache(const struct host *host);
+void host_tally_turn(struct host *host);
+void host_tally_event(const struct host *host, const nv_event *event);
+void host_tally_action(const struct host *host, const nv_legs_action *action);
 
 #endif

@@ -11,6 +11,7 @@
 #include <string.h>
 
 #include "sim/mirror_world.h"
+#include "sim/tally.h"
 
 static uint64_t below(struct world *world, uint64_t bound)
 {
@@ -33,6 +34,7 @@ static uint32_t some_leg(struct world *world)
 
 static void reboot_leg(struct world *world, uint32_t leg)
 {
+    tally(TALLY_REBOOT);
     world_say(world, "reboot of leg", leg);
     for (uint32_t i = 0; i < FARM_HOSTS; i++)
         for (uint32_t j = 0; world->hosts[i].plane && j < world->hosts[i].file_count; j++)
@@ -43,6 +45,9 @@ static void reboot_leg(struct world *world, uint32_t leg)
     for (uint32_t i = 0; i < FARM_HOSTS; i++)
         if (world->hosts[i].plane && !world->hosts[i].deposed)
             host_leg_rebooted(&world->hosts[i], leg);
+    for (uint32_t i = 0; i < FARM_HOSTS; i++) /* the operator's word comes before the mirror has looked */
+        if (world->hosts[i].plane && chance(world, world->farm.hasty))
+            host_clear_faults(&world->hosts[i]);
 }
 
 /* What it has not written down yet is also in another leg that lives and has lost nothing. */
@@ -57,28 +62,52 @@ static bool can_lose_cache(struct world *world, uint32_t leg)
     return !host;
 }
 
+/* What it is asked from now on it does, what it was asked before it does not. */
+static void leave_stuck(struct world *world, uint32_t leg)
+{
+    tally(TALLY_STUCK);
+    world_say(world, "what it was asked before is stuck: leg", leg);
+    world->farm.legs[leg].hung = false;
+    world->farm.legs[leg].stuck_before = nv_sim_time() + 1;
+}
+
+static void leg_trouble(struct world *world, uint32_t leg)
+{
+    struct farm *farm = &world->farm;
+
+    if (chance(world, farm->hang)) {
+        tally(TALLY_HANG);
+        farm->legs[leg].hung = true;
+        world_say(world, "hang of leg", leg);
+    }
+    if (farm->legs[leg].hung && chance(world, farm->sticky ? 1024 : 300))
+        leave_stuck(world, leg);
+    if (chance(world, farm->drop)) {
+        tally(TALLY_LOSS);
+        farm->legs[leg].gone = true;
+        world_say(world, "loss of leg", leg);
+    }
+    if (chance(world, farm->reboot) && can_lose_cache(world, leg))
+        reboot_leg(world, leg);
+}
+
 static void trouble(struct world *world)
 {
     struct farm *farm = &world->farm;
     const uint32_t leg = some_leg(world);
 
-    if (leg < FARM_LEGS && chance(world, farm->hang)) {
-        farm->legs[leg].hung = true;
-        world_say(world, "hang of leg", leg);
-    }
-    if (leg < FARM_LEGS && chance(world, farm->drop)) {
-        farm->legs[leg].gone = true;
-        world_say(world, "loss of leg", leg);
-    }
-    if (leg < FARM_LEGS && chance(world, farm->reboot) && can_lose_cache(world, leg))
-        reboot_leg(world, leg);
+    if (leg < FARM_LEGS)
+        leg_trouble(world, leg);
     if (chance(world, farm->cut)) {
         const uint32_t host = (uint32_t)below(world, FARM_HOSTS);
+        tally(TALLY_CUT);
         farm_cut(farm, host);
         world_say(world, "cut of host", host);
     }
-    if (chance(world, farm->jump))
+    if (chance(world, farm->jump)) {
+        tally(TALLY_JUMP);
         nv_sim_jump(below(world, 20000000000ull));
+    }
     world_tell_troubles(world);
 }
 
@@ -105,6 +134,7 @@ static void spoil_legs(struct world *world)
     leg = some_leg(world);
     if (leg < FARM_LEGS && other < FARM_LEGS && leg != other && chance(world, farm->swap) && can_spare(farm, leg) &&
         can_spare(farm, other)) {
+        tally(TALLY_SWAP);
         world_say(world, "swap of leg", leg);
         farm->legs[leg].path = other;
         farm->legs[other].path = leg;
@@ -127,7 +157,7 @@ static void control(struct world *world)
             nv_sim_violation("the registry is called old, and is not");
         world_heal(world, chance(world, 512));
         world_bind(world, &world->hosts[below(world, world->farm.host_count)]);
-    } else if (chance(world, world->farm.rebind)) {
+    } else if (chance(world, 4u * world->farm.rebind)) {
         world_bind(world, &world->hosts[below(world, world->farm.host_count)]);
     }
 }
@@ -155,39 +185,93 @@ static void run(struct world *world)
         nv_sim_advance();
 }
 
-static void step(struct world *world)
+/* The process dies, or power goes. */
+static void end_one(struct world *world, struct host *host)
+{
+    if (chance(world, 512)) {
+        world_kill(world, host);
+        return;
+    }
+    world_outage(world, false);
+    spoil_legs(world);
+}
+
+static void end_somebody(struct world *world, struct host *host)
+{
+    retire(world);
+    if (host->plane && chance(world, world->farm.kill))
+        end_one(world, host);
+}
+
+/* The seed wants it to end in the middle of something. */
+static void end_aimed(struct world *world, struct host *host)
+{
+    if (world->farm.aims == 0 || host_doing(host) != (enum tally)world->farm.aim || !chance(world, 200))
+        return;
+    world->farm.aims--;
+    end_one(world, host);
+}
+
+/* The clients, the hosts, the disks. */
+static void work(struct world *world, struct host *host)
 {
     const uint64_t what = below(world, 1000);
-    struct host *host = some_host(world);
 
-    if (!host->plane || what >= 996)
-        control(world);
-    else if (what < 280)
+    if (what < 300)
         host_act(host);
-    else if (what < 600)
+    else if (what < 640)
         run(world);
-    else if (what < 920)
+    else if (what < 965)
         host_turn(host);
-    else if (what < 950)
+    else
         host_events(host);
-    else if (what < 970)
-        host_messages(host);
-    else if (what < 973)
-        nv_sim_advance();
-    else if (what < 985)
-        trouble(world);
-    else if (what < 988)
-        world_heal(world, false);
-    else if (what < 991)
-        host_tend(host, false);
-    else if (what < 993)
+    end_aimed(world, host);
+}
+
+static void rarely(struct world *world, struct host *host)
+{
+    if (chance(world, 100))
+        host_set_cache(host, (uint32_t)below(world, 3));
+    else if (chance(world, 700))
         host_clear_faults(host);
-    else if (what < 994)
+    else
         farm_take_snapshot(&world->farm, (uint32_t)below(world, world->farm.leg_count));
-    else if (what < 995)
-        retire(world);
-    else if (chance(world, world->farm.kill * 20u))
-        world_outage(world, false);
+}
+
+/* True: `what` is within the share, else it has become less by it. */
+static bool is_turn_of(uint64_t *what, uint64_t share)
+{
+    if (*what < share)
+        return true;
+    *what -= share;
+    return false;
+}
+
+static void step(struct world *world)
+{
+    const struct farm_shares *share = &world->farm.shares;
+    struct host *host = some_host(world);
+    uint64_t what = below(world, 1000);
+
+    world->farm.now++;
+    if (!host->plane || is_turn_of(&what, share->control))
+        control(world);
+    else if (is_turn_of(&what, share->messages))
+        host_messages(host);
+    else if (is_turn_of(&what, share->advance))
+        nv_sim_advance();
+    else if (is_turn_of(&what, share->trouble))
+        trouble(world);
+    else if (is_turn_of(&what, share->heal))
+        world_heal(world, false);
+    else if (is_turn_of(&what, share->tend))
+        host_tend(host, false);
+    else if (is_turn_of(&what, share->end))
+        end_somebody(world, host);
+    else if (is_turn_of(&what, 3))
+        rarely(world, host);
+    else
+        work(world, host);
 }
 
 /* ---- one seed ---- */

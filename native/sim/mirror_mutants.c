@@ -16,6 +16,9 @@
  *  11  legs let hosts of an older epoch through                               farm_fence
  *  12  a leg's label is not held against its stamp                            nv_legs_begin
  *  13  writes of clients and copies between legs pass each other              nv_range_enter
+ *  14  the cache is hit behind a fence                                        nv_cached_fence
+ *  15  the cache is filled with what was read before a write                  nv_cache_fill
+ *  16  a fault that is cleared before the mirror has looked is not heard of   nv_sync_clear
  */
 #include <stdlib.h>
 
@@ -46,6 +49,14 @@ void __real_nv_legs_begin(nv_legs *legs, const nv_legs_record *record, const nv_
 void __wrap_nv_legs_begin(nv_legs *legs, const nv_legs_record *record, const nv_leg_look *looks);
 void __real_nv_range_enter(struct nv_range_table *table, struct nv_range *range);
 void __wrap_nv_range_enter(struct nv_range_table *table, struct nv_range *range);
+void __real_nv_cached_fence(struct nv_volume *volume);
+void __wrap_nv_cached_fence(struct nv_volume *volume);
+enum nv_cache_fill __real_nv_cache_fill(struct nv_cache *cache, const struct nv_cache_spot *spot, uint64_t since,
+                                        const uint8_t *bytes, bool ahead);
+enum nv_cache_fill __wrap_nv_cache_fill(struct nv_cache *cache, const struct nv_cache_spot *spot, uint64_t since,
+                                        const uint8_t *bytes, bool ahead);
+void __real_nv_sync_clear(struct nv_sync *sync);
+void __wrap_nv_sync_clear(struct nv_sync *sync);
 
 static bool mutant(int number)
 {
@@ -172,4 +183,23 @@ void __wrap_nv_range_enter(struct nv_range_table *table, struct nv_range *range)
         range->length = 1;
     }
     __real_nv_range_enter(table, range);
+}
+
+void __wrap_nv_cached_fence(struct nv_volume *volume)
+{
+    if (!mutant(14))
+        __real_nv_cached_fence(volume);
+}
+
+enum nv_cache_fill __wrap_nv_cache_fill(struct nv_cache *cache, const struct nv_cache_spot *spot, uint64_t since,
+                                        const uint8_t *bytes, bool ahead)
+{
+    return __real_nv_cache_fill(cache, spot, mutant(15) ? UINT64_MAX : since, bytes, ahead);
+}
+
+void __wrap_nv_sync_clear(struct nv_sync *sync)
+{
+    if (mutant(16) && atomic_load(&sync->fault))
+        atomic_fetch_sub(&sync->faults, 1);
+    __real_nv_sync_clear(sync);
 }

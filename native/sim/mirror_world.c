@@ -2,6 +2,7 @@
  * See mirror_world.h.
  */
 #include "sim/mirror_world.h"
+#include "sim/tally.h"
 
 #include <assert.h>
 #include <stdio.h>
@@ -69,9 +70,13 @@ void world_kill(struct world *world, struct host *host)
 void world_bind(struct world *world, struct host *host)
 {
     world_say(world, "bind to host", host->index);
+    if (world_serving(world) && world_serving(world) != host)
+        tally(TALLY_REBIND);
     world->farm.registry.epoch++;
     for (uint32_t i = 0; i < FARM_HOSTS; i++)
         if (world->hosts[i].plane) {
+            if (world->farm.leased && !world->hosts[i].deposed)
+                host_lease_ends(&world->hosts[i]);
             world->farm.crashes++;
             host_depose(&world->hosts[i]);
         }
@@ -100,8 +105,10 @@ void world_outage(struct world *world, bool everywhere)
     world_kill_all(world);
     world->farm.crashes += world->farm.crashes == before;
     for (uint32_t leg = 0; leg < world->farm.leg_count; leg++)
-        if (everywhere || farm_chance(&world->farm, 512))
+        if (everywhere || farm_chance(&world->farm, 512)) {
+            tally(TALLY_POWER_CUT);
             farm_power_cut(&world->farm, leg);
+        }
     check_crash(world->farm.check, !something_lost(world));
     world_follow(world);
     farm_inspect(&world->farm);
@@ -122,6 +129,8 @@ void world_heal(struct world *world, bool all)
     for (uint32_t leg = 0; leg < farm->leg_count; leg++) {
         if (all || farm_chance(&world->farm, 300))
             farm->legs[leg].hung = false;
+        if (all || farm_chance(&world->farm, 60))
+            farm->legs[leg].stuck_before = 0;
         if (all || farm_chance(&world->farm, 300))
             farm->legs[leg].gone = false;
         if (all || farm_chance(&world->farm, 300))
@@ -145,7 +154,7 @@ void world_calm(struct world *world)
 
     none.read_error = none.write_error = none.sync_error = none.dsync_error = none.punch_error = none.stall = 0;
     nv_sim_set_faults(&none);
-    farm->leg_errors = farm->sync_errors = 0;
+    farm->read_errors = farm->write_errors = farm->sync_errors = 0;
     world_heal(world, true);
     for (uint32_t i = 0; i < FARM_HOSTS; i++)
         if (world->hosts[i].plane && world->hosts[i].deposed)
@@ -335,8 +344,20 @@ struct mirror_figures world_figures(const struct world *world)
     return (struct mirror_figures){farm->rules.answers, farm->crashes, farm->commits, farm->inspections};
 }
 
+static void count_operations(void)
+{
+    const struct nv_sim_counts counts = nv_sim_counts();
+
+    tally_counts[TALLY_LEG_ERROR] += counts.errors;
+    tally_counts[TALLY_SYNC_ERROR] += counts.syncs_failed;
+    tally_counts[TALLY_SHORT] += counts.short_transfers;
+    tally_counts[TALLY_TORN] += counts.torn;
+    tally_counts[TALLY_FENCED] += counts.fenced;
+}
+
 void world_destroy(struct world *world)
 {
+    count_operations();
     nv_sim_end();
     check_destroy(world->farm.check);
     farm_free(&world->farm);

@@ -12,6 +12,7 @@
 
 #include "io/io_sim.h"
 #include "sim/mirror.h"
+#include "sim/tally.h"
 
 static struct {
     unsigned long long seed;
@@ -57,6 +58,7 @@ static int run_seeds(unsigned long long first, unsigned long long last, bool tra
         add(&sum, mirror_run(where.seed, where.steps, trace));
     printf("%llu seeds, ", last - first + 1);
     tell(&sum);
+    tally_print(last - first + 1);
     return 0;
 }
 
