@@ -280,6 +280,15 @@ static void prepare_labelled(struct nv_mirror *mirror)
     read_own(mirror);
 }
 
+/* A label of ours makes its dirty map count: what that says is durable by now. */
+static void prepare_saved(struct nv_mirror *mirror)
+{
+    if (mirror->task.error)
+        end_prepare(mirror, mirror->task.error);
+    else
+        nv_task_labels(mirror, nv_lane_bit(mirror->task.lane), true, prepare_labelled);
+}
+
 void nv_task_prepare(struct nv_mirror *mirror, uint32_t lane)
 {
     struct nv_mirror_command *command = mirror->lanes[lane].resync;
@@ -288,5 +297,5 @@ void nv_task_prepare(struct nv_mirror *mirror, uint32_t lane)
     mirror->task.command = command;
     if (command->option)
         nv_intent_dirty_all(mirror, nv_lane_bit(lane));
-    nv_task_labels(mirror, nv_lane_bit(lane), true, prepare_labelled);
+    nv_task_dirty_pages(mirror, false, prepare_saved);
 }
