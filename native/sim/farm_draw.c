@@ -77,6 +77,13 @@ static void draw_troubles(struct farm *farm)
     farm->hasty = sometimes(farm, 256, 512);
     farm->aim = TALLY_KILL_ATTACHING + (uint32_t)farm_below(farm, TALLY_KILL_DEPOSED - TALLY_KILL_ATTACHING);
     farm->aims = farm->kill ? (uint32_t)farm_below(farm, 4) : 0;
+    if (farm->spoil > 400 && farm_chance(farm, 512)) { /* what was decided of such a leg, and is not on disk yet */
+        farm->aim = TALLY_KILL_PREPARING;
+        farm->aims = 3;
+        farm->shares.tend = between(farm, 20, 40);
+        farm->shares.end = 6;
+        farm->kill = (uint16_t)(farm->kill + 100);
+    }
 }
 
 /*
@@ -95,6 +102,7 @@ static void draw_sticky(struct farm *farm)
     farm->policy.intent_idle_ms = 300;
     farm->hang = between(farm, 20, 100);
     farm->drop = farm->reboot = farm->kill = farm->rebind = farm->cut = farm->jump = 0;
+    farm->read_errors = farm->write_errors = farm->sync_errors = 0;
     farm->shares.advance = between(farm, 20, 60);
     farm->shares.tend = between(farm, 20, 60);
     farm->shares.heal = between(farm, 10, 30);

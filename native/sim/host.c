@@ -34,12 +34,16 @@ static bool reachable(const struct host *host, uint32_t leg)
     return !at->gone && !at->hung;
 }
 
-static void set_trouble(const struct host *host, uint32_t leg)
+/* A descriptor of this boot has the troubles of its disk, also one that is not the leg's newest. */
+static void set_trouble(const struct host *host, int file)
 {
-    const struct host_leg *mine = &host->legs[leg];
-    struct nv_sim_trouble *trouble = nv_sim_trouble(mine->file);
-    const struct farm_leg *at = &host->farm->legs[mine->path];
-    const bool good = mine->path == host->farm->good;
+    struct nv_sim_trouble *trouble = nv_sim_trouble(file);
+    const struct farm_leg *at = host->farm->legs;
+    bool good;
+
+    while (nv_sim_disk(at->file) != nv_sim_disk(file))
+        at++;
+    good = at - host->farm->legs == host->farm->good;
 
     trouble->gone = at->gone;
     trouble->hung = at->hung;
@@ -51,9 +55,8 @@ static void set_trouble(const struct host *host, uint32_t leg)
 
 void host_set_troubles(struct host *host)
 {
-    for (uint32_t leg = 0; host->plane && leg < host->farm->leg_count; leg++)
-        if (host->legs[leg].open && !host->deposed)
-            set_trouble(host, leg);
+    for (uint32_t i = 0; host->plane && !host->deposed && i < host->file_count; i++)
+        set_trouble(host, host->files[i]);
 }
 
 static void open_leg(struct host *host, uint32_t leg)
@@ -67,12 +70,13 @@ static void open_leg(struct host *host, uint32_t leg)
                                          farm->legs[mine->path].disk_size, &mine->object) != 0)
         nv_sim_violation("a leg does not open: %s", nv_last_error());
     assert(host->file_count < HOST_FILES);
+    host->objects[host->file_count] = mine->object;
     host->files[host->file_count++] = mine->file;
     mine->open = true;
     mine->latched = farm->legs[mine->path].suspect;
     if (mine->latched)
         (void)nv_object_latch_fault(host->plane, mine->object);
-    set_trouble(host, leg);
+    set_trouble(host, mine->file);
 }
 
 static void look_at(struct host *host, uint32_t leg)
@@ -433,14 +437,14 @@ void host_tend(struct host *host, bool eager)
 
 void host_leg_rebooted(struct host *host, uint32_t disk)
 {
-    for (uint32_t leg = 0; leg < host->farm->leg_count; leg++) {
-        struct host_leg *mine = &host->legs[leg];
-        if (!mine->open || mine->path != disk)
-            continue;
-        mine->latched = true; /* what a backend does that has lost its connection with writes not flushed */
-        if (nv_object_latch_fault(host->plane, mine->object) != 0)
+    const struct sim_disk *lost = nv_sim_disk(host->farm->legs[disk].file);
+
+    for (uint32_t leg = 0; leg < host->farm->leg_count; leg++)
+        host->legs[leg].latched |= host->legs[leg].open && host->legs[leg].path == disk;
+    /* what a backend does that has lost its connection with writes not flushed */
+    for (uint32_t i = 0; i < host->file_count; i++)
+        if (nv_sim_disk(host->files[i]) == lost && nv_object_latch_fault(host->plane, host->objects[i]) != 0)
             nv_sim_violation("an object does not latch: %s", nv_last_error());
-    }
 }
 
 void host_clear_faults(struct host *host)
@@ -652,6 +656,9 @@ void host_depose(struct host *host)
         if (host->clients[i])
             client_deposed(host->clients[i]);
     host->deposed = true;
+    for (uint32_t i = 0; host->farm->cache_frames && i < HOST_CLIENTS; i++) /* what it may have at hand */
+        if (host->clients[i])
+            client_read(host->clients[i], farm_below(host->farm, 6) * 8, 8);
 }
 
 void host_kill(struct host *host)

@@ -44,6 +44,7 @@ struct host {
     nv_leg_look looks[FARM_LEGS];
     struct host_leg legs[FARM_LEGS];
     int files[HOST_FILES];          /* every descriptor of this boot */
+    uint32_t objects[HOST_FILES];   /* ... and what the plane calls it */
     uint32_t file_count;
     struct client *clients[HOST_CLIENTS];
     uint32_t numbers[HOST_CLIENTS];

@@ -38,14 +38,26 @@ static const uint8_t *meta(const struct farm *farm, uint32_t leg)
     return sim_disk_bytes(nv_sim_disk(farm->legs[leg].file)) + farm->legs[leg].meta_offset;
 }
 
+/* What the metadata of one leg says, as far as it was asked for; during one inspection nothing changes. */
+static struct reading {
+    bool label_read, holds;
+    bool intents_read, dirty_read;
+    enum nv_page_state intents, dirty;
+    const uint8_t *intent_bits, *dirty_masks;
+    struct nv_page_head dirty_head;
+} readings[FARM_LEGS];
+
 static bool has_intent(const struct farm *farm, uint32_t leg, uint32_t region)
 {
+    struct reading *at = &readings[leg];
     struct nv_page_head head;
-    const uint8_t *bits;
 
-    switch (nv_page_open(NV_PAGE_INTENT, farm->uuid, 0, meta(farm, leg) + NV_META_BITMAPS, &head, &bits)) {
+    if (!at->intents_read)
+        at->intents = nv_page_open(NV_PAGE_INTENT, farm->uuid, 0, meta(farm, leg) + NV_META_BITMAPS, &head, &at->intent_bits);
+    at->intents_read = true;
+    switch (at->intents) {
     case NV_PAGE_VALID:
-        return bits[region / 8] >> region % 8 & 1;
+        return at->intent_bits[region / 8] >> region % 8 & 1;
     case NV_PAGE_BLANK:
         return false;
     default:
@@ -56,15 +68,17 @@ static bool has_intent(const struct farm *farm, uint32_t leg, uint32_t region)
 /* `leg` has it written down that `other` may lack the region. */
 static bool has_dirty(const struct farm *farm, uint32_t leg, uint32_t other, uint32_t region)
 {
-    struct nv_page_head head;
-    const uint8_t *masks;
+    struct reading *at = &readings[leg];
     const uint8_t *slots = meta(farm, leg) + NV_META_BITMAPS + BITMAP_BYTES;
 
-    switch (nv_page_open(NV_PAGE_DIRTY, farm->uuid, 0, slots, &head, &masks)) {
+    if (!at->dirty_read)
+        at->dirty = nv_page_open(NV_PAGE_DIRTY, farm->uuid, 0, slots, &at->dirty_head, &at->dirty_masks);
+    at->dirty_read = true;
+    switch (at->dirty) {
     case NV_PAGE_VALID:
         for (uint32_t i = 0; i < NV_LEGS_MAX; i++)
-            if (head.lanes[i] == FARM_LEG_ID(other))
-                return masks[region] >> i & 1;
+            if (at->dirty_head.lanes[i] == FARM_LEG_ID(other))
+                return at->dirty_masks[region] >> i & 1;
         return true; /* a leg that is not named is dirty everywhere */
     case NV_PAGE_BLANK:
         return true;
@@ -90,10 +104,15 @@ static bool region_differs(const struct farm *farm, uint32_t a, uint32_t b, uint
 static bool label_holds(const struct farm *farm, uint32_t leg)
 {
     const nv_leg_record *record = &farm->registry.legs[leg];
+    struct reading *at = &readings[leg];
     struct nv_label label;
 
-    return !farm->legs[leg].spoiled && nv_label_decode(meta(farm, leg), &label) && label.leg == FARM_LEG_ID(leg) &&
-           label.epoch >= record->stamp_epoch && label.generation >= record->stamp_generation;
+    if (!at->label_read)
+        at->holds = !farm->legs[leg].spoiled && nv_label_decode(meta(farm, leg), &label) &&
+                    label.leg == FARM_LEG_ID(leg) && label.epoch >= record->stamp_epoch &&
+                    label.generation >= record->stamp_generation;
+    at->label_read = true;
+    return at->holds;
 }
 
 static void inspect_pair(const struct farm *farm, uint32_t a, uint32_t b)
@@ -117,6 +136,7 @@ static void inspect_pair(const struct farm *farm, uint32_t a, uint32_t b)
 void farm_inspect(struct farm *farm)
 {
     farm->inspections++;
+    memset(readings, 0, sizeof readings);
     for (uint32_t a = 0; a < farm->leg_count; a++) {
         if (!farm_in_sync(farm, a) || !label_holds(farm, a))
             continue;
@@ -130,6 +150,7 @@ void farm_expect_equal(struct farm *farm)
 {
     const uint32_t regions = (uint32_t)((farm->size - 1) >> farm->region_shift) + 1;
 
+    memset(readings, 0, sizeof readings);
     for (uint32_t leg = 0; leg < farm->leg_count; leg++) {
         if (!farm_in_sync(farm, leg))
             nv_sim_violation("leg %u is not in sync in the end", FARM_LEG_ID(leg));

@@ -13,6 +13,8 @@
 #include "sim/mirror_world.h"
 #include "sim/tally.h"
 
+#define CLOSE_PATIENCE 2000u
+
 static uint64_t below(struct world *world, uint64_t bound)
 {
     return farm_below(&world->farm, bound);
@@ -125,13 +127,13 @@ static bool can_spare(const struct farm *farm, uint32_t leg)
 static void spoil_legs(struct world *world)
 {
     struct farm *farm = &world->farm;
-    uint32_t leg = some_leg(world), other = some_leg(world);
+    const uint32_t leg = some_leg(world), other = some_leg(world);
 
-    if (leg < FARM_LEGS && chance(world, farm->spoil) && can_spare(farm, leg)) {
-        world_say(world, "older state of leg", leg);
-        farm_roll_back(farm, leg);
-    }
-    leg = some_leg(world);
+    for (uint32_t old = 0; old < farm->leg_count; old++)
+        if (old != farm->good && chance(world, farm->spoil) && can_spare(farm, old)) {
+            world_say(world, "older state of leg", old);
+            farm_roll_back(farm, old);
+        }
     if (leg < FARM_LEGS && other < FARM_LEGS && leg != other && chance(world, farm->swap) && can_spare(farm, leg) &&
         can_spare(farm, other)) {
         tally(TALLY_SWAP);
@@ -206,7 +208,9 @@ static void end_somebody(struct world *world, struct host *host)
 /* The seed wants it to end in the middle of something. */
 static void end_aimed(struct world *world, struct host *host)
 {
-    if (world->farm.aims == 0 || host_doing(host) != (enum tally)world->farm.aim || !chance(world, 200))
+    const bool long_work = world->farm.aim == TALLY_KILL_PREPARING; /* anywhere in it */
+
+    if (world->farm.aims == 0 || host_doing(host) != (enum tally)world->farm.aim || !chance(world, long_work ? 50 : 250))
         return;
     world->farm.aims--;
     end_one(world, host);
@@ -294,12 +298,34 @@ static void end(struct world *world)
     world_stop(world, world_recover(world));
 }
 
+/* As far as the legs let it: intents are cleared, and nothing but the dirty maps says then what a leg lacks. */
+static void close_cleanly(struct world *world)
+{
+    struct host *host = world_serving(world);
+
+    if (!host || !host_serves(host))
+        return;
+    world->farm.rules.closing = true;
+    host_close_volume(host);
+    for (uint32_t i = 0; i < CLOSE_PATIENCE && !host->closed; i++)
+        world_move(world);
+    world->farm.rules.closing = false;
+    if (!host->closed)
+        return;
+    tally(TALLY_CLEAN_END);
+    world_kill(world, host); /* the process ends, whatever still hangs of what has nothing to do with the volume */
+}
+
 static void live(struct world *world, uint32_t steps)
 {
     for (world->step = 0; world->step < steps; world->step++) {
         step(world);
         world_follow(world);
     }
+    if (world->farm.sticky) /* what is stuck may land when all is calm, and nothing is reconciled before */
+        return;
+    if (chance(world, 300))
+        close_cleanly(world);
     if (chance(world, 512))
         world_outage(world, chance(world, 512));
     else

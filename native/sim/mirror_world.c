@@ -314,6 +314,7 @@ static void set_rules(struct world *world, bool trace)
     farm->rules = (struct client_rules){
         .check = farm->check, .random = &farm->random, .cell_bytes = farm->cell_bytes, .block_min = farm->block_min,
         .cells = farm->cells, .zero_from = farm->zero_from, .zero_to = farm->zero_to, .cells_max = 96,
+        .longs = farm->cache_frames ? 500 : 100,
         .io_errors = !farm->must_serve, .sync_errors = !farm->must_serve, .trace = trace,
         .acknowledged = farm_acknowledged, .context = farm};
 }

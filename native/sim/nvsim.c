@@ -520,6 +520,7 @@ static uint64_t run_seed(uint64_t seed, bool trace)
         .zero_from = scenario.zero_from,
         .zero_to = scenario.zero_to,
         .cells_max = 128,
+        .longs = 100,
         .io_errors = scenario.faults.read_error || scenario.faults.write_error || scenario.faults.punch_error,
         .sync_errors = scenario.faults.sync_error || scenario.faults.dsync_error ||
                        scenario.faults.write_error, /* a FUA write that fails counts as a failed sync */

@@ -52,6 +52,7 @@ static const char *const names[TALLY_COUNT] = {
     [TALLY_FOUND_FENCED] = "way out: a filter finds a newer epoch and stops",
     [TALLY_EXPIRED] = "way out: what is held fails, because control does not answer",
     [TALLY_LATE_OPERATION] = "way out: an operation completes that nobody waits for any more",
+    [TALLY_CLEAN_END] = "way out: a volume is closed cleanly, whatever its legs are",
     [TALLY_LEASE_ENDS] = "way out: a host's lease ends before another one is bound",
     [TALLY_CACHE_HIT] = "way out: a block is served from the cache",
 };

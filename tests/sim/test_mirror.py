@@ -106,6 +106,7 @@ def test_a_seed_is_the_same_run_every_time(folder: Path) -> None:
     assert alone in after
 
 
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda number: MUTANTS[number].replace(" ", "-"))
 def test_the_judge_sees(folder: Path, mutant: int) -> None:
     """Each deliberate bug (native/sim/mirror_mutants.c) is a violation within the budget, and its line replays it."""
