@@ -80,7 +80,7 @@ def test_both_readers_find_the_same(
 ) -> None:
     image = make(file, seed, count, keep)
     vvol, whole = super_of(image).vvol, len(everything(image))
-    assert whole == min(count, keep) or min(count, keep) > 7, "few records never fill the ring"
+    assert whole >= min(count, keep) or min(count, keep) > 7, "few records never fill the ring"
     for at, kind in damage:
         place = 8192 + at
         if kind == "flip":
