@@ -140,10 +140,11 @@ def test_a_hanging_leg_that_cannot_fence_waits_for_the_operator(farms: MakeFarm,
         overwrite(nbd, data)
         peers[0].freeze(False)  # what it was asked before lands now
         overwrite(nbd, data)
-        time.sleep(2.0)
+        wait_until(
+            "the operator is asked", lambda: "nbdvvol mirror resync" in farm.cli("status", "-x", check=False).stdout, 40
+        )
+        time.sleep(1.0)
         assert states(farm) == {"one": "in-sync", "far": "stale"}
-        said = farm.cli("status", "-x", check=False).stdout
-        assert "vm1/disk" in said and "nbdvvol mirror resync" in said, said
         peers[0].kill()
         peers[0].start()
         bring_back(farm)
