@@ -13,6 +13,7 @@
 #include "limits.h"
 #include "nbd/session.h"
 #include "reactor/reactor.h"
+#include "volume/logged.h"
 #include "volume/mirror.h"
 
 static void step(struct nv_vreq *request);
@@ -88,17 +89,51 @@ static void release_map(struct nv_vreq *request)
     request->map = NULL;
 }
 
-/* Its turn has come: past the cache, to the map. */
-static void run(struct nv_vreq *request)
+static void run_logged(struct nv_vreq *request)
+{
+    note_submitted(request);
+    nv_logged_run(request);
+}
+
+/* Past the cache, to the log, or to the map. */
+static void run_layered(struct nv_vreq *request)
 {
     if (request->volume->cached.cache)
         nv_cached_begins(request);
-    step(request);
+    if (request->volume->logged && request->kind != NV_REQUEST_CACHE && request->done < request->length)
+        run_logged(request);
+    else
+        step(request);
+}
+
+/* Its turn has come. */
+static void run(struct nv_vreq *request)
+{
+    if (request->volume->layered)
+        run_layered(request);
+    else
+        step(request);
 }
 
 static void range_ready(struct nv_range *range)
 {
     run((struct nv_vreq *)((char *)range - offsetof(struct nv_vreq, range)));
+}
+
+/* A write-like request. */
+static void enter_layered(struct nv_vreq *request, struct nv_volume_local *local)
+{
+    local->cached.writes++;
+    request->cached.unhooked = !local->cached.hooks;
+    if (request->volume->logged) /* it knows whole blocks alone */
+        nv_logged_widen(&request->range.offset, &request->range.length);
+}
+
+static void leave_layered(struct nv_vreq *request, struct nv_volume_local *local)
+{
+    local->cached.writes--;
+    if (request->cached.unhooked && local->cached.hooks && --local->cached.unhooked == 0)
+        nv_cached_drained(request->reactor, local);
 }
 
 void nv_volume_enter(struct nv_vreq *request)
@@ -115,11 +150,11 @@ void nv_volume_enter(struct nv_vreq *request)
     nv_count(&local->counters.in_flight, 1);
     if (!orders(request) || request->length == 0)
         return;
-    local->cached.writes++;
-    request->cached.unhooked = !local->cached.hooks;
     assert(request->offset + request->length <= request->map->size);
     request->range.offset = request->offset;
     request->range.length = request->length;
+    if (request->volume->layered)
+        enter_layered(request, local);
     request->range.reactor = request->reactor;
     request->range.ready = range_ready;
     nv_range_enter(&request->volume->ranges, &request->range);
@@ -130,9 +165,8 @@ static void leave(struct nv_vreq *request, struct nv_volume_local *local)
     nv_count(&local->counters.in_flight, (uint64_t)-1);
     if (orders(request) && request->length > 0) {
         nv_range_leave(&request->volume->ranges, &request->range);
-        local->cached.writes--;
-        if (request->cached.unhooked && local->cached.hooks && --local->cached.unhooked == 0)
-            nv_cached_drained(request->reactor, local);
+        if (request->volume->layered)
+            leave_layered(request, local);
     }
     release_map(request);
 }
@@ -144,7 +178,9 @@ void nv_volume_abandon(struct nv_vreq *request)
 
 void nv_volume_start(struct nv_vreq *request)
 {
-    if (request->kind == NV_REQUEST_FLUSH && request->map->legs)
+    if (request->kind == NV_REQUEST_FLUSH && request->volume->logged)
+        run_logged(request);
+    else if (request->kind == NV_REQUEST_FLUSH && request->map->legs)
         nv_mirror_run(request);
     else if (request->kind == NV_REQUEST_FLUSH)
         sync_next(request);
@@ -225,8 +261,14 @@ void nv_volume_finish(struct nv_vreq *request, int error)
 
     assert(error <= 0);
     request->error = error;
-    if (request->cached.state)
+    if (request->cached.state) {
+        if (request->cached.state == NV_CACHED_BELOW) {
+            release_map(request);
+            request->finished(request);
+            return;
+        }
         nv_cached_ends(request);
+    }
     count(request, local);
     leave(request, local);
     request->finished(request);
@@ -430,6 +472,25 @@ static void step(struct nv_vreq *request)
     all_done(request);
 }
 
+/* --- below the log --- */
+
+void nv_volume_below(struct nv_vreq *request)
+{
+    assert(request->flags & NV_REQUEST_BELOW);
+    request->map = local_of(request)->map;
+    nv_map_hold(request->map, request->reactor);
+    request->cached.state = NV_CACHED_BELOW;
+    if (request->kind == NV_REQUEST_FLUSH)
+        sync_next(request);
+    else
+        step(request);
+}
+
+void nv_volume_past_log(struct nv_vreq *request)
+{
+    step(request);
+}
+
 /* --- the local half's changes --- */
 
 void nv_volume_local_change(struct nv_reactor *reactor, struct nv_message *message)
@@ -453,6 +514,7 @@ static void local_gone(struct nv_reactor *reactor, struct nv_volume_local *local
 {
     struct nv_volume *volume = local->volume;
     struct nv_mirror *mirror = volume->mirror; /* now: once this local is gone, another's end may free the volume */
+    struct nv_logged *logged = volume->logged;
     uint32_t left;
 
     if (!local->closing || local->connections || local->pace.armed || local->cached.fetches)
@@ -460,17 +522,29 @@ static void local_gone(struct nv_reactor *reactor, struct nv_volume_local *local
     left = atomic_fetch_sub(&volume->open_locals, 1) - 1;
     if (left == 0)
         nv_events_raise(&reactor->events, &volume->closed);
-    else if (left == 1 && mirror) /* which is what is left */
+    else if (left == 1 && logged) /* which is what is left */
+        nv_logged_send_end(logged);
+    else if (left == 1 && mirror)
         nv_mirror_send_end(mirror);
 }
 
-void nv_volume_mirror_ended(struct nv_volume *volume, struct nv_reactor *reactor)
+static void layer_ended(struct nv_volume *volume, struct nv_reactor *reactor)
 {
     uint32_t before = atomic_fetch_sub(&volume->open_locals, 1);
 
     assert(before == 1);
     (void)before;
     nv_events_raise(&reactor->events, &volume->closed);
+}
+
+void nv_volume_mirror_ended(struct nv_volume *volume, struct nv_reactor *reactor)
+{
+    layer_ended(volume, reactor);
+}
+
+void nv_volume_logged_ended(struct nv_volume *volume, struct nv_reactor *reactor)
+{
+    layer_ended(volume, reactor);
 }
 
 void nv_volume_local_close(struct nv_reactor *reactor, struct nv_volume_local *local)
