@@ -127,10 +127,10 @@ def _bring_back(vvol: VVol, leg: Leg, store: Datastore | None) -> str:
         return f"it is left so by request; copy to it: {again}"
     if vvol.binding is None:
         return f"it is copied to when a host serves the VVol: nbdvvol bind {vvol.full_name}"
-    if store is not None and store.state in ("missing", "reconnecting", "faulty"):
-        return f"bring datastore {store.name} back; then it is copied to by itself"
     if "restart it" in why:
         return f"restart the server of datastore {leg.datastore}, then: {again}"
+    if store is not None and store.state in ("missing", "reconnecting", "faulty"):
+        return f"bring datastore {store.name} back; then it is copied to by itself"
     if "no valid label" in why:
         return f"if datastore {leg.datastore} is the right one, copy everything to it: {again} --full"
     if leg.now is None:

@@ -198,8 +198,9 @@ class Mirror:
             place = self.places.setdefault(leg.id, LegPlace(leg))
             before = old.get(leg.id)
             place.spec = leg
-            if before is None or before.asked != leg.asked or before.resync != leg.resync:
+            if before is None or (before.asked, before.tries, before.resync) != (leg.asked, leg.tries, leg.resync):
                 place.again()
+            if before is None or before.asked != leg.asked:
                 place.doubted = False
             if leg.resync == "off" and place.lane == "syncing" and self.volume is not None:
                 self._plane.stop_leg(self.volume, leg.id)

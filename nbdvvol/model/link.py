@@ -55,7 +55,7 @@ from nbdvvol.model.mirror import (
 )
 from nbdvvol.model.observe import HostCounters, TraceCount, TraceEvery, TraceReport, TraceSeconds
 
-PROTOCOL = 4
+PROTOCOL = 5
 MESSAGE_BYTES_MAX = 64 << 20
 
 
@@ -86,7 +86,9 @@ class LegSpec(Model):
     """... 0: it has none."""
     resync: ResyncWish = "auto"
     asked: int = 0
-    """Counts the operator's wishes: a change is a new one, to be tried at once."""
+    """Counts the operator's wishes: a change is a new one, to be tried at once, whatever its server did before."""
+    tries: int = 0
+    """Counts other causes to try at once, such as its datastore's return: they vouch for nothing."""
 
 
 class RemoteSpec(Model):

@@ -114,6 +114,32 @@ async def test_a_leg_fails_and_comes_back_by_compare_and_swap(farm: TestFarm) ->
     await farm.until(told)
 
 
+async def test_only_a_person_vouches_for_what_a_server_was_asked_before(farm: TestFarm) -> None:
+    """A datastore that is back gives cause to try, and is no reason to believe that nothing old can land there."""
+    fake = await _mirror(farm)
+    vvol = await farm.vvol()
+    assert not (await _ask(farm, "stale", 2)).refused
+    run = farm.control.registry.run
+
+    def counts() -> tuple[int, int]:
+        leg = fake.serving[vvol.uuid].legs[1]
+        return leg.asked, leg.tries
+
+    async def told(wanted: tuple[int, int]) -> None:
+        async def check() -> bool:
+            return counts() == wanted
+
+        await farm.until(check)
+
+    await told((0, 0))
+    await run(mirrors.store_is_back, "b")
+    await told((0, 1))
+    await run(mirrors.resync, "vm1", "root", "2", stop=True)
+    await told((0, 2))
+    await run(mirrors.resync, "vm1", "root", "2")
+    await told((1, 2))
+
+
 async def test_a_host_from_which_it_was_taken_by_force_is_answered_with_the_newer_epoch(farm: TestFarm) -> None:
     fake = await _mirror(farm)
     before = await farm.vvol()

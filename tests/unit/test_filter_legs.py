@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -139,6 +140,29 @@ def test_a_resync_that_does_not_begin_has_its_leg_opened_anew(rig: MirrorRig, mo
     rig.fail(2)
     comes_back(rig, 2)
     assert openings == [2, 3]
+
+
+def test_only_the_operator_ends_a_doubt(rig: MirrorRig) -> None:
+    """A server that timed out may still work on old requests; that its datastore is back says nothing of that."""
+    rig.serve()
+    export = rig.table.get(UUID_OF)
+    assert export is not None and export.mirror is not None
+    place = export.mirror.places[2]
+
+    def wanted(**counts: int) -> None:
+        spec = rig.spec()
+        legs = [leg.model_copy(update=counts) if leg.id == 2 else leg for leg in spec.legs]
+        rig.want(spec.model_copy(update={"legs": legs}))
+
+    place.doubted = True
+    rig.fail(2)
+    eventually("a person is asked", lambda: "restart it" in place.why)
+    wanted(tries=1)
+    eventually("it was told", lambda: place.spec.tries == 1)
+    time.sleep(1.0)
+    assert place.doubted and rig.lane(2) == "stale" and rig.registry.state_of(2) == "stale"
+    wanted(tries=1, asked=1)
+    comes_back(rig, 2)
 
 
 def test_a_leg_that_is_absent_is_stale_before_anything_is_served(rig: MirrorRig) -> None:

@@ -76,6 +76,7 @@ def _vvol_spec(row: Row[Any], found: LegRows, policy: ProfileConfig) -> VVolSpec
             meta_length=leg.meta_length,
             resync=leg.resync,
             asked=leg.asked,
+            tries=leg.tries,
         )
         for leg in found.legs[row.uuid]
         if leg.life == "live"

@@ -67,7 +67,15 @@ def _to_4(connection: Connection) -> None:
 
 
 STEP_3 = "ALTER TABLE vvols ADD COLUMN differed TEXT NOT NULL DEFAULT ''"
-STEPS: dict[int, Callable[[Connection], None]] = {1: _to_2, 2: _to_3, 3: _to_4}
+
+
+def _to_5(connection: Connection) -> None:
+    """A leg is tried again at once without the operator's word, too."""
+    connection.exec_driver_sql(STEP_4)
+
+
+STEP_4 = "ALTER TABLE legs ADD COLUMN tries INTEGER NOT NULL DEFAULT 0"
+STEPS: dict[int, Callable[[Connection], None]] = {1: _to_2, 2: _to_3, 3: _to_4, 4: _to_5}
 """Version → the step that leads from it to the next."""
 
 

@@ -141,11 +141,15 @@ def start_remove_leg(tx: Tx, row: Row[Any], leg: Row[Any]) -> Task:
     return task
 
 
-def wish(tx: Tx, row: Row[Any], leg: int, what: str) -> None:
-    """What is to become of a leg; its host hears of it, also when it wishes the same again."""
+def wish(tx: Tx, row: Row[Any], leg: int, what: str, *, vouched: bool = False) -> None:
+    """What is to become of a leg; its host hears of it, also when it wishes the same again, and tries at once.
+
+    `vouched`: a person says so, and with it that nothing which a server was asked before can still land there. Nobody
+    else can know that: a server that is back may yet have old requests in hand."""
     mine = (s.legs.c.vvol == row.uuid) & (s.legs.c.id == leg)
-    asked = legs.leg_row(tx, row.uuid, leg).asked + 1
-    tx.db.execute(update(s.legs).where(mine).values(resync=what, asked=asked))
+    before = legs.leg_row(tx, row.uuid, leg)
+    values = {"asked": before.asked + 1} if vouched else {"tries": before.tries + 1}
+    tx.db.execute(update(s.legs).where(mine).values(resync=what, **values))
     bindings.touch_holders(tx, row.uuid)
     tx.about.add(row.uuid)
     tx.changed = True
@@ -174,7 +178,7 @@ def resync(tx: Tx, vm: str, name: str, which: str, full: bool = False, stop: boo
             f"compare it with the others: nbdvvol mirror verify {full_name}",
         )
     what = "off" if stop else "full" if full or leg.resync == "full" else "auto"
-    wish(tx, row, leg.id, what)
+    wish(tx, row, leg.id, what, vouched=not stop)
     words = {"off": "is left stale", "full": "is copied to as a whole", "auto": "is copied to where it differs"}
     tx.event("mirror.resync", full_name, f"leg {leg.id} on datastore {leg.datastore} {words[what]}, by request")
     return vvol_view(tx, vvol_row(tx, row.uuid))

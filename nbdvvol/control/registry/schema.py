@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from sqlalchemy import Boolean, Column, ForeignKey, Index, Integer, MetaData, String, Table, Text, UniqueConstraint
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 APPLICATION_ID = 0x4E564256
 """Marks the SQLite file as ours (`NVBV`)."""
 
@@ -126,6 +126,7 @@ legs = Table(
     Column("generation", Integer, nullable=False, default=0),
     Column("resync", String, nullable=False, default="auto"),
     Column("asked", Integer, nullable=False, default=0),
+    Column("tries", Integer, nullable=False, default=0),
     Column("lost", String, nullable=False, default=""),
     Column("why", Text, nullable=False, default=""),
     Column("replaces", Integer, nullable=True),
@@ -136,10 +137,10 @@ legs = Table(
 """`slot`: its directory entry; `stamp`: sequence of its last label; `fault_host`: a sync failed there, so that bytes
 acknowledged there may be lost: another host serves it only once the operator accepts that.
 `life`: `making` until it may be used, `live`, `leaving` once it was taken away and its space is not free yet.
-`epoch`, `generation`: the confirmed stamp. `resync`, `asked`: what is to become of it while it is not in sync. `lost`,
-`why`: since when and why it is stale. `replaces`: the leg whose place it takes as a spare. `let_go`: of a leaving leg,
-the hosts that said that nothing of it is in flight there, one a line. `map_written`: the map version of its newest copy
-on disk."""
+`epoch`, `generation`: the confirmed stamp. `resync`, `asked`, `tries`: what is to become of it while it is not in sync,
+how often a person said so, and how often something else gave cause to try at once. `lost`, `why`: since when and why it
+is stale. `replaces`: the leg whose place it takes as a spare. `let_go`: of a leaving leg, the hosts that said that
+nothing of it is in flight there, one a line. `map_written`: the map version of its newest copy on disk."""
 
 runs = Table(
     "runs",
