@@ -96,9 +96,10 @@ async def run_up(options: UpOptions) -> int:
     except BaseExceptionGroup as failures:
         # Not `except*`: what is raised in there is wrapped in a group again, by Python 3.11.2 of Debian 12 for one.
         known, others = failures.split(NvError)
+        if known is not None:
+            await _stop(running, None)
         if known is None or others is not None:
             raise
-        await _stop(running, None)
         raise _first(known) from None
     finally:
         os.close(lock_fd)
