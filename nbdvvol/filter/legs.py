@@ -406,11 +406,14 @@ class Mirror:
     async def _tend(self) -> None:
         while True:
             self._work.clear()
+            before = self._whys()
             try:
                 wait_s = await self._tend_all()
             except (NvError, OSError) as error:
                 _log.error("legs cannot be tended", uuid=self.spec.uuid, error=str(error))
                 wait_s = 1.0
+            if self._whys() != before:
+                self.report()
             self._idle.set()
             try:
                 async with asyncio.timeout(wait_s):
@@ -439,6 +442,9 @@ class Mirror:
                     await self._bring_back(place)
                     due.append(max(place.due_s - self._loop.time(), 0.05))
         return min(due, default=None)
+
+    def _whys(self) -> dict[int, str]:
+        return {place.id: place.why for place in self.places.values()}
 
     def _take_out_of_use(self, place: LegPlace) -> None:
         """It is to be removed: it fails as by an error. The plane never fails the last one in sync."""

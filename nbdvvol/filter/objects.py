@@ -66,6 +66,8 @@ class ObjectTable:
         self.farm = ""
         """Identity of the farm that the objects are locked for."""
         self.on_remote: RemoteTold | None = None
+        self._away: set[str] = set()
+        """Datastores whose server was told to be lost. An export that is closed while it is has nothing more to say."""
         self._plane = plane
         self._faults = faults
         self._held: dict[Key, HeldObject] = {}
@@ -213,10 +215,13 @@ class ObjectTable:
         no_name(spec, key[1])
 
         def tell(connected: bool, sentence: str) -> None:
+            (self._away.discard if connected else self._away.add)(spec.name)
             if self.on_remote is not None:
                 self.on_remote(spec.name, connected, sentence)
 
         remote = await RemoteExport.open(self._plane, spec, tell, may_read_only=may_read_only, claim=claim)
+        if spec.name in self._away:
+            tell(True, f"{spec.path} is connected again")
         return HeldObject(key, spec.name, remote.number, remote.spec, remote)
 
     async def _open_path(self, spec: DatastoreSpec, key: Key, may_read_only: bool) -> HeldObject:

@@ -148,6 +148,7 @@ def test_a_hanging_leg_that_cannot_fence_waits_for_the_operator(farms: MakeFarm,
         bring_back(farm)
         assert difference(bytes(data), nbd.read(0, SIZE)) == ""
     assert "alike" in verified(farm)
+    wait_until("all is well", lambda: "all is well" in farm.cli("status", "-x", check=False).stdout, 30)
 
 
 def asks_the_operator(farm: Farm) -> bool:
