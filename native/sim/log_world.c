@@ -71,9 +71,9 @@ static void io_done(struct nv_op *op)
     if (changes)
         world->leg_written++;
     if (op->kind == NV_OP_SYNC || ((op->flags & NV_OP_DSYNC) && op->result < 0)) {
-        if (op->result < 0)
+        if (op->result < 0 && !world->forgiven)
             world->leg_fault = -EIO;
-        io_over(world, io, world->leg_fault ? -EIO : 0);
+        io_over(world, io, op->result < 0 || world->leg_fault ? -EIO : 0);
     } else if (op->result < 0 || (transfer && op->result == 0)) {
         io_over(world, io, op->result < 0 ? (int)op->result : -EIO);
     } else if (changes && (io->below->flags & NV_LOG_FUA) && op->kind != NV_OP_WRITE) {
@@ -394,6 +394,7 @@ static void begin_world(struct world *world)
     world->log_handle = nv_io_open_file(world->log_file);
     world->leg_handle = nv_io_open_file(world->leg_file);
     world->leg_fault = 0;
+    world->forgiven = false;
     world->opened = world->drained = world->needs_word = world->calm = world->allowed = world->troubled = false;
     memset(world->ios, 0, sizeof world->ios);
     memset(world->requests, 0, sizeof world->requests);
@@ -525,6 +526,7 @@ static void leave_cleanly(struct world *world)
 
     end_trouble(world);
     world->leg_fault = 0; /* the operator's word; until then every sync fails: what one lost is lost */
+    world->forgiven = true;
     settle(world, all_answered, "requests are never answered");
     nv_log_drain(world->log);
     settle(world, has_drained, "the log is never drained");

@@ -55,7 +55,8 @@ struct world {
     struct world_io ios[WORLD_IOS];
     bool busy[MODEL_BLOCKS];        /* a change of the block is under way: range order */
     uint32_t outstanding;
-    int leg_fault;                  /* a failed sync of the leg latches, as nv_sync does */
+    int leg_fault;                  /* a failed sync of the leg latches, as nv_sync does ... */
+    bool forgiven;                  /* ... until the operator clears it, who goes on: one may still be under way */
     uint64_t leg_written, leg_synced;
     bool opened, drained, needs_word, calm, allowed, troubled;
     enum nv_log_verdict verdict;
