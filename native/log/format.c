@@ -4,10 +4,10 @@
 #include "log/format.h"
 
 #include <assert.h>
-#include <endian.h>
 #include <string.h>
 
 #include "reactor/crc32c.h"
+#include "reactor/little.h"
 
 #define VERSION 1u
 #define SUPER_SEAL 124u
@@ -22,36 +22,6 @@ _Static_assert(NV_LOG_DATA_UNITS <= NV_LOG_ENTRIES, "each unit of data has an en
 
 static const char super_magic[8] = "NVWBLOG";
 static const char head_magic[8] = "NVWBREC";
-
-static uint8_t *put32(uint8_t *to, uint32_t value)
-{
-    value = htole32(value);
-    memcpy(to, &value, 4);
-    return to + 4;
-}
-
-static uint8_t *put64(uint8_t *to, uint64_t value)
-{
-    value = htole64(value);
-    memcpy(to, &value, 8);
-    return to + 8;
-}
-
-static uint32_t get32(const uint8_t *from)
-{
-    uint32_t value;
-
-    memcpy(&value, from, 4);
-    return le32toh(value);
-}
-
-static uint64_t get64(const uint8_t *from)
-{
-    uint64_t value;
-
-    memcpy(&value, from, 8);
-    return le64toh(value);
-}
 
 static bool all_zero(const uint8_t *bytes, uint64_t length)
 {
@@ -72,26 +42,27 @@ void nv_log_super_encode(const struct nv_log_super *super, uint8_t *copy)
 {
     memset(copy, 0, NV_LOG_UNIT);
     memcpy(copy, super_magic, 8);
-    put32(copy + 8, VERSION);
+    nv_put32(copy + 8, VERSION);
     memcpy(copy + 16, super->uuid, 16);
     memcpy(copy + 32, super->id, 16);
-    put64(put64(put64(copy + 48, super->sequence), super->epoch), super->generation);
-    put64(put64(put64(copy + 72, super->ring), super->tail), super->next);
-    put32(copy + 96, super->chain);
-    put32(copy + SUPER_SEAL, super_crc(copy));
+    nv_put64(nv_put64(nv_put64(copy + 48, super->sequence), super->epoch), super->generation);
+    nv_put64(nv_put64(nv_put64(copy + 72, super->ring), super->tail), super->next);
+    nv_put32(copy + 96, super->chain);
+    nv_put32(copy + SUPER_SEAL, super_crc(copy));
 }
 
 static enum nv_log_super_state decode_copy(const uint8_t *copy, struct nv_log_super *out)
 {
     if (all_zero(copy, NV_LOG_UNIT))
         return NV_LOG_SUPER_BLANK;
-    if (memcmp(copy, super_magic, 8) != 0 || get32(copy + SUPER_SEAL) != super_crc(copy))
+    if (memcmp(copy, super_magic, 8) != 0 || nv_get32(copy + SUPER_SEAL) != super_crc(copy))
         return NV_LOG_SUPER_FOREIGN;
-    if (get32(copy + 8) != VERSION)
+    if (nv_get32(copy + 8) != VERSION)
         return NV_LOG_SUPER_VERSION;
-    *out = (struct nv_log_super){.sequence = get64(copy + 48), .epoch = get64(copy + 56), .generation = get64(copy + 64),
-                                 .ring = get64(copy + 72), .tail = get64(copy + 80), .next = get64(copy + 88),
-                                 .chain = get32(copy + 96)};
+    *out = (struct nv_log_super){.sequence = nv_get64(copy + 48), .epoch = nv_get64(copy + 56),
+                                 .generation = nv_get64(copy + 64), .ring = nv_get64(copy + 72),
+                                 .tail = nv_get64(copy + 80), .next = nv_get64(copy + 88),
+                                 .chain = nv_get32(copy + 96)};
     memcpy(out->uuid, copy + 16, 16);
     memcpy(out->id, copy + 32, 16);
     if (out->ring % NV_LOG_UNIT || out->ring < NV_LOG_RING_MIN || out->ring > NV_LOG_RING_MAX || out->tail >= out->ring ||
@@ -125,8 +96,8 @@ void nv_log_entry_encode(uint8_t *unit, uint32_t index, const struct nv_log_entr
     const bool tombstone = entry->kind == NV_LOG_TOMBSTONE;
 
     assert(index < NV_LOG_ENTRIES && (tombstone || entry->blocks <= UINT32_MAX));
-    to = put32(put64(to, entry->block), (uint32_t)entry->blocks);
-    put32(put32(put32(to, entry->kind), tombstone ? (uint32_t)(entry->blocks >> 32) : entry->crc), 0);
+    to = nv_put32(nv_put64(to, entry->block), (uint32_t)entry->blocks);
+    nv_put32(nv_put32(nv_put32(to, entry->kind), tombstone ? (uint32_t)(entry->blocks >> 32) : entry->crc), 0);
 }
 
 void nv_log_entry_decode(const uint8_t *unit, uint32_t index, struct nv_log_entry *out)
@@ -134,11 +105,11 @@ void nv_log_entry_decode(const uint8_t *unit, uint32_t index, struct nv_log_entr
     const uint8_t *from = unit + HEAD_ENTRIES + index * ENTRY_BYTES;
 
     assert(index < NV_LOG_ENTRIES);
-    *out = (struct nv_log_entry){.block = get64(from), .blocks = get32(from + 8), .kind = get32(from + 12)};
+    *out = (struct nv_log_entry){.block = nv_get64(from), .blocks = nv_get32(from + 8), .kind = nv_get32(from + 12)};
     if (out->kind == NV_LOG_TOMBSTONE)
-        out->blocks |= (uint64_t)get32(from + 16) << 32;
+        out->blocks |= (uint64_t)nv_get32(from + 16) << 32;
     else
-        out->crc = get32(from + 16);
+        out->crc = nv_get32(from + 16);
 }
 
 static uint32_t head_crc(const uint8_t *unit)
@@ -150,12 +121,12 @@ void nv_log_head_encode(struct nv_log_head *head, uint8_t *unit)
 {
     memcpy(unit, head_magic, 8);
     memcpy(unit + 8, head->id, 16);
-    put32(put64(unit + 24, head->sequence), head->chain);
-    put32(put32(put32(unit + 36, head->entries), head->units), head->kind);
-    put32(put64(unit + 48, head->epoch), 0);
+    nv_put32(nv_put64(unit + 24, head->sequence), head->chain);
+    nv_put32(nv_put32(nv_put32(unit + 36, head->entries), head->units), head->kind);
+    nv_put32(nv_put64(unit + 48, head->epoch), 0);
     memcpy(unit + HEAD_RANDOM, head->random, 16);
     head->seal = head_crc(unit);
-    put32(unit + HEAD_SEAL, head->seal);
+    nv_put32(unit + HEAD_SEAL, head->seal);
 }
 
 static bool entries_valid(const uint8_t *unit, const struct nv_log_head *head)
@@ -178,11 +149,12 @@ static bool entries_valid(const uint8_t *unit, const struct nv_log_head *head)
 
 bool nv_log_head_decode(const uint8_t *unit, struct nv_log_head *out)
 {
-    if (memcmp(unit, head_magic, 8) != 0 || get32(unit + HEAD_SEAL) != head_crc(unit))
+    if (memcmp(unit, head_magic, 8) != 0 || nv_get32(unit + HEAD_SEAL) != head_crc(unit))
         return false;
-    *out = (struct nv_log_head){.sequence = get64(unit + 24), .chain = get32(unit + 32), .entries = get32(unit + 36),
-                                .units = get32(unit + 40), .kind = get32(unit + 44), .epoch = get64(unit + 48),
-                                .seal = get32(unit + HEAD_SEAL)};
+    *out = (struct nv_log_head){.sequence = nv_get64(unit + 24), .chain = nv_get32(unit + 32),
+                                .entries = nv_get32(unit + 36), .units = nv_get32(unit + 40),
+                                .kind = nv_get32(unit + 44), .epoch = nv_get64(unit + 48),
+                                .seal = nv_get32(unit + HEAD_SEAL)};
     memcpy(out->id, unit + 8, 16);
     memcpy(out->random, unit + HEAD_RANDOM, 16);
     switch (out->kind) {

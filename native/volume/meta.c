@@ -3,8 +3,9 @@
  */
 #include "volume/meta.h"
 
-#include <endian.h>
 #include <string.h>
+
+#include "reactor/little.h"
 
 #define VERSION 1u
 #define LABEL_SEAL (NV_META_PAGE - 4u)
@@ -16,55 +17,25 @@ static const char page_magics[][8] = {
     [NV_PAGE_DIRTY] = {'N', 'V', 'D', 'I', 'R', 'T', 'Y', 0},
 };
 
-static uint8_t *put32(uint8_t *to, uint32_t value)
-{
-    value = htole32(value);
-    memcpy(to, &value, 4);
-    return to + 4;
-}
-
-static uint8_t *put64(uint8_t *to, uint64_t value)
-{
-    value = htole64(value);
-    memcpy(to, &value, 8);
-    return to + 8;
-}
-
-static uint32_t get32(const uint8_t *from)
-{
-    uint32_t value;
-
-    memcpy(&value, from, 4);
-    return le32toh(value);
-}
-
-static uint64_t get64(const uint8_t *from)
-{
-    uint64_t value;
-
-    memcpy(&value, from, 8);
-    return le64toh(value);
-}
-
 void nv_label_encode(const struct nv_label *label, uint8_t *slot)
 {
     memset(slot, 0, NV_META_PAGE);
     memcpy(slot, label_magic, 8);
-    put32(put32(slot + 8, VERSION), label->leg);
+    nv_put32(nv_put32(slot + 8, VERSION), label->leg);
     memcpy(slot + 16, label->uuid, 16);
-    put64(put64(slot + 32, label->epoch), label->generation);
-    put64(put64(slot + 48, label->size), label->sequence);
-    put32(slot + 64, label->syncing);
-    put32(slot + LABEL_SEAL, nv_crc32c(0, slot, LABEL_SEAL));
+    nv_put64(nv_put64(slot + 32, label->epoch), label->generation);
+    nv_put64(nv_put64(slot + 48, label->size), label->sequence);
+    nv_put32(slot + 64, label->syncing);
+    nv_put32(slot + LABEL_SEAL, nv_crc32c(0, slot, LABEL_SEAL));
 }
 
 static bool decode_label(const uint8_t *slot, struct nv_label *out)
 {
-    if (memcmp(slot, label_magic, 8) != 0 || get32(slot + 8) != VERSION ||
-        get32(slot + LABEL_SEAL) != nv_crc32c(0, slot, LABEL_SEAL))
+    if (memcmp(slot, label_magic, 8) != 0 || nv_get32(slot + 8) != VERSION ||
+        nv_get32(slot + LABEL_SEAL) != nv_crc32c(0, slot, LABEL_SEAL))
         return false;
-    *out = (struct nv_label){.leg = get32(slot + 12), .epoch = get64(slot + 32), .generation = get64(slot + 40),
-                             .size = get64(slot + 48), .sequence = get64(slot + 56), .syncing = get32(slot + 64)};
+    *out = (struct nv_label){.leg = nv_get32(slot + 12), .epoch = nv_get64(slot + 32), .generation = nv_get64(slot + 40),
+                             .size = nv_get64(slot + 48), .sequence = nv_get64(slot + 56), .syncing = nv_get32(slot + 64)};
     memcpy(out->uuid, slot + 16, 16);
     return true;
 }
@@ -92,26 +63,26 @@ void nv_page_seal(enum nv_page_kind kind, const struct nv_page_head *head, uint8
 
     memset(slot, 0, NV_PAGE_HEAD);
     memcpy(slot, page_magics[kind], 8);
-    put32(put32(slot + 8, VERSION), head->number);
+    nv_put32(nv_put32(slot + 8, VERSION), head->number);
     memcpy(slot + 16, head->uuid, 16);
-    put64(put64(put64(slot + 32, head->sequence), head->epoch), head->generation);
-    put32(slot + 56, head->region_shift);
+    nv_put64(nv_put64(nv_put64(slot + 32, head->sequence), head->epoch), head->generation);
+    nv_put32(slot + 56, head->region_shift);
     for (unsigned i = 0; i < NV_LEGS_MAX; i++)
-        to = put32(to, head->lanes[i]);
-    put32(slot + PAGE_SEAL, page_crc(slot));
+        to = nv_put32(to, head->lanes[i]);
+    nv_put32(slot + PAGE_SEAL, page_crc(slot));
 }
 
 static bool open_slot(enum nv_page_kind kind, const uint8_t *uuid, uint32_t number, const uint8_t *slot,
                       struct nv_page_head *head)
 {
-    if (memcmp(slot, page_magics[kind], 8) != 0 || get32(slot + 8) != VERSION || get32(slot + 12) != number ||
-        memcmp(slot + 16, uuid, 16) != 0 || get32(slot + PAGE_SEAL) != page_crc(slot))
+    if (memcmp(slot, page_magics[kind], 8) != 0 || nv_get32(slot + 8) != VERSION || nv_get32(slot + 12) != number ||
+        memcmp(slot + 16, uuid, 16) != 0 || nv_get32(slot + PAGE_SEAL) != page_crc(slot))
         return false;
-    *head = (struct nv_page_head){.number = number, .sequence = get64(slot + 32), .epoch = get64(slot + 40),
-                                  .generation = get64(slot + 48), .region_shift = get32(slot + 56)};
+    *head = (struct nv_page_head){.number = number, .sequence = nv_get64(slot + 32), .epoch = nv_get64(slot + 40),
+                                  .generation = nv_get64(slot + 48), .region_shift = nv_get32(slot + 56)};
     memcpy(head->uuid, uuid, 16);
     for (unsigned i = 0; i < NV_LEGS_MAX; i++)
-        head->lanes[i] = get32(slot + 64 + 4 * i);
+        head->lanes[i] = nv_get32(slot + 64 + 4 * i);
     return head->region_shift >= NV_REGION_SHIFT_MIN && head->region_shift <= NV_REGION_SHIFT_MAX;
 }
 

@@ -22,13 +22,6 @@ from perf.servers import Place, Running, free_port
 SIZE = 64 << 20
 
 
-@pytest.fixture(scope="module")
-def tools(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("tools")
-    generators.build(out)
-    return out
-
-
 @pytest.fixture
 def place(tools: Path) -> Iterator[Place]:
     folder = Path(tempfile.mkdtemp(dir="/tmp", prefix="nv"))

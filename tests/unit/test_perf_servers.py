@@ -20,13 +20,6 @@ from perf.servers import Place, Plan, free_port
 SIZE = 8 << 20
 
 
-@pytest.fixture(scope="module")
-def tools(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("tools")
-    generators.build(out)
-    return out
-
-
 @pytest.fixture
 def folder() -> Iterator[Path]:
     path = Path(tempfile.mkdtemp(dir="/tmp", prefix="nv"))

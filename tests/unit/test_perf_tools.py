@@ -23,13 +23,6 @@ from perf import counts, generators, profile, usage
 SIZE = 1 << 20
 
 
-@pytest.fixture(scope="module")
-def tools(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("tools")
-    generators.build(out)
-    return out
-
-
 @pytest.fixture
 def folder() -> Iterator[Path]:
     path = Path(tempfile.mkdtemp(dir="/tmp", prefix="nv"))
