@@ -2,7 +2,6 @@
  * Group commit: writes gather in a group, which becomes one record, written at once; the next group gathers meanwhile. At
  * most NV_LOG_GROUPS_UNDER_WAY are under way; they complete in any order and are acknowledged in the order of the ring.
  */
-#include <errno.h>
 #include <string.h>
 
 #include "log/state.h"
@@ -57,7 +56,7 @@ static struct nv_log_group *begin_group(struct nv_log *log)
         if (group->used)
             continue;
         group->used = true;
-        group->submitted = group->wants_sync = group->dsync = false;
+        group->wants_sync = group->dsync = false;
         group->count = group->data = group->left = 0;
         group->blocks = 0;
         group->error = 0;
@@ -133,7 +132,7 @@ enum nv_log_added nv_log_add(struct nv_log *log, struct nv_log_request *request,
 
 static void fua_done(struct nv_log_sync_wait *wait, int error)
 {
-    struct nv_log_request *request = (struct nv_log_request *)((char *)wait - offsetof(struct nv_log_request, wait));
+    struct nv_log_request *request = nv_log_who_waits(wait);
     struct nv_log *log = request->below.log;
 
     if (error)
@@ -165,8 +164,8 @@ static void enter_index(struct nv_log *log, const struct nv_log_group *group)
 
     for (uint32_t i = 0; i < group->count; i++) {
         const struct nv_log_entry *entry = &group->entries[i];
-        for (uint64_t block = 0; entry->kind != NV_LOG_TOMBSTONE && block < entry->blocks; block++)
-            nv_log_put(log, entry->block + block, entry->kind, unit, entry->crc);
+        if (entry->kind != NV_LOG_TOMBSTONE)
+            nv_log_put(log, entry, unit);
         unit += entry->kind == NV_LOG_DATA;
     }
 }
@@ -196,13 +195,13 @@ static void in_order(struct nv_log *log)
 {
     while (log->flight && log->flight->left == 0) {
         struct nv_log_group *group = log->flight;
-        if (group->error && log->state != NV_LOG_FAILED && log->state != NV_LOG_VOID)
+        if (group->error && !nv_log_has_failed(log))
             nv_log_fail(log, group->error);
         log->flight = group->next;
         if (!log->flight)
             log->flight_last = &log->flight;
         log->in_flight--;
-        if (log->state == NV_LOG_FAILED || log->state == NV_LOG_VOID)
+        if (nv_log_has_failed(log))
             group->used = false; /* nobody waits for it any more */
         else
             complete(log, group);
@@ -213,8 +212,8 @@ static void op_done(struct nv_log_group *group, struct nv_op *op)
 {
     if (nv_log_goes_on(group->log, op))
         return;
-    if (op->result <= 0 && !group->error)
-        group->error = op->result < 0 ? (int)op->result : -EIO;
+    if (!group->error)
+        group->error = nv_log_outcome(op);
     group->left--;
     in_order(group->log);
 }
@@ -274,7 +273,6 @@ void nv_log_submit(struct nv_log *log)
         return;
     assert(group->count > 0);
     log->building = NULL;
-    group->submitted = true;
     group->since_ns = nv_io_now_ns(log->config.io);
     group->dsync = group->wants_sync && log->synced == log->head; /* else a sync of all that is before it follows */
     needs(log, group->data, &group->pad_units);

@@ -29,11 +29,6 @@ void nv_log_below(struct nv_log *log, struct nv_log_below *io)
     log->config.below(log->config.context, io);
 }
 
-static struct nv_log_request *request_of(struct nv_log_below *io)
-{
-    return (struct nv_log_request *)((char *)io - offsetof(struct nv_log_request, below));
-}
-
 void nv_log_leave(struct nv_log *log, struct nv_log_request *request)
 {
     struct nv_log_request **link = &log->active;
@@ -61,7 +56,7 @@ static void send_below(struct nv_log *log, struct nv_log_request *request, uint8
 static void plain_done(struct nv_log_below *io)
 {
     struct nv_log *log = io->log;
-    struct nv_log_request *request = request_of(io);
+    struct nv_log_request *request = nv_log_who_asked(io);
 
     log->below_busy--;
     log->below_writes++; /* a failed one may have happened in part */
@@ -72,7 +67,7 @@ static void plain_done(struct nv_log_below *io)
 
 static void tombstone_synced(struct nv_log_sync_wait *wait, int error)
 {
-    struct nv_log_request *request = (struct nv_log_request *)((char *)wait - offsetof(struct nv_log_request, wait));
+    struct nv_log_request *request = nv_log_who_waits(wait);
     struct nv_log *log = request->below.log;
 
     nv_log_leave(log, request);
@@ -96,25 +91,21 @@ void nv_log_entomb(struct nv_log *log)
 {
     struct nv_log_request *request;
 
-    while ((request = log->entombing.first)) {
-        nv_log_pop(&log->entombing);
-        if (nv_log_add(log, request, NV_LOG_TOMBSTONE) == NV_LOG_ADDED)
-            continue;
-        request->next = log->entombing.first; /* back to the front */
-        log->entombing.first = request;
-        if (!request->next)
-            log->entombing.last = &request->next;
-        return;
+    while ((request = nv_log_pop(&log->entombing))) {
+        if (nv_log_add(log, request, NV_LOG_TOMBSTONE) != NV_LOG_ADDED) {
+            nv_log_unpop(&log->entombing, request);
+            return;
+        }
     }
 }
 
 static void covered_done(struct nv_log_below *io)
 {
     struct nv_log *log = io->log;
-    struct nv_log_request *request = request_of(io);
+    struct nv_log_request *request = nv_log_who_asked(io);
 
     log->below_busy--;
-    if (io->error || log->state == NV_LOG_FAILED || log->state == NV_LOG_VOID) {
+    if (io->error || nv_log_has_failed(log)) {
         nv_log_unsettle(log, first_of(request), nv_log_units(request->length)); /* what is below is not known any more */
         nv_log_leave(log, request);
         if (io->error)
@@ -148,10 +139,5 @@ void nv_log_bypass(struct nv_log *log, struct nv_log_request *request)
 
 void nv_log_unblock(struct nv_log *log)
 {
-    struct nv_log_list again = {NULL, &again.first};
-    struct nv_log_request *request;
-
-    nv_log_splice(&again, &log->blocked);
-    while ((request = nv_log_pop(&again)))
-        nv_log_route(log, request);
+    nv_log_route_all(log, &log->blocked);
 }

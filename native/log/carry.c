@@ -3,8 +3,6 @@
  * at, then written below; what cannot be read is read again block by block, and then it is lost (nv_log_spoil). The more
  * the log is filled, the more runs are under way.
  */
-#include <errno.h>
-
 #include "log/state.h"
 #include "reactor/crc32c.h"
 

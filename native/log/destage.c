@@ -3,7 +3,6 @@
  * newest synced one, and carried below in the order of the VVol (carry.c); what is below is flushed; then they are settled
  * and the tail moves (super.c). How much is under way depends on how full the log is.
  */
-#include <errno.h>
 #include <stdlib.h>
 
 #include "log/state.h"

@@ -7,8 +7,6 @@
  * If not even that superblock can be written, control's word is needed (NV_LOG_NEEDS_WORD): it commits that this log is
  * never replayed, and nv_log_forget() says so.
  */
-#include <errno.h>
-
 #include "log/state.h"
 
 void nv_log_hold(struct nv_log *log, struct nv_log_request *request)
@@ -51,15 +49,10 @@ void nv_log_fail(struct nv_log *log, int error)
 
 void nv_log_is_void(struct nv_log *log)
 {
-    struct nv_log_list again = {NULL, &again.first};
-    struct nv_log_request *request;
-
     log->state = NV_LOG_VOID;
     log->needs_word = false;
     nv_log_empty(log);
-    nv_log_splice(&again, &log->held);
-    while ((request = nv_log_pop(&again)))
-        nv_log_route(log, request);
+    nv_log_route_all(log, &log->held);
     log->config.event(log->config.context, NV_LOG_DRAINED, 0);
 }
 

@@ -69,14 +69,15 @@ static void count_newest(struct nv_log *log, uint64_t number, int64_t change)
         log->lost_blocks = (uint64_t)((int64_t)log->lost_blocks + change);
 }
 
-void nv_log_put(struct nv_log *log, uint64_t block, uint32_t kind, uint32_t unit, uint32_t crc)
+static void put_block(struct nv_log *log, uint64_t block, const struct nv_log_entry *entry, uint32_t unit)
 {
     struct nv_log_slot *slot = slot_of(log, block);
     const uint64_t number = log->version_head++;
 
     assert(number - log->version_tail <= log->version_mask);
     log->versions[number & log->version_mask] = (struct nv_log_version){
-        .block = block, .older = slot->block ? slot->number : NV_LOG_NONE, .unit = unit, .crc = crc, .kind = (uint8_t)kind,
+        .block = block, .older = slot->block ? slot->number : NV_LOG_NONE, .unit = unit, .crc = entry->crc,
+        .kind = (uint8_t)entry->kind,
     };
     if (slot->block)
         count_newest(log, slot->number, -1);
@@ -85,6 +86,13 @@ void nv_log_put(struct nv_log *log, uint64_t block, uint32_t kind, uint32_t unit
     *slot = (struct nv_log_slot){block + 1, number};
     log->unsettled++;
     log->dirty_blocks++;
+}
+
+void nv_log_put(struct nv_log *log, const struct nv_log_entry *entry, uint32_t unit)
+{
+    assert(entry->kind != NV_LOG_TOMBSTONE);
+    for (uint64_t i = 0; i < entry->blocks; i++)
+        put_block(log, entry->block + i, entry, unit);
 }
 
 void nv_log_mark(struct nv_log *log, const struct nv_log_mark *mark)

@@ -5,7 +5,6 @@
 
 #include <errno.h>
 #include <stdlib.h>
-#include <string.h>
 
 #include "log/state.h"
 #include "reactor/pool.h"
@@ -31,16 +30,7 @@ struct nv_log_request *nv_log_pop(struct nv_log_list *list)
     return request;
 }
 
-void nv_log_splice(struct nv_log_list *to, struct nv_log_list *from)
-{
-    if (!from->first)
-        return;
-    *to->last = from->first;
-    to->last = from->last;
-    *from = (struct nv_log_list){NULL, &from->first};
-}
-
-static void put_first(struct nv_log_list *list, struct nv_log_request *request)
+void nv_log_unpop(struct nv_log_list *list, struct nv_log_request *request)
 {
     request->next = list->first;
     list->first = request;
@@ -63,6 +53,13 @@ bool nv_log_goes_on(struct nv_log *log, struct nv_op *op)
     op->offset += (uint64_t)op->result;
     nv_io_submit(log->config.io, op);
     return true;
+}
+
+int nv_log_outcome(const struct nv_op *op)
+{
+    if (op->result > 0)
+        return 0;
+    return op->result < 0 ? (int)op->result : -EIO;
 }
 
 /* ---- memory ---- */
@@ -267,6 +264,19 @@ void nv_log_route(struct nv_log *log, struct nv_log_request *request)
         nv_log_flush(log, request);
 }
 
+void nv_log_route_all(struct nv_log *log, struct nv_log_list *list)
+{
+    struct nv_log_list again = {NULL, &again.first};
+    struct nv_log_request *request;
+
+    if (!list->first)
+        return;
+    again = *list;
+    *list = (struct nv_log_list){NULL, &list->first};
+    while ((request = nv_log_pop(&again)))
+        nv_log_route(log, request);
+}
+
 void nv_log_start(struct nv_log *log, struct nv_log_request *request)
 {
     const uint64_t end = request->offset + request->length;
@@ -295,7 +305,7 @@ static void serve_waiting(struct nv_log *log)
         if (!loggable(log, request)) {
             nv_log_bypass(log, request);
         } else if (!log_it(log, request)) {
-            put_first(&log->waiting, request);
+            nv_log_unpop(&log->waiting, request);
             return;
         }
     }

@@ -54,8 +54,6 @@ static bool moved(struct nv_log *log)
 static void begun(struct nv_op *op)
 {
     struct nv_log *log = log_of(op);
-    struct nv_log_list again = {NULL, &again.first};
-    struct nv_log_request *request;
 
     if (!moved(log))
         return;
@@ -65,9 +63,7 @@ static void begun(struct nv_op *op)
     log->state = NV_LOG_THROUGH;
     log->found.dirty_bytes = log->dirty_blocks * NV_LOG_UNIT;
     log->config.event(log->config.context, NV_LOG_OPENED, NV_LOG_USABLE);
-    nv_log_splice(&again, &log->early);
-    while ((request = nv_log_pop(&again)))
-        nv_log_route(log, request);
+    nv_log_route_all(log, &log->early);
 }
 
 static void begin(struct nv_log *log)
@@ -114,8 +110,7 @@ static bool recover(struct nv_log *log)
         }
         if (log->version_head - log->version_tail + entry.blocks > log->version_mask)
             return false;
-        for (uint64_t block = 0; block < entry.blocks; block++)
-            nv_log_put(log, entry.block + block, entry.kind, unit, entry.crc);
+        nv_log_put(log, &entry, unit);
         unit += entry.kind == NV_LOG_DATA;
     }
     log->last_head = scan->head;

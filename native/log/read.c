@@ -28,8 +28,7 @@ static bool is_below(const struct nv_log *log, uint64_t block)
 
 static void below_done(struct nv_log_below *io)
 {
-    struct nv_log_request *request = (struct nv_log_request *)((char *)io - offsetof(struct nv_log_request, below));
-
+    struct nv_log_request *request = nv_log_who_asked(io);
     struct nv_log *log = io->log;
     struct nv_log_request **link = &log->reading;
 

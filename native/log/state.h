@@ -69,7 +69,7 @@ struct nv_log_group {               /* a record on its way */
     uint32_t seal, pad_units, pad_seal;
     uint32_t left;                  /* operations under way */
     int error;
-    bool used, submitted, wants_sync, dsync;
+    bool used, wants_sync, dsync;
 };
 
 struct nv_log_bounce {              /* a read of the log for a request */
@@ -214,22 +214,44 @@ static inline struct nv_log_version *nv_log_version(const struct nv_log *log, ui
     return &log->versions[number & log->version_mask];
 }
 
+/* The device is not trusted any more, or the log is void already. */
+static inline bool nv_log_has_failed(const struct nv_log *log)
+{
+    return log->state == NV_LOG_FAILED || log->state == NV_LOG_VOID;
+}
+
+static inline struct nv_log_request *nv_log_who_waits(struct nv_log_sync_wait *wait)
+{
+    return (struct nv_log_request *)((char *)wait - offsetof(struct nv_log_request, wait));
+}
+
+static inline struct nv_log_request *nv_log_who_asked(struct nv_log_below *io)
+{
+    return (struct nv_log_request *)((char *)io - offsetof(struct nv_log_request, below));
+}
+
 /* ---- lists (log.c) ---- */
 void nv_log_push(struct nv_log_list *list, struct nv_log_request *request);
 struct nv_log_request *nv_log_pop(struct nv_log_list *list);
-void nv_log_splice(struct nv_log_list *to, struct nv_log_list *from);
+/* Back to the front: it could not go yet. */
+void nv_log_unpop(struct nv_log_list *list, struct nv_log_request *request);
 /* The request is over; it is answered by the next pump. */
 void nv_log_finish(struct nv_log *log, struct nv_log_request *request, int error);
 /* Decide where a request goes, again. */
 void nv_log_route(struct nv_log *log, struct nv_log_request *request);
+/* ... for all that stand in the list now: some may come back into it. */
+void nv_log_route_all(struct nv_log *log, struct nv_log_list *list);
 
 /* True: a transfer was short, and its rest has been handed in. Else it is over; whole if its result is its iov's length. */
 bool nv_log_goes_on(struct nv_log *log, struct nv_op *op);
+/* Of a transfer: 0 or -errno; nothing moved is an error, too. */
+int nv_log_outcome(const struct nv_op *op);
 
 /* ---- index.c: what is logged ---- */
 uint64_t nv_log_newest(const struct nv_log *log, uint64_t block);
 bool nv_log_covered(const struct nv_log *log, uint64_t first, uint64_t blocks);
-void nv_log_put(struct nv_log *log, uint64_t block, uint32_t kind, uint32_t unit, uint32_t crc);
+/* A version for each block of a DATA or ZERO entry; `unit`, of the ring: where its data is, if it has any. */
+void nv_log_put(struct nv_log *log, const struct nv_log_entry *entry, uint32_t unit);
 void nv_log_mark(struct nv_log *log, const struct nv_log_mark *mark);
 /* Versions from this number on are not carried below: they are not synced. */
 uint64_t nv_log_carry_limit(const struct nv_log *log);

@@ -3,9 +3,6 @@
  * versions are all settled and that nobody reads; only when it is durable is their space free and are their blocks covered
  * no more. After a failure the same write makes the whole log void.
  */
-#include <errno.h>
-#include <string.h>
-
 #include "log/state.h"
 
 uint64_t nv_log_used(const struct nv_log *log)
@@ -13,12 +10,22 @@ uint64_t nv_log_used(const struct nv_log *log)
     return log->head - log->tail;
 }
 
+static uint64_t end_of(const struct nv_log_mark *mark)
+{
+    return mark->position + mark->units * (uint64_t)NV_LOG_UNIT;
+}
+
+static const struct nv_log_mark *mark_at(const struct nv_log *log, uint64_t number)
+{
+    return &log->marks[number & log->mark_mask];
+}
+
 static bool may_pass(const struct nv_log *log, uint64_t number)
 {
-    const struct nv_log_mark *mark = &log->marks[number & log->mark_mask];
-    const uint64_t end = number + 1 < log->mark_head ? log->marks[(number + 1) & log->mark_mask].first : log->version_head;
+    const struct nv_log_mark *mark = mark_at(log, number);
+    const uint64_t end = number + 1 < log->mark_head ? mark_at(log, number + 1)->first : log->version_head;
 
-    if (mark->position + mark->units * (uint64_t)NV_LOG_UNIT > log->synced)
+    if (end_of(mark) > log->synced)
         return false;
     for (uint64_t i = mark->first; i < end; i++) {
         const struct nv_log_version *version = nv_log_version(log, i);
@@ -26,6 +33,16 @@ static bool may_pass(const struct nv_log *log, uint64_t number)
             return false;
     }
     return true;
+}
+
+/* The first mark from the tail on, up to `end`, that the tail may not pass. */
+static uint64_t passable(const struct nv_log *log, uint64_t end)
+{
+    uint64_t number = log->mark_tail;
+
+    while (number < end && may_pass(log, number))
+        number++;
+    return number;
 }
 
 static void write_super(struct nv_log *log, void (*done)(struct nv_op *op))
@@ -43,35 +60,24 @@ static void write_super(struct nv_log *log, void (*done)(struct nv_op *op))
     nv_io_submit(log->config.io, &destager->op);
 }
 
-static int outcome(const struct nv_op *op)
-{
-    if (op->result > 0)
-        return 0;
-    return op->result < 0 ? (int)op->result : -EIO;
-}
-
 /*
  * The durable tail has passed the marks before `end`: their space is free, and their blocks are covered no more, up to one
  * that a read has pinned meanwhile, or whose place below a bypass that failed has spoilt. The next move looks at it again.
  */
 static void free_space(struct nv_log *log, uint64_t end)
 {
-    uint64_t number = log->mark_tail;
-    const struct nv_log_mark *before;
+    const uint64_t number = passable(log, end);
 
-    while (number < end && may_pass(log, number))
-        number++;
     if (number == log->mark_tail)
         return;
-    before = &log->marks[(number - 1) & log->mark_mask];
-    log->tail = before->position + before->units * (uint64_t)NV_LOG_UNIT;
+    log->tail = end_of(mark_at(log, number - 1));
     nv_log_expire(log, number);
 }
 
 static void tail_moved(struct nv_op *op)
 {
     struct nv_log *log = (struct nv_log *)((char *)op - offsetof(struct nv_log, destager.op));
-    const int error = outcome(op);
+    const int error = nv_log_outcome(op);
 
     if (nv_log_goes_on(log, op))
         return;
@@ -89,23 +95,22 @@ static void tail_moved(struct nv_op *op)
 void nv_log_move_tail(struct nv_log *log)
 {
     struct nv_log_destager *destager = &log->destager;
-    uint64_t number = log->mark_tail;
     const struct nv_log_mark *before;
+    uint64_t number;
 
     if (log->state == NV_LOG_FAILED) { /* it is all to be void soon */
         nv_log_rest(log, true);
         return;
     }
-    while (number < log->mark_head && may_pass(log, number))
-        number++;
+    number = passable(log, log->mark_head);
     if (number == log->mark_tail) {
         nv_log_rest(log, destager->carried);
         return;
     }
-    before = &log->marks[(number - 1) & log->mark_mask];
+    before = mark_at(log, number - 1);
     destager->super = log->super;
     destager->marks = number;
-    destager->super.tail = (before->position + before->units * (uint64_t)NV_LOG_UNIT) % log->ring;
+    destager->super.tail = end_of(before) % log->ring;
     destager->super.next = before->sequence + 1;
     destager->super.chain = before->seal;
     destager->phase = NV_LOG_MOVING;
@@ -115,7 +120,7 @@ void nv_log_move_tail(struct nv_log *log)
 static void made_void(struct nv_op *op)
 {
     struct nv_log *log = (struct nv_log *)((char *)op - offsetof(struct nv_log, destager.op));
-    const int error = outcome(op);
+    const int error = nv_log_outcome(op);
 
     if (nv_log_goes_on(log, op))
         return;

@@ -38,7 +38,7 @@ static void sync_done(struct nv_op *op)
         log->synced = log->sync_covers;
         log->synced_versions = log->sync_versions;
     }
-    answer(log, log->state == NV_LOG_FAILED || log->state == NV_LOG_VOID ? -EIO : 0);
+    answer(log, nv_log_has_failed(log) ? -EIO : 0);
     if (log->sync_waiting && !log->syncing)
         start_sync(log);
 }
@@ -82,7 +82,7 @@ static void part_done(struct nv_log *log, struct nv_log_request *request)
 
 static void log_part(struct nv_log_sync_wait *wait, int error)
 {
-    struct nv_log_request *request = (struct nv_log_request *)((char *)wait - offsetof(struct nv_log_request, wait));
+    struct nv_log_request *request = nv_log_who_waits(wait);
 
     request->hold |= error != 0;
     part_done(request->below.log, request);
@@ -90,7 +90,7 @@ static void log_part(struct nv_log_sync_wait *wait, int error)
 
 static void below_part(struct nv_log_below *io)
 {
-    struct nv_log_request *request = (struct nv_log_request *)((char *)io - offsetof(struct nv_log_request, below));
+    struct nv_log_request *request = nv_log_who_asked(io);
     struct nv_log *log = io->log;
 
     log->below_busy--;
