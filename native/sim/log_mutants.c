@@ -18,9 +18,8 @@
  *  14  what cannot be read from the log counts as settled         nv_log_spoil
  *  15  what comes late is held by a log that is void already      nv_log_hold
  */
-#include <stdlib.h>
-
 #include "log/state.h"
+#include "sim/mutant.h"
 
 bool __real_nv_log_sync(struct nv_log *log, struct nv_log_sync_wait *wait);
 bool __wrap_nv_log_sync(struct nv_log *log, struct nv_log_sync_wait *wait);
@@ -52,17 +51,6 @@ void __real_nv_log_spoil(struct nv_log *log, uint64_t number);
 void __wrap_nv_log_spoil(struct nv_log *log, uint64_t number);
 void __real_nv_log_hold(struct nv_log *log, struct nv_log_request *request);
 void __wrap_nv_log_hold(struct nv_log *log, struct nv_log_request *request);
-
-static bool mutant(int number)
-{
-    static int chosen = -1;
-
-    if (chosen < 0) {
-        const char *word = getenv("NVSIM_MUTANT");
-        chosen = word ? (int)strtol(word, NULL, 10) : 0;
-    }
-    return chosen == number;
-}
 
 bool __wrap_nv_log_sync(struct nv_log *log, struct nv_log_sync_wait *wait)
 {

@@ -20,9 +20,8 @@
  *  15  the cache is filled with what was read before a write                  nv_cache_fill
  *  16  a fault that is cleared before the mirror has looked is not heard of   nv_sync_clear
  */
-#include <stdlib.h>
-
 #include "sim/farm.h"
+#include "sim/mutant.h"
 #include "volume/mirror_state.h"
 
 void __real_nv_mirror_acknowledge(struct nv_vreq *request);
@@ -57,17 +56,6 @@ enum nv_cache_fill __wrap_nv_cache_fill(struct nv_cache *cache, const struct nv_
                                         const uint8_t *bytes, bool ahead);
 void __real_nv_sync_clear(struct nv_sync *sync);
 void __wrap_nv_sync_clear(struct nv_sync *sync);
-
-static bool mutant(int number)
-{
-    static int chosen = -1;
-
-    if (chosen < 0) {
-        const char *text = getenv("NVSIM_MUTANT");
-        chosen = text ? (int)strtol(text, NULL, 10) : 0;
-    }
-    return chosen == number;
-}
 
 void __wrap_nv_mirror_acknowledge(struct nv_vreq *request)
 {

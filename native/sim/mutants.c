@@ -18,11 +18,11 @@
  *  13  a frame is reused while a reply is sent from it     nv_cached_pin, nv_hit_release
  */
 #include <stdatomic.h>
-#include <stdlib.h>
 
 #include "cache/cache.h"
 #include "io/io.h"
 #include "nbd/session.h"
+#include "sim/mutant.h"
 #include "volume/flush.h"
 #include "volume/range.h"
 
@@ -58,13 +58,6 @@ uint32_t __wrap_nv_cached_pin(struct nv_reactor *reactor, struct nv_volume_local
                               uint64_t length, uint32_t *frames, uint32_t max);
 void __real_nv_hit_release(struct nv_request *request);
 void __wrap_nv_hit_release(struct nv_request *request);
-
-static bool mutant(int number)
-{
-    const char *chosen = getenv("NVSIM_MUTANT");
-
-    return chosen && strtol(chosen, NULL, 10) == number;
-}
 
 bool __wrap_nv_sync_begin(struct nv_sync *sync, struct nv_reactor *reactor, struct nv_sync_wait *wait)
 {

@@ -10,11 +10,10 @@
  *   6  a timer is never replaced by an earlier one         nv_io_cancel
  *   7  a busy reactor's parts are not kept to              nv_share_spent
  */
-#include <stdlib.h>
-
 #include "io/io.h"
 #include "limits.h"
 #include "nbd/pace.h"
+#include "sim/mutant.h"
 
 uint64_t __real_nv_qos_reserve(struct nv_qos *qos, uint64_t now_ns, const struct nv_qos_cost *cost);
 uint64_t __wrap_nv_qos_reserve(struct nv_qos *qos, uint64_t now_ns, const struct nv_qos_cost *cost);
@@ -28,13 +27,6 @@ void __real_nv_io_cancel(struct nv_io *io, struct nv_op *op);
 void __wrap_nv_io_cancel(struct nv_io *io, struct nv_op *op);
 bool __real_nv_share_spent(struct nv_conn *conn);
 bool __wrap_nv_share_spent(struct nv_conn *conn);
-
-static bool mutant(int number)
-{
-    const char *chosen = getenv("NVSIM_MUTANT");
-
-    return chosen && strtol(chosen, NULL, 10) == number;
-}
 
 static bool paces(const struct nv_op *op)
 {
