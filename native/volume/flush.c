@@ -42,16 +42,22 @@ static void tell_fault(struct nv_reactor *reactor, struct nv_message *message)
     atomic_store(&sync->telling, false);
 }
 
-/* Under the lock. The event is raised by the plane's first reactor, so that its slot has one user. */
-static void latch(struct nv_sync *sync, struct nv_reactor *reactor, int error)
+/* True: it stands from now on; false: an earlier one does. */
+static bool set_fault(struct nv_sync *sync, int error)
 {
     int none = 0;
 
-    assert(error < 0);
     if (!atomic_compare_exchange_strong(&sync->fault, &none, error))
-        return;
+        return false;
     atomic_fetch_add(&sync->faults, 1);
-    if (atomic_exchange(&sync->telling, true))
+    return true;
+}
+
+/* Under the lock. The event is raised by the plane's first reactor, so that its slot has one user. */
+static void latch(struct nv_sync *sync, struct nv_reactor *reactor, int error)
+{
+    assert(error < 0);
+    if (!set_fault(sync, error) || atomic_exchange(&sync->telling, true))
         return;
     sync->event.event.result = error;
     sync->tell.run = tell_fault;
@@ -150,11 +156,8 @@ void nv_sync_fail(struct nv_sync *sync, struct nv_reactor *reactor, int error)
 
 void nv_sync_latch(struct nv_sync *sync)
 {
-    int none = 0;
-
     pthread_mutex_lock(&sync->lock);
-    if (atomic_compare_exchange_strong(&sync->fault, &none, -EIO))
-        atomic_fetch_add(&sync->faults, 1);
+    (void)set_fault(sync, -EIO);
     pthread_mutex_unlock(&sync->lock);
 }
 
