@@ -101,11 +101,6 @@ struct nv_sim_counts nv_sim_counts(void)
     return sim_world.counts;
 }
 
-uint64_t nv_sim_syncs_failed(void)
-{
-    return sim_world.syncs_failed;
-}
-
 int sim_add_handle(struct handle handle)
 {
     assert(sim_world.alive);

@@ -44,7 +44,6 @@ bool nv_sim_step(void);
 bool nv_sim_advance(void);
 uint64_t nv_sim_clock_ns(void);
 uint64_t nv_sim_timers_late_ns(void); /* the latest so far: from its time until the user of the port heard of it */
-uint64_t nv_sim_syncs_failed(void); /* whose failure was handed back to the user of the port */
 struct nv_sim_counts {          /* of files' operations, so far in this world */
     uint64_t errors, fenced, syncs_failed, short_transfers, torn;
 };

@@ -124,8 +124,6 @@ unsigned nv_io_run(struct nv_io *io)
     while (batch.count) {
         struct nv_op *op = sim_list_take(&batch, (size_t)sim_random_below(&sim_world.random, batch.count));
         sim_check_stable(op);
-        if (op->kind == NV_OP_SYNC && op->result < 0)
-            sim_world.syncs_failed++;
         if (op->kind == NV_OP_TIMER && op->result == 0)
             note_lateness(op);
         op->done(op);

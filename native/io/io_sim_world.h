@@ -61,7 +61,6 @@ struct sim_world {
     struct nv_sim_faults faults;
     uint64_t clock_ns;
     uint64_t time; /* counts effects; orders writes against syncs */
-    uint64_t syncs_failed;
     struct nv_sim_counts counts;
     uint64_t timers_late_ns; /* the latest of them all: from its time until its user heard of it */
     struct op_list pending;
