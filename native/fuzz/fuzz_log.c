@@ -12,7 +12,7 @@
 
 #define UNITS 64u
 #define RING ((uint64_t)UNITS * NV_LOG_UNIT)
-#define SPARSE 64u /* bytes of input that one unit takes: more would all be padding */
+#define SPARSE 192u /* bytes of input that one unit takes: more would all be padding */
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
@@ -22,8 +22,8 @@ static uint8_t image[NV_LOG_RING + RING];
 static void lay_out(const uint8_t *data, size_t size)
 {
     memset(image, 0, sizeof image);
-    for (size_t at = 0, unit = 0; at < size && unit < UNITS + 2; unit++, at += SPARSE * 3) {
-        const size_t part = size - at < SPARSE * 3 ? size - at : SPARSE * 3;
+    for (size_t at = 0, unit = 0; at < size && unit < UNITS + 2; unit++, at += SPARSE) {
+        const size_t part = size - at < SPARSE ? size - at : SPARSE;
         memcpy(image + unit * NV_LOG_UNIT, data + at, part);
     }
 }

@@ -22,23 +22,26 @@ void model_begin(struct model *model, uint32_t blocks)
     }
 }
 
-static uint64_t word_of(uint64_t block, uint32_t version)
+void model_fill(uint8_t *bytes, uint64_t block, uint32_t version)
 {
-    return (block + 1) << 32 | version;
+    const uint64_t word = (block + 1) << 32 | version;
+
+    for (uint32_t at = 0; at < MODEL_BLOCK; at += sizeof word)
+        memcpy(bytes + at, &word, sizeof word);
 }
 
 void model_write(struct model *model, uint64_t first, uint64_t blocks, uint8_t *bytes)
 {
     for (uint64_t i = 0; i < blocks; i++) {
         struct model_block *block = &model->block[first + i];
-        const uint64_t word = word_of(first + i, ++block->newest);
+        block->newest++;
         assert(block->newest < MODEL_VERSIONS);
         block->zero[block->newest] = !bytes;
         block->failed[block->newest] = false;
         block->dead[block->newest] = 0;
         block->order[block->newest] = ++model->order;
-        for (uint32_t at = 0; bytes && at < MODEL_BLOCK; at += sizeof word)
-            memcpy(bytes + i * MODEL_BLOCK + at, &word, sizeof word);
+        if (bytes)
+            model_fill(bytes + i * MODEL_BLOCK, first + i, block->newest);
     }
 }
 
@@ -186,7 +189,7 @@ static void judge_prefix(const struct model *model, const uint32_t *found)
 
 void model_crashed(struct model *model, const uint8_t *bytes, bool cache_survived)
 {
-    uint32_t found[MODEL_BLOCKS], now[MODEL_BLOCKS][MODEL_SECTORS];
+    uint32_t found[MODEL_BLOCKS];
 
     for (uint32_t i = 0; i < model->blocks; i++) {
         struct model_block *block = &model->block[i];
@@ -197,7 +200,6 @@ void model_crashed(struct model *model, const uint8_t *bytes, bool cache_survive
             block->seen[s] = judge(block, i, s, bytes + (uint64_t)i * MODEL_BLOCK + s * SECTOR, least, "after a crash");
             newest = block->seen[s] > newest ? block->seen[s] : newest;
         }
-        memcpy(now[i], block->seen, sizeof now[i]);
         found[i] = newest;
     }
     if (model->pure)
@@ -209,7 +211,7 @@ void model_crashed(struct model *model, const uint8_t *bytes, bool cache_survive
             oldest = block->seen[s] < oldest ? block->seen[s] : oldest;
         block->acknowledged = block->durable = oldest;
         block->life = block->newest + 1;
-        memcpy(block->base, now[i], sizeof now[i]);
+        memcpy(block->base, block->seen, sizeof block->base);
         block->lost = false;
     }
 }

@@ -43,6 +43,8 @@ struct model {
 };
 
 void model_begin(struct model *model, uint32_t blocks);
+/* The bytes of one block's version. */
+void model_fill(uint8_t *bytes, uint64_t block, uint32_t version);
 /* A change of these blocks begins: their bytes are put in, unless they are zeros (bytes NULL). */
 void model_write(struct model *model, uint64_t first, uint64_t blocks, uint8_t *bytes);
 void model_written(struct model *model, uint64_t first, uint64_t blocks, bool fua, bool failed);

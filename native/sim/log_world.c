@@ -37,11 +37,10 @@ static void say(const struct world *world, const char *what, const struct world_
 
 /* ---- below the log: one disk ---- */
 
-static void io_over(struct world *world, struct world_io *io, int error)
+static void io_over(struct world_io *io, int error)
 {
     struct nv_log_below *asked = io->below;
 
-    (void)world;
     io->used = false;
     asked->error = error;
     asked->done(asked);
@@ -73,13 +72,13 @@ static void io_done(struct nv_op *op)
     if (op->kind == NV_OP_SYNC || ((op->flags & NV_OP_DSYNC) && op->result < 0)) {
         if (op->result < 0 && !world->forgiven)
             world->leg_fault = -EIO;
-        io_over(world, io, op->result < 0 || world->leg_fault ? -EIO : 0);
+        io_over(io, op->result < 0 || world->leg_fault ? -EIO : 0);
     } else if (op->result < 0 || (transfer && op->result == 0)) {
-        io_over(world, io, op->result < 0 ? (int)op->result : -EIO);
+        io_over(io, op->result < 0 ? (int)op->result : -EIO);
     } else if (changes && (io->below->flags & NV_LOG_FUA) && op->kind != NV_OP_WRITE) {
         sync_leg(world, io);
     } else {
-        io_over(world, io, (op->flags & NV_OP_DSYNC) && world->leg_fault ? -EIO : 0);
+        io_over(io, (op->flags & NV_OP_DSYNC) && world->leg_fault ? -EIO : 0);
     }
 }
 
@@ -455,7 +454,6 @@ static void read_all(struct world *world, uint8_t *bytes)
         struct world_request *request = &world->requests[0];
         if (!ask(world, NV_LOG_READ, 0, first, blocks))
             abort();
-        request->log.done = request_done;
         settle(world, all_answered, "a read is never answered");
         if (request->log.error)
             nv_sim_violation("blocks from %" PRIu64 " on cannot be read (%d)", first, request->log.error);
@@ -594,10 +592,8 @@ static void live(struct world *world)
         one_step(world);
 }
 
-uint64_t world_run(struct world *world, const struct world_plan *plan)
+void world_run(struct world *world, const struct world_plan *plan)
 {
-    uint64_t first_steps = 0;
-
     memset(world, 0, sizeof *world);
     world->plan = *plan;
     world->random.state = plan->seed * 0x9e3779b97f4a7c15ull + 1;
@@ -615,8 +611,6 @@ uint64_t world_run(struct world *world, const struct world_plan *plan)
             judge_crash(world);
         if (world->life < plan->lives)
             live(world);
-        if (world->life == 0)
-            first_steps = world->step;
         if (world->life == plan->lives || (!plan->script && plan->crash_at < 0 && chance(world, 150)))
             leave_cleanly(world);
         else
@@ -625,5 +619,4 @@ uint64_t world_run(struct world *world, const struct world_plan *plan)
     }
     free(world->log_image);
     free(world->leg_image);
-    return first_steps;
 }

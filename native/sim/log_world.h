@@ -71,7 +71,7 @@ struct world {
     uint64_t step, done, crashes, life;
 };
 
-/* All lives of a plan; ends the process at a violation. How many steps the first life took. */
-uint64_t world_run(struct world *world, const struct world_plan *plan);
+/* All lives of a plan; ends the process at a violation. */
+void world_run(struct world *world, const struct world_plan *plan);
 
 #endif

@@ -264,16 +264,6 @@ static bool any_busy(uint64_t first, uint64_t blocks)
     return false;
 }
 
-/* The same bytes as model_write() puts in. */
-static void fill(struct request *request, uint64_t first, uint64_t blocks)
-{
-    for (uint64_t i = 0; i < blocks; i++) {
-        const uint64_t word = (first + i + 1) << 32 | ++run.versions[first + i];
-        for (uint32_t at = 0; at < MODEL_BLOCK; at += sizeof word)
-            memcpy(request->data + i * MODEL_BLOCK + at, &word, sizeof word);
-    }
-}
-
 static bool ask(struct request *request)
 {
     const uint64_t what = sim_random_below(&run.random, 100), first = sim_random_below(&run.random, BLOCKS - 8);
@@ -288,11 +278,11 @@ static bool ask(struct request *request)
         event.flags = NV_LOG_FUA;
     if (any_busy(event.offset, event.length))
         return false;
-    if (event.kind == NV_LOG_WRITE)
-        fill(request, first, blocks);
     for (uint64_t i = 0; i < event.length; i++) {
         run.busy[first + i] = true;
-        run.versions[first + i] += event.kind == NV_LOG_ZEROES;
+        run.versions[first + i]++;
+        if (event.kind == NV_LOG_WRITE)
+            model_fill(request->data + i * MODEL_BLOCK, first + i, run.versions[first + i]);
     }
     request->used = true;
     event.slot = (uint32_t)(request - run.requests);
