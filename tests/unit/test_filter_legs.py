@@ -138,6 +138,7 @@ def test_a_resync_that_does_not_begin_has_its_leg_opened_anew(rig: MirrorRig, mo
 
     monkeypatch.setattr(rig.plane, "resync_leg", fails_once)
     rig.fail(2)
+    eventually("control knows", lambda: "stale 2" in rig.registry.asked)
     comes_back(rig, 2)
     assert openings == [2, 3]
 
