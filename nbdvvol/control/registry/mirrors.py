@@ -19,13 +19,14 @@ from nbdvvol.control.registry.tx import Tx, transaction
 from nbdvvol.control.registry.views import (
     HELD,
     NO_POLICY,
+    check_ready,
     find_vvol,
     mirror_policy,
     profile_specs,
     vvol_row,
     vvol_view,
 )
-from nbdvvol.control.registry.vvols import check_sees
+from nbdvvol.control.registry.vvols import check_sees, task_ref
 from nbdvvol.model.errors import Code, NvError
 from nbdvvol.model.farm import LEGS_MAX, DatastoreConfig, MirrorConfig
 from nbdvvol.model.resources import AddLeg, Task, TaskRef, VVol
@@ -35,15 +36,9 @@ SPARE_AGAIN = timedelta(minutes=10)
 PARTS = "it has no room for a mirror's labels and intents: make a new VVol with a mirror's profile and copy"
 
 
-def _ready(tx: Tx, vm: str, name: str) -> Row[Any]:
-    row = find_vvol(tx, vm, name)
-    if row.state != "ready":
-        raise NvError(Code.CONFLICT, f"VVol {vm}/{name} is {row.state}, not ready", "wait for its task to end")
-    return row
-
-
 def _mirrored(tx: Tx, vm: str, name: str) -> Row[Any]:
-    row = _ready(tx, vm, name)
+    row = find_vvol(tx, vm, name)
+    check_ready(row)
     if not row.mirror:
         raise NvError(
             Code.CONFLICT,
@@ -53,17 +48,14 @@ def _mirrored(tx: Tx, vm: str, name: str) -> Row[Any]:
     return row
 
 
-def _ref(tx: Tx, task: Task, uuid: str) -> TaskRef:
-    return TaskRef(task=task, vvol=vvol_view(tx, vvol_row(tx, uuid)))
-
-
 @transaction
 def begin_add_leg(tx: Tx, vm: str, name: str, body: AddLeg) -> TaskRef:
     """Give a VVol another leg on a datastore, to be copied to. A VVol with one copy becomes a mirror by it.
 
     Raises CONFLICT or UNSUPPORTED for what cannot be."""
-    row = _ready(tx, vm, name)
-    return _ref(tx, start_add_leg(tx, row, body.datastore), row.uuid)
+    row = find_vvol(tx, vm, name)
+    check_ready(row)
+    return task_ref(tx, start_add_leg(tx, row, body.datastore), row.uuid)
 
 
 def start_add_leg(tx: Tx, row: Row[Any], datastore: str, replaces: int | None = None) -> Task:
@@ -130,7 +122,7 @@ def begin_remove_leg(tx: Tx, vm: str, name: str, which: str) -> TaskRef:
     Raises CONFLICT for the only leg in sync."""
     row = _mirrored(tx, vm, name)
     leg = find_leg(tx, row, which)
-    return _ref(tx, start_remove_leg(tx, row, leg), row.uuid)
+    return task_ref(tx, start_remove_leg(tx, row, leg), row.uuid)
 
 
 def start_remove_leg(tx: Tx, row: Row[Any], leg: Row[Any]) -> Task:
@@ -196,7 +188,7 @@ def begin_verify(tx: Tx, vm: str, name: str, repair: bool | None = None) -> Task
             f"bind it: nbdvvol bind {vm}/{name}",
         )
     wants = repair if repair is not None else policy_of(tx, row).verify == "repair"
-    return _ref(tx, add_task(tx, "verify", f"{vm}/{name}", row.uuid, claim=False, repair=wants), row.uuid)
+    return task_ref(tx, add_task(tx, "verify", f"{vm}/{name}", row.uuid, claim=False, repair=wants), row.uuid)
 
 
 def policy_of(tx: Tx, row: Row[Any]) -> MirrorConfig:

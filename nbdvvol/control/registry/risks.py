@@ -21,23 +21,26 @@ OFF = "power that machine off first"
 @transaction
 def force_risks(tx: Tx, vm: str, name: str, now: Moment, connected: frozenset[str]) -> ForceRisks:
     """What `--force` puts at risk now. Raises NOT_FOUND."""
-    row = find_vvol(tx, vm, name)
+    return _at_risk(tx, find_vvol(tx, vm, name), now, connected)
+
+
+def sentences(tx: Tx, row: Row[Any]) -> list[str]:
+    """The same, for people; nothing where no host holds it and no failed sync is to be accepted."""
+    return _at_risk(tx, row, moment(), frozenset()).risks
+
+
+def _at_risk(tx: Tx, row: Row[Any], now: Moment, connected: frozenset[str]) -> ForceRisks:
     hosts = [_holder(tx, row, holder, now, connected) for holder in _holders(tx, row)]
     legs = _legs(tx, row)
-    return ForceRisks(vvol=f"{vm}/{name}", hosts=hosts, legs=legs, risks=sentences(tx, row, now, connected))
-
-
-def sentences(tx: Tx, row: Row[Any], now: Moment | None = None, connected: frozenset[str] = frozenset()) -> list[str]:
-    """The same, for people; nothing where no host holds it and no failed sync is to be accepted."""
-    now = now or moment()
-    told = [_words(_holder(tx, row, holder, now, connected)) for holder in _holders(tx, row)]
+    told = [_words(host) for host in hosts]
     if told:
-        told += _of_bytes(row, [leg for leg in _legs(tx, row) if not leg.fences])
+        told += _of_bytes(row, [leg for leg in legs if not leg.fences])
     faulty = select(s.legs).where(s.legs.c.vvol == row.uuid, s.legs.c.fault_host != "").order_by(s.legs.c.id)
-    return told + [
+    told += [
         f"a sync failed on host {leg.fault_host}, datastore {leg.datastore}: what that lost is accepted"
         for leg in tx.db.execute(faulty).all()
     ]
+    return ForceRisks(vvol=f"{row.vm}/{row.name}", hosts=hosts, legs=legs, risks=told)
 
 
 def _holders(tx: Tx, row: Row[Any]) -> list[Row[Any]]:

@@ -55,6 +55,12 @@ def find_vvol(tx: Tx, vm: str, name: str) -> Row[Any]:
     return row
 
 
+def check_ready(row: Row[Any]) -> None:
+    """Raise CONFLICT for a VVol that is being created or deleted, or could not be created."""
+    if row.state != "ready":
+        raise NvError(Code.CONFLICT, f"VVol {row.vm}/{row.name} is {row.state}, not ready", "wait for its task to end")
+
+
 RunTuple = tuple[int, int, int, int]
 
 

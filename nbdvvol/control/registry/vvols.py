@@ -15,7 +15,7 @@ from nbdvvol.control.registry.space import places_of
 from nbdvvol.control.registry.stores import store_row
 from nbdvvol.control.registry.tasks import add_task
 from nbdvvol.control.registry.tx import Tx, transaction
-from nbdvvol.control.registry.views import HELD, find_vvol, task_view, vvol_view
+from nbdvvol.control.registry.views import HELD, check_ready, find_vvol, task_view, vvol_row, vvol_view
 from nbdvvol.model.errors import Code, NvError
 from nbdvvol.model.farm import DatastoreConfig, DatastoreKind, ProfileConfig
 from nbdvvol.model.resources import BindVVol, CreateVVol, ResizeVVol, Task, TaskRef
@@ -132,16 +132,16 @@ def insert_vvol(tx: Tx, body: CreateVVol) -> Task:
     return add_task(tx, "create", name, str(row["uuid"]))
 
 
-def _ref(tx: Tx, task: Task, uuid: str, at_risk: list[str] | None = None) -> TaskRef:
-    row = tx.db.execute(select(s.vvols).where(s.vvols.c.uuid == uuid)).one()
-    return TaskRef(task=task, vvol=vvol_view(tx, row), risks=at_risk or [])
+def task_ref(tx: Tx, task: Task, uuid: str, at_risk: list[str] | None = None) -> TaskRef:
+    """A task, with its VVol as that is now."""
+    return TaskRef(task=task, vvol=vvol_view(tx, vvol_row(tx, uuid)), risks=at_risk or [])
 
 
 @transaction
 def begin_create(tx: Tx, body: CreateVVol) -> TaskRef:
     """Create a VVol: it is `creating` until its task made it ready and bound it to its VM's host."""
     task = insert_vvol(tx, body)
-    return _ref(tx, task, find_vvol(tx, body.vm, body.name).uuid)
+    return task_ref(tx, task, find_vvol(tx, body.vm, body.name).uuid)
 
 
 def retry_create(tx: Tx, row: Row[Any], body: CreateVVol) -> Task:
@@ -179,19 +179,18 @@ def begin_delete(tx: Tx, vm: str, name: str, force: bool = False) -> TaskRef:
         if force:
             bindings.unbind(tx, row.uuid, True)
             bindings.give_up_holders(tx, row.uuid)
-        return _ref(tx, task_view(running), row.uuid)
+        return task_ref(tx, task_view(running), row.uuid)
     task = add_task(tx, "delete", full, row.uuid, force=force)
     tx.db.execute(update(s.vvols).where(s.vvols.c.uuid == row.uuid).values(state="deleting", error=""))
     bindings.unbind(tx, row.uuid, force)
     tx.event("vvol.deleting", full, "deleted by request")
-    return _ref(tx, task, row.uuid)
+    return task_ref(tx, task, row.uuid)
 
 
 def start_resize(tx: Tx, row: Row[Any], size: int) -> Task | None:
     """Queue growing to `size`; None when it has that size. Raises INVALID for anything smaller."""
     name = f"{row.vm}/{row.name}"
-    if row.state != "ready":
-        raise NvError(Code.CONFLICT, f"VVol {name} is {row.state}, not ready", "wait for its task to end")
+    check_ready(row)
     if size == row.size:
         return None
     if size < row.size:
@@ -213,7 +212,7 @@ def begin_resize(tx: Tx, vm: str, name: str, body: ResizeVVol) -> TaskRef:
     task = start_resize(tx, row, body.size)
     if task is None:
         task = add_task(tx, "resize", f"{vm}/{name}", row.uuid, size=body.size)
-    return _ref(tx, task, row.uuid)
+    return task_ref(tx, task, row.uuid)
 
 
 def start_bind(tx: Tx, row: Row[Any], host: str, force: bool = False) -> Task:
@@ -232,17 +231,15 @@ def begin_bind(tx: Tx, vm: str, name: str, body: BindVVol) -> TaskRef:
 
     `force` takes it from a host that does not answer, also for a bind that waits already."""
     row = find_vvol(tx, vm, name)
-    if row.state != "ready":
-        raise NvError(Code.CONFLICT, f"VVol {vm}/{name} is {row.state}, not ready", "wait for its task to end")
+    check_ready(row)
     running = tx.db.execute(select(s.tasks).where(s.tasks.c.id == row.task)).one_or_none()
+    at_risk = risks.sentences(tx, row) if body.force else []
     if running is not None and body.force and running.kind == "bind":
-        at_risk = risks.sentences(tx, row)
         bindings.unbind(tx, row.uuid, True)
         faults.accept(tx, row.uuid, f"{vm}/{name}")
-        return _ref(tx, task_view(running), row.uuid, at_risk)
+        return task_ref(tx, task_view(running), row.uuid, at_risk)
     home: str = tx.db.execute(select(s.vms.c.host).where(s.vms.c.name == vm)).scalar_one()
-    at_risk = risks.sentences(tx, row) if body.force else []
-    return _ref(tx, start_bind(tx, row, body.host or home, body.force), row.uuid, at_risk)
+    return task_ref(tx, start_bind(tx, row, body.host or home, body.force), row.uuid, at_risk)
 
 
 @transaction
@@ -259,10 +256,10 @@ def begin_unbind(tx: Tx, vm: str, name: str, body: BindVVol) -> TaskRef:
     at_risk = risks.sentences(tx, row) if body.force else []
     if running is not None and body.force and running.kind in ("bind", "unbind"):
         bindings.unbind(tx, row.uuid, True)
-        return _ref(tx, task_view(running), row.uuid, at_risk)
+        return task_ref(tx, task_view(running), row.uuid, at_risk)
     task = add_task(tx, "unbind", f"{vm}/{name}", row.uuid, force=body.force)
     bindings.unbind(tx, row.uuid, body.force)
-    return _ref(tx, task, row.uuid, at_risk)
+    return task_ref(tx, task, row.uuid, at_risk)
 
 
 def places_now(tx: Tx, row: Row[Any]) -> list[str]:
