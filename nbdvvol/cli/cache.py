@@ -4,19 +4,12 @@ from __future__ import annotations
 
 import typer
 
-from nbdvvol.cli.options import NoWait, RunOption, VVolArgument
+from nbdvvol.cli.options import NoWait, RunOption, VVolArgument, two_words
 
 
 def register(app: typer.Typer) -> None:
     """Add this noun's commands."""
-    noun = typer.Typer(help="Work on a VVol's cache.", no_args_is_help=True)
-    noun.callback()(_nothing)
-    noun.command("drain")(drain)
-    app.add_typer(noun, name="cache")
-
-
-def _nothing() -> None:
-    """Keep `drain` a word of its own, for verbs to come."""
+    two_words(app, "cache", "Work on a VVol's cache.", "drain", drain)
 
 
 def drain(name: VVolArgument, no_wait: NoWait = False, run: RunOption = None) -> None:
@@ -24,12 +17,7 @@ def drain(name: VVolArgument, no_wait: NoWait = False, run: RunOption = None) ->
 
     The modes read and writethrough keep nothing that the VVol's storage has not: for them it is done at once."""
     from nbdvvol.cli.client import Client
-    from nbdvvol.cli.output import wait_task
+    from nbdvvol.cli.output import follow
 
     with Client.connect(run) as client:
-        full = client.resolve(name)
-        ref = client.drain_cache(full)
-        if no_wait:
-            print(f"task {ref.task.id}")
-            return
-        print(f"{full}: {wait_task(client, ref.task.id).detail}")
+        follow(client, client.drain_cache(name), None, no_wait=no_wait)

@@ -7,24 +7,17 @@ from typing import Annotated
 
 import typer
 
-from nbdvvol.cli.options import RunOption
+from nbdvvol.cli.options import RunOption, Yes, two_words
 
 
 def register(app: typer.Typer) -> None:
     """Add this noun's commands."""
-    noun = typer.Typer(help="Decide about a datastore.", no_args_is_help=True)
-    noun.callback()(_nothing)
-    noun.command("clear-fault")(clear_fault)
-    app.add_typer(noun, name="datastore")
-
-
-def _nothing() -> None:
-    """Keep `clear-fault` a word of its own, for verbs to come."""
+    two_words(app, "datastore", "Decide about a datastore.", "clear-fault", clear_fault)
 
 
 def clear_fault(
     name: Annotated[str, typer.Argument(metavar="DATASTORE")],
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Yes = False,
     run: RunOption = None,
 ) -> None:
     """Let FLUSH succeed again after a failed sync: what was written since the last good one may be lost.

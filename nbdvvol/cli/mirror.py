@@ -13,13 +13,12 @@ from nbdvvol.cli.options import NoWait, Output, OutputOption, RunOption, VVolArg
 
 if TYPE_CHECKING:
     from nbdvvol.cli.client import Client
-    from nbdvvol.model.resources import Leg, VVol
+    from nbdvvol.model.resources import Leg, LegNow, VVol
 
 POLL_S = 0.3
 STUCK_S = 15.0
 """A leg that nothing is copied to for so long is not waited for: its host tries again by itself, for as long as it is
 needed."""
-COPIES = ("syncing", "promoting")
 LegArgument = Annotated[str, typer.Argument(metavar="LEG", help="Its number, or its datastore.")]
 
 
@@ -117,20 +116,12 @@ def verify(
 ) -> None:
     """Compare the legs that are in sync, while they are in use; exit 1 when they differ and are left so."""
     from nbdvvol.cli.client import Client
-    from nbdvvol.cli.output import emit, follow, wait_task
+    from nbdvvol.cli.output import follow
 
     with Client.connect(run) as client:
         full = client.resolve(name)
-        ref = client.verify(full, repair)
-        if no_wait:
-            follow(client, ref, "", no_wait=True, output=output)
-            return
-        task = wait_task(client, ref.task.id)
-        if output is Output.TABLE:
-            print(f"{full}: {task.detail}")
-        else:
-            emit(task, output)
-        if client.vvol(full).differed:
+        follow(client, client.verify(full, repair), None, no_wait=no_wait, output=output)
+        if not no_wait and client.vvol(full).differed:
             raise typer.Exit(1)
 
 
@@ -151,7 +142,7 @@ def _until_in_sync(client: Client, name: str, numbers: set[int]) -> VVol:
         if not left:
             return vvol
         now = [(leg.id, leg.state, leg.now.lane, leg.now.copied_bytes) for leg in left if leg.now is not None]
-        copies = any(leg.now is not None and leg.now.lane in COPIES for leg in left)
+        copies = any(leg.now is not None and leg.now.progress is not None for leg in left)
         if now != before or copies:
             before, moved_s = now, time.monotonic()
         elif time.monotonic() - moved_s > STUCK_S:
@@ -162,10 +153,10 @@ def _until_in_sync(client: Client, name: str, numbers: set[int]) -> VVol:
 
 
 def _show(left: Sequence[Leg]) -> None:
+    from nbdvvol.cli.output import show_line
+
     if sys.stderr.isatty():
-        text = "; ".join(f"leg {leg.id}: {leg_words(leg)}" for leg in left)
-        sys.stderr.write(f"\r\x1b[K{text[:120]}")
-        sys.stderr.flush()
+        show_line("; ".join(f"leg {leg.id}: {leg_words(leg)}" for leg in left))
 
 
 # ---- how legs are shown ----
@@ -187,9 +178,8 @@ def leg_words(leg: Leg) -> str:
         said.append(now.copy_words())
     elif now is not None and now.dirty_regions:
         said.append(f"{now.dirty_regions} regions dirty")
-    why = (now.why if now is not None else "") or leg.why
-    if why and leg.state != "in-sync":
-        said.append(why)
+    if leg.reason and leg.state != "in-sync":
+        said.append(leg.reason)
     if leg.resync == "off":
         said.append("left so by request")
     if leg.replaces is not None:
@@ -225,22 +215,21 @@ HEADS = ("vvol", "leg", "datastore", "state", "regions", "dirty", "copied", "don
 
 def leg_rows(vvols: Iterable[VVol]) -> Iterator[tuple[object, ...]]:
     """Rows of the legs of mirrors, for `status`."""
-    from nbdvvol.model.units import about_size, about_time
-
     for vvol in vvols:
         for leg in vvol.legs if vvol.mirror is not None else ():
-            now = leg.now
-            copies = now is not None and now.progress is not None
-            yield (
-                vvol.full_name,
-                leg.id,
-                leg.datastore,
-                state_words(leg),
-                now.dirty_regions if now is not None else "",
-                about_size(now.dirty_bytes) if now is not None else "",
-                about_size(now.copied_bytes) if now is not None and copies else "",
-                f"{now.progress:.0%}" if now is not None and now.progress is not None else "",
-                f"{about_size(now.rate)}/s" if now is not None and now.rate else "",
-                about_time(now.eta_s) if now is not None and now.eta_s is not None else "",
-                ((now.why if now is not None else "") or leg.why) if leg.state != "in-sync" else "",
-            )
+            runs = _run_cells(leg.now) if leg.now is not None else ("",) * 6
+            why = leg.reason if leg.state != "in-sync" else ""
+            yield vvol.full_name, leg.id, leg.datastore, state_words(leg), *runs, why
+
+
+def _run_cells(now: LegNow) -> tuple[object, ...]:
+    from nbdvvol.model.units import about_size, about_time
+
+    return (
+        now.dirty_regions,
+        about_size(now.dirty_bytes),
+        about_size(now.copied_bytes) if now.progress is not None else "",
+        f"{now.progress:.0%}" if now.progress is not None else "",
+        f"{about_size(now.rate)}/s" if now.rate else "",
+        about_time(now.eta_s) if now.eta_s is not None else "",
+    )

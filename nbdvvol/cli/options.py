@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -36,3 +37,17 @@ Force = Annotated[
 ]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 VVolArgument = Annotated[str, typer.Argument(metavar="VVOL", help="VM/NAME, or NAME where that is unique.")]
+
+
+def two_words(
+    app: typer.Typer, first: str, about: str, second: str, command: Callable[..., None], text: str | None = None
+) -> None:
+    """Add a command whose second word is the only one yet behind its first. `text`: its help, else its docstring."""
+    group = typer.Typer(help=about, no_args_is_help=True)
+    group.callback()(_nothing)
+    group.command(second, help=text)(command)
+    app.add_typer(group, name=first)
+
+
+def _nothing() -> None:
+    """Keep the second word, for others to come: typer drops the name of a group's only command."""

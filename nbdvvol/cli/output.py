@@ -87,15 +87,17 @@ def pairs(items: Iterable[tuple[str, object]]) -> None:
         print(f"{name:<{width}}  {value}")
 
 
-def follow(client: Client, ref: TaskRef, done: str, *, no_wait: bool, output: Output = Output.TABLE) -> None:
+def follow(client: Client, ref: TaskRef, done: str | None, *, no_wait: bool, output: Output = Output.TABLE) -> None:
     """Wait for a task with its progress shown on a terminal, then print `done`; or just print its number.
 
-    For scripts, the task itself."""
+    `done` None: what the task said last is its result. For scripts, the task itself."""
     task = ref.task if no_wait else wait_task(client, ref.task.id)
     if output is not Output.TABLE:
         emit(task, output)
+    elif no_wait:
+        print(f"task {task.id}")
     else:
-        print(f"task {task.id}" if no_wait else done)
+        print(f"{task.subject}: {task.detail}" if done is None else done)
 
 
 def wait_task(client: Client, number: int) -> Task:
@@ -107,7 +109,12 @@ def _progress_line() -> Callable[[Task], None]:
     def show(task: Any) -> None:
         text = f"task {task.id} {task.kind} {task.subject}: {task.state} {task.progress:4.0%} {task.detail}"
         over = task.state not in ("queued", "running")
-        sys.stderr.write(f"\r\x1b[K{'' if over else text[:120]}")
-        sys.stderr.flush()
+        show_line("" if over else text)
 
     return show
+
+
+def show_line(text: str) -> None:
+    """Write over the terminal's line."""
+    sys.stderr.write(f"\r\x1b[K{text[:120]}")
+    sys.stderr.flush()

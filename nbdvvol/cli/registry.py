@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nbdvvol.cli.options import Output, OutputOption
+from nbdvvol.cli.options import Output, OutputOption, two_words
 
 if TYPE_CHECKING:
     from nbdvvol.model.rebuild import Rebuilt, RebuiltLeg
@@ -16,14 +16,7 @@ if TYPE_CHECKING:
 
 def register(app: typer.Typer) -> None:
     """Add this noun's commands."""
-    noun = typer.Typer(help="What control knows, when it is lost.", no_args_is_help=True)
-    noun.callback()(_nothing)
-    noun.command("rebuild")(rebuild)
-    app.add_typer(noun, name="registry")
-
-
-def _nothing() -> None:
-    """Keep `rebuild` a word of its own, for verbs to come."""
+    two_words(app, "registry", "What control knows, when it is lost.", "rebuild", rebuild)
 
 
 def rebuild(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nbdvvol.cli.options import Force, NoWait, Output, OutputOption, RunOption, VVolArgument, Yes
+from nbdvvol.cli.options import Force, NoWait, Output, OutputOption, RunOption, VVolArgument, Yes, two_words
 
 if TYPE_CHECKING:
     from nbdvvol.cli.client import Client
@@ -29,18 +29,11 @@ def register(app: typer.Typer) -> None:
         ("resize", resize, "Grow a VVol, also while it is in use."),
         ("describe", describe, "Everything about a VVol."),
     ):
-        noun = typer.Typer(help=text, no_args_is_help=True)
-        noun.callback()(_nothing)
-        noun.command("vvol", help=text)(command)
-        app.add_typer(noun, name=verb)
+        two_words(app, verb, text, "vvol", command, text)
     app.command()(adopt)
     app.command()(bind)
     app.command()(unbind)
     app.command()(uri)
-
-
-def _nothing() -> None:
-    """Keep `vvol` a word of its own, for nouns to come."""
 
 
 def create(

@@ -106,6 +106,11 @@ class Leg(Model):
     """As its host runs it; null: no host that answers does."""
     regions: list[Region] = Field(default_factory=list)
 
+    @property
+    def reason(self) -> str:
+        """Why it is not in sync: its host's words, where it has some."""
+        return (self.now.why if self.now is not None else "") or self.why
+
 
 class Binding(Model):
     """Which host serves a VVol, under which epoch."""
