@@ -16,7 +16,8 @@ from nbdvvol import farmfile
 from nbdvvol.control import rebuild as core
 from nbdvvol.control.daemon import only_one
 from nbdvvol.control.registry import Registry, rebuilt
-from nbdvvol.control.registry.store import REBUILT_NAME, REGISTRY_NAME
+from nbdvvol.control.registry.store import REBUILT_NAME, REGISTRY_NAME, with_log
+from nbdvvol.datastores.base import sync_folder
 from nbdvvol.model.farm import Farm
 from nbdvvol.model.rebuild import Rebuilt
 from nbdvvol.survey import survey
@@ -27,7 +28,7 @@ async def rebuild(file: Path, state: Path, without: Iterable[str], *, dry_run: b
 
     Raises BUSY while control runs, CONFIG for a farm file that is wrong."""
     farm = farmfile.load(file)
-    rebuilt.check_farm(farm)
+    rebuilt.plan(farm)
     with only_one(state):
         found = core.decide(await survey(farm), farm, without, floor=int(time.time()))
         if dry_run or found.blockers:
@@ -39,36 +40,24 @@ async def rebuild(file: Path, state: Path, without: Iterable[str], *, dry_run: b
 async def _write(farm: Farm, found: Rebuilt, state: Path) -> str:
     """Make the new registry whole, move the old one aside, give the new one its name."""
     fresh = state / REBUILT_NAME
-    for leftover in _with_log(fresh):
+    for leftover in with_log(fresh):
         leftover.unlink(missing_ok=True)
     registry = await Registry.open(fresh)
     try:
         await registry.run(rebuilt.write, farm, found)
     finally:
         await registry.close()
-    assert not any(log.exists() for log in _with_log(fresh)[1:]), "closing it wrote its log back"
-    _sync(fresh)
+    assert not any(log.exists() for log in with_log(fresh)[1:]), "closing it wrote its log back"
+    with fresh.open("rb") as file:
+        os.fsync(file.fileno())
     when = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%SZ")
     aside = state / f"{REGISTRY_NAME}.before-rebuild-{when}"
     moved = ""
-    for old, new in zip(_with_log(state / REGISTRY_NAME), _with_log(aside), strict=True):
+    for old, new in zip(with_log(state / REGISTRY_NAME), with_log(aside), strict=True):
         if old.exists():
             old.rename(new)
             moved = str(aside)
-    _sync(state)  # the old one's log must never be found beside the new one
+    sync_folder(str(aside))  # the old one's log must never be found beside the new one
     fresh.rename(state / REGISTRY_NAME)
-    _sync(state)
+    sync_folder(str(state / REGISTRY_NAME))
     return moved
-
-
-def _with_log(path: Path) -> tuple[Path, ...]:
-    """A registry's file and those of its log."""
-    return path, path.with_name(f"{path.name}-wal"), path.with_name(f"{path.name}-shm")
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

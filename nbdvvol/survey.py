@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from nbdvvol.control.rebuild import Found, FoundLeg, leg_of_file
 from nbdvvol.datastores import format as disk
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from nbdvvol.dataplane.types import DataPlane
 
 PIECE_BYTES = 1 << 20
+Part = TypeVar("Part", disk.Label, disk.MapCopy)
 Read = Callable[[int, int], Awaitable[bytes]]
 """(offset, length) → bytes. Raises OSError when they are not all there."""
 
@@ -132,11 +133,9 @@ async def _single(name: str, config: DatastoreConfig, read: Read, size: int) -> 
         piece = await read(start, min(PIECE_BYTES, end - start))
         if disk.is_blank(piece):
             continue
-        for at in range(0, len(piece), disk.PAGE):
-            page = (start - header.directory_offset + at) // disk.PAGE
-            found, bad = disk.decode_page(piece[at : at + disk.PAGE], page)
-            entries |= found
-            damaged += bad
+        found, bad = disk.decode_pages(piece, (start - header.directory_offset) // disk.PAGE)
+        entries |= found
+        damaged += bad
     legs = []
     for slot, entry in sorted(entries.items()):
         leg = FoundLeg(entry.vvol, entry.leg, slot=slot, meta_offset=entry.offset, meta_length=entry.length)
@@ -152,24 +151,20 @@ async def _metadata(leg: FoundLeg, read: Read, size: int) -> FoundLeg:
         )
     raw = await read(leg.meta_offset, disk.BITMAP_OFFSET)
     first, second = 2 * disk.PAGE, 2 * disk.PAGE + disk.MAP_SLOT_BYTES
-    errors = []
+    label, bad_label = _own(leg, "label", lambda: disk.decode_label(raw[:first]))
+    copy, bad_map = _own(leg, "map copy", lambda: disk.decode_map((raw[first:second], raw[second:])))
+    return replace(leg, label=label, map=copy, error="; ".join(filter(None, (bad_label, bad_map))))
+
+
+def _own(leg: FoundLeg, what: str, decode: Callable[[], Part]) -> tuple[Part | None, str]:
+    """A part of a leg's metadata, if it is whole and the leg's; else what is wrong."""
     try:
-        label = disk.decode_label(raw[:first])
-        if (label.vvol, label.leg) == (leg.vvol, leg.id):
-            leg = replace(leg, label=label)
-        else:
-            errors.append(f"its label is that of leg {label.leg} of VVol {label.vvol}")
+        found = decode()
     except NvError as error:
-        errors.append(error.message)
-    try:
-        copy = disk.decode_map((raw[first:second], raw[second:]))
-        if (copy.vvol, copy.leg) == (leg.vvol, leg.id):
-            leg = replace(leg, map=copy)
-        else:
-            errors.append(f"its map copy is that of leg {copy.leg} of VVol {copy.vvol}")
-    except NvError as error:
-        errors.append(error.message)
-    return replace(leg, error="; ".join(errors))
+        return None, error.message
+    if (found.vvol, found.leg) != (leg.vvol, leg.id):
+        return None, f"its {what} is that of leg {found.leg} of VVol {found.vvol}"
+    return found, ""
 
 
 # ---- directories ----

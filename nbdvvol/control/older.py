@@ -63,9 +63,7 @@ async def _directory(context: Context, store: Store, known: dict[int, KnownLeg])
         length = min(PIECE_BYTES, header.directory_length - at)
         raw = await _read(context, store, f"older.directory.{store.name}.{at}", header.directory_offset + at, length)
         first = at // disk.PAGE
-        for index in range(length // disk.PAGE):
-            found, _ = disk.decode_page(raw[index * disk.PAGE : (index + 1) * disk.PAGE], first + index)
-            entries |= found
+        entries |= disk.decode_pages(raw, first)[0]
         if disk.is_blank(raw) and all(slot < first * disk.ENTRIES_A_PAGE for slot in known):
             break
     return entries

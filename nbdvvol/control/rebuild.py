@@ -26,6 +26,7 @@ from uuid import UUID
 from pydantic import ValidationError
 
 from nbdvvol.control.lifecycle import file_name
+from nbdvvol.control.registry.rebuilt import pieces
 from nbdvvol.control.registry.space import FIRST_LEG
 from nbdvvol.datastores import format as disk
 from nbdvvol.model.farm import DatastoreConfig, DatastoreKind, Farm, VVolConfig
@@ -540,11 +541,7 @@ def _overlaps(work: _Work, store: Found) -> None:
             if leg.datastore != store.name:
                 continue
             name = f"leg {leg.id} of VVol {vvol.full_name}"
-            if leg.meta_length:
-                claims.append((leg.meta_offset, leg.meta_offset + leg.meta_length, leg.object, name))
-            for _, length, at, state in leg.runs:
-                if state == 0:
-                    claims.append((at, at + disk.round_up(length, step), leg.object, name))
+            claims += [(at, at + length, leg.object, name) for at, length in pieces(leg, step)]
     sizes = dict(store.files) | {leg.object: leg.object_size for leg in store.legs if leg.object}
     claims.sort(key=lambda claim: (claim[2], claim[0]))
     for index, (start, end, obj, name) in enumerate(claims):

@@ -307,6 +307,17 @@ def decode_page(raw: bytes, page: int) -> tuple[dict[int, Entry], list[int]]:
     return entries, damaged
 
 
+def decode_pages(raw: bytes, first: int) -> tuple[dict[int, Entry], list[int]]:
+    """The same of several whole pages, from page `first` on."""
+    entries: dict[int, Entry] = {}
+    damaged: list[int] = []
+    for at in range(0, len(raw), PAGE):
+        found, bad = decode_page(raw[at : at + PAGE], first + at // PAGE)
+        entries |= found
+        damaged += bad
+    return entries, damaged
+
+
 def region_bytes(size: int, extent_size: int) -> int:
     """Length of the metadata region to reserve for a leg of `size` bytes."""
     pages = -(-size // (DIRTY_A_PAGE << REGION_SHIFT_MIN))

@@ -18,14 +18,14 @@ from nbdvvol.cli.main import main
 from nbdvvol.control.daemon import only_one
 from nbdvvol.control.rebuild import EPOCH_STEP
 from nbdvvol.control.registry import Registry, legs, mirrors, space, views, vvols
-from nbdvvol.control.registry.store import REBUILT_NAME
+from nbdvvol.control.registry.store import REBUILT_NAME, with_log
 from nbdvvol.control.registry.tx import Tx, transaction
 from nbdvvol.datastores import format as disk
 from nbdvvol.model.errors import Code, NvError
 from nbdvvol.model.mirror import LegChange, Stamp
 from nbdvvol.model.rebuild import Rebuilt
 from nbdvvol.model.resources import AddLeg, BindVVol, ResizeVVol, TaskState
-from nbdvvol.rebuild import _with_log, rebuild
+from nbdvvol.rebuild import rebuild
 from tests.unit.control_farm import MIB, TestFarm
 from tests.unit.fake_filter import FakeFilter
 
@@ -371,7 +371,7 @@ async def test_an_older_registry_takes_no_space_that_a_newer_one_has_used(lost: 
         ref = await run(vvols.begin_resize, "vm1", "solo", ResizeVVol(size=5 * MIB))
         assert (await lost.farm.over(ref.task.id)).state is TaskState.SUCCESS
     await lost.lose()
-    for path in _with_log(lost.farm.state / "registry.db"):
+    for path in with_log(lost.farm.state / "registry.db"):
         path.unlink(missing_ok=True)
     old.rename(lost.farm.state / "registry.db")
     await lost.restart()

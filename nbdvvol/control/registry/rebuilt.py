@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from sqlalchemy import insert, select, update
 
 from nbdvvol.control.allocator import Area, AreaState, Space
-from nbdvvol.control.apply import Have, compare
+from nbdvvol.control.apply import Have, Plan, compare
 from nbdvvol.control.registry import schema as s
 from nbdvvol.control.registry import vvols
 from nbdvvol.control.registry.farm import write_declared
@@ -28,11 +28,12 @@ from nbdvvol.model.farm import Farm, VmConfig
 from nbdvvol.model.rebuild import Rebuilt, RebuiltLeg, RebuiltStore, RebuiltVVol
 
 
-def check_farm(farm: Farm) -> Farm:
-    """The farm without its VVols, whose declarations come later, by `apply`. Raises NvError for what cannot be."""
+def plan(farm: Farm) -> tuple[Plan, Farm]:
+    """How the farm is made without its VVols, whose declarations come later, by `apply`; and that farm.
+
+    Raises NvError for what cannot be."""
     bare = farm.model_copy(update={"vms": {name: _bare(vm) for name, vm in farm.vms.items()}})
-    compare(Have(), bare)
-    return bare
+    return compare(Have(), bare), bare
 
 
 def _bare(vm: VmConfig) -> VmConfig:
@@ -44,8 +45,7 @@ def write(tx: Tx, farm: Farm, rebuilt: Rebuilt) -> None:
     """Fill an empty registry. Nothing may stand in the way any more."""
     assert not rebuilt.blockers, "what cannot be decided is not written"
     assert tx.db.execute(select(s.vvols)).first() is None, "only an empty registry is filled"
-    bare = check_farm(farm)
-    write_declared(tx, compare(Have(), bare), bare)
+    write_declared(tx, *plan(farm))
     for store in rebuilt.datastores:
         _write_store(tx, store, rebuilt)
     for vvol in rebuilt.vvols:
@@ -81,9 +81,9 @@ def _write_areas(tx: Tx, store: RebuiltStore, rebuilt: Rebuilt) -> None:
     for vvol in rebuilt.vvols:
         for leg in vvol.legs:
             if leg.datastore == store.name:
-                pieces = _pieces(leg, store.extent_size)
-                owned += [Area(at, length, AreaState.ALLOCATED, vvol.uuid) for at, length in pieces]
-    end = store.size // store.extent_size * store.extent_size
+                owned += [
+                    Area(at, length, AreaState.ALLOCATED, vvol.uuid) for at, length in pieces(leg, store.extent_size)
+                ]
     at = 0
     areas: list[Area] = []
     for area in sorted(owned):
@@ -91,13 +91,13 @@ def _write_areas(tx: Tx, store: RebuiltStore, rebuilt: Rebuilt) -> None:
             areas.append(Area(at, area.offset - at, AreaState.DIRTY))
         areas.append(area)
         at = area.end
-    if end > at:
-        areas.append(Area(at, end - at, AreaState.DIRTY))
-    save_areas(tx, store.name, [], Space(store.extent_size, areas).areas)
+    space = Space(store.extent_size, areas)
+    space.extend(store.size)
+    save_areas(tx, store.name, [], space.areas)
 
 
-def _pieces(leg: RebuiltLeg, extent: int) -> Iterator[tuple[int, int]]:
-    """(offset, length) of the whole extents that a leg has."""
+def pieces(leg: RebuiltLeg, extent: int) -> Iterator[tuple[int, int]]:
+    """(offset, length) of what a leg has, in whole extents; 1 in a `dir`: to the byte."""
     if leg.meta_length:
         yield leg.meta_offset, leg.meta_length
     for _, length, at, state in leg.runs:

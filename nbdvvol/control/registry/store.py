@@ -25,6 +25,7 @@ from sqlalchemy.pool import NullPool
 
 from nbdvvol.control.registry import migrations, schema
 from nbdvvol.control.registry.tx import Tx, is_transaction, now
+from nbdvvol.datastores.base import sync_folder
 from nbdvvol.model.errors import Code, NvError
 
 P = ParamSpec("P")
@@ -60,10 +61,15 @@ def _engine(path: Path) -> Engine:
     return engine
 
 
+def with_log(path: Path) -> tuple[Path, ...]:
+    """A registry's file and those of its log."""
+    return path, path.with_name(f"{path.name}-wal"), path.with_name(f"{path.name}-shm")
+
+
 def _make(path: Path) -> None:
     """Make a whole new registry, then give it its name."""
     fresh = path.with_suffix(".new")
-    for leftover in (fresh, Path(f"{fresh}-wal"), Path(f"{fresh}-shm")):
+    for leftover in with_log(fresh):
         leftover.unlink(missing_ok=True)
     descriptor = os.open(fresh, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
     os.close(descriptor)
@@ -76,11 +82,7 @@ def _make(path: Path) -> None:
         connection.execute(insert(schema.meta), rows)
     engine.dispose()  # the last connection's end writes the log back into the file and syncs it
     fresh.rename(path)
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync_folder(str(path))
 
 
 def _damaged(path: Path, why: str) -> NoReturn:
