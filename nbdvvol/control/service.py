@@ -153,7 +153,7 @@ class Control:
         counters = await self.counters()
         hosts, stores, vvols = await self.hosts(), await run(views.datastores), await self.vvols()
         tasks = await run(views.tasks)
-        found = mirror_problems(vvols, stores) + problems(hosts, stores, vvols, tasks, await run(views.findings))
+        found = mirror_problems(vvols, stores) + problems(hosts, stores, vvols, tasks)
         found += cache_problems(vvols, counters)
         live = [task for task in tasks if task.state in (TaskState.QUEUED, TaskState.RUNNING)]
         return Status(

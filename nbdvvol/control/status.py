@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from nbdvvol.control.registry.views import Finding, HostRow
+from nbdvvol.control.registry.views import HELD, HostRow
 from nbdvvol.model.mirror import NotServed
 from nbdvvol.model.observe import HostCounters
-from nbdvvol.model.resources import Datastore, Host, Problem, Task, TaskState, VVol
+from nbdvvol.model.resources import Datastore, Host, Problem, Task, TaskState, VVol, VVolState
 
 FULL_BELOW = 0.05
 _NOT_SERVED: dict[NotServed, tuple[str, str]] = {
@@ -35,14 +35,12 @@ def host_view(row: HostRow, connected: bool) -> Host:
     return Host.model_validate({"name": row.name, "address": row.address} | state)
 
 
-def problems(
-    hosts: list[Host], datastores: list[Datastore], vvols: list[VVol], tasks: list[Task], findings: list[Finding]
-) -> list[Problem]:
+def problems(hosts: list[Host], datastores: list[Datastore], vvols: list[VVol], tasks: list[Task]) -> list[Problem]:
     """Everything that needs somebody's attention, the worst first."""
     found: list[Problem] = []
     down = {host.name for host in hosts if not host.connected}
-    for finding in findings:
-        found += _vvol_problems(finding)
+    for vvol in vvols:
+        found += _vvol_problems(vvol)
     for store in datastores:
         found += _datastore_problems(store)
     for host in hosts:
@@ -92,21 +90,23 @@ def _host_down(host: Host) -> Problem:
     )
 
 
-def _vvol_problems(finding: Finding) -> list[Problem]:
-    if finding.state == "failed":
+def _vvol_problems(vvol: VVol) -> list[Problem]:
+    """Of a VVol that could not be created, or that its host reports not to serve."""
+    if vvol.state is VVolState.FAILED:
         return [
             Problem(
                 code="VVOL_FAILED",
-                subject=finding.vvol,
-                message=f"it could not be created: {finding.error}",
-                action=f"mend the cause or the farm file and apply it, or: nbdvvol delete vvol {finding.vvol}",
+                subject=vvol.full_name,
+                message=f"it could not be created: {vvol.error}",
+                action=f"mend the cause or the farm file and apply it, or: nbdvvol delete vvol {vvol.full_name}",
             )
         ]
-    if finding.export_error:
-        again = f"mend the cause; the filter of host {finding.host} tries again by itself"
-        code, action = _NOT_SERVED.get(finding.why, ("EXPORT_FAILED", again))
-        message = f"host {finding.host} cannot serve it: {finding.export_error}"
-        return [Problem(code=code, subject=finding.vvol, message=message, action=action)]
+    binding = vvol.binding
+    if binding is not None and binding.state in HELD and binding.error:
+        again = f"mend the cause; the filter of host {binding.host} tries again by itself"
+        code, action = _NOT_SERVED.get(binding.why, ("EXPORT_FAILED", again))
+        message = f"host {binding.host} cannot serve it: {binding.error}"
+        return [Problem(code=code, subject=vvol.full_name, message=message, action=action)]
     return []
 
 

@@ -381,38 +381,6 @@ def export_uri(tx: Tx, vm: str, name: str) -> ExportUri:
     return ExportUri(vvol=view.full_name, uri=view.uri, host=host.name, identity=view.uuid, lines=lines)
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """A VVol's troubles, for the status."""
-
-    vvol: str
-    state: str
-    error: str
-    host: str
-    export_error: str
-    why: NotServed = ""
-
-
-@transaction
-def findings(tx: Tx) -> list[Finding]:
-    """VVols that failed, or whose host reports that it cannot serve them."""
-    held = s.holders.c.state.in_(HELD)
-    of_holder = s.holders.c.host, s.holders.c.facts, s.holders.c.error.label("export_error")
-    query = select(s.vvols, *of_holder).join(s.holders, (s.holders.c.vvol == s.vvols.c.uuid) & held, isouter=True)
-    query = query.where((s.vvols.c.state == "failed") | (s.holders.c.error != "") | (s.vvols.c.error != ""))
-    return [
-        Finding(
-            f"{row.vm}/{row.name}",
-            row.state,
-            row.error,
-            row.host or "",
-            row.export_error or "",
-            why_not_served(row.facts or "", row.export_error or ""),
-        )
-        for row in tx.db.execute(query).all()
-    ]
-
-
 @transaction
 def setting(tx: Tx, key: str) -> dict[str, Any] | None:
     """`control` or `tls` of the farm file as last applied."""
