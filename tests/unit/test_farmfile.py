@@ -225,11 +225,6 @@ def test_what_is_not_built_is_refused_by_name() -> None:
     assert caught.value.code is Code.UNSUPPORTED
 
 
-@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "configs").glob("*.yaml")), ids=lambda p: p.stem)
-def test_every_example_is_sound(path: Path) -> None:
-    assert farmfile.load(path).vms
-
-
 def test_limits_are_read() -> None:
     text = "profiles: {gold: {qos: {iops: 20000, bandwidth: 400MiB/s, burst: 250ms, iops_size: 256KiB, shares: 300}}}"
     qos = parse(GOOD + text).profiles["gold"].qos
