@@ -83,6 +83,13 @@ class TestFarm:
         assert all(task.state is TaskState.SUCCESS for task in done), done
         return done
 
+    async def serve_two(self, spec: dict[str, Any]) -> tuple[FakeFilter, str, str]:
+        """Apply a farm with vm1/root and vm1/free: the filter that serves them, and their UUIDs."""
+        result = await self.apply(spec)
+        fake = await self.filter()
+        await self.settle(result)
+        return fake, (await self.vvol("vm1/root")).uuid, (await self.vvol("vm1/free")).uuid
+
     async def vvol(self, name: str = "vm1/root") -> VVol:
         """A VVol by its full name."""
         return await self.control.registry.run(views.resolve, name)
@@ -101,6 +108,14 @@ class TestFarm:
         async with asyncio.timeout(timeout_s):
             while not await check():
                 await asyncio.sleep(0.005)
+
+    async def until_sent(self, fake: FakeFilter, uuid: str, key: str, value: object) -> None:
+        """Wait until a filter has this of a VVol."""
+
+        async def sent() -> bool:
+            return bool(getattr(fake.serving[uuid], key) == value)
+
+        await self.until(sent)
 
     def begun(self, what: str) -> list[dict[str, Any]]:
         """Args of the orders of a kind that some filter began."""

@@ -13,7 +13,6 @@ from nbdvvol.model.farm import CacheConfig
 from nbdvvol.model.observe import HostCache, HostCounters
 from nbdvvol.model.resources import ApplyResult
 from tests.unit.control_farm import PLAIN, TestFarm, running_farm
-from tests.unit.fake_filter import FakeFilter
 
 __all__ = ["running_farm"]
 READ: dict[str, Any] = {"mode": "read", "ram": "64MiB", "read-ahead": 0}
@@ -29,27 +28,12 @@ def spec(cache: dict[str, Any] | None, host: dict[str, Any] | None = None) -> di
     return whole
 
 
-async def served(farm: TestFarm, cache: dict[str, Any] | None) -> tuple[FakeFilter, str, str]:
-    """A running farm: the filter, and the UUIDs of root and free."""
-    result = await farm.apply(spec(cache))
-    fake = await farm.filter()
-    await farm.settle(result)
-    return fake, (await farm.vvol("vm1/root")).uuid, (await farm.vvol("vm1/free")).uuid
-
-
 def details(result: ApplyResult) -> dict[str, tuple[str, str]]:
     return {f"{change.kind} {change.name}": (change.action, change.detail) for change in result.changes}
 
 
-async def gets(farm: TestFarm, fake: FakeFilter, uuid: str, cache: CacheConfig | None) -> None:
-    async def has() -> bool:
-        return fake.serving[uuid].cache == cache
-
-    await farm.until(has)
-
-
 async def test_a_profile_has_its_vvols_cached(farm: TestFarm) -> None:
-    fake, root, free = await served(farm, READ)
+    fake, root, free = await farm.serve_two(spec(READ))
     wanted = CacheConfig(mode="read", ram=64 << 20, read_ahead=0)
     assert fake.serving[root].cache == wanted and fake.serving[free].cache is None
     assert (await farm.vvol("vm1/root")).cache == wanted and (await farm.vvol("vm1/free")).cache is None
@@ -58,7 +42,7 @@ async def test_a_profile_has_its_vvols_cached(farm: TestFarm) -> None:
 
 
 async def test_the_cache_changes_at_run_time_and_nothing_else_does(farm: TestFarm) -> None:
-    fake, root, free = await served(farm, READ)
+    fake, root, free = await farm.serve_two(spec(READ))
     before, told = fake.serving[root], fake.serving[free]
     other = {"mode": "writethrough", "read-ahead": "1MiB"}
     words = "cache: read, ram 64MiB, read-ahead 0 → writethrough, read-ahead 1MiB"
@@ -68,16 +52,16 @@ async def test_the_cache_changes_at_run_time_and_nothing_else_does(farm: TestFar
     result = await farm.apply(spec(other))
     assert details(result) == details(dry) and not result.tasks, "nothing is moved, made or drained"
     wanted = CacheConfig(mode="writethrough", read_ahead=1 << 20)
-    await gets(farm, fake, root, wanted)
+    await farm.until_sent(fake, root, "cache", wanted)
     assert fake.serving[root] == before.model_copy(update={"cache": wanted})
     assert fake.serving[free] is told, "a VVol that the change does not concern is not sent again"
     await farm.apply(spec({"mode": "none"}))
-    await gets(farm, fake, root, None)
+    await farm.until_sent(fake, root, "cache", None)
     assert (await farm.vvol("vm1/root")).cache is None
 
 
 async def test_a_hosts_cache_waits_for_the_next_start_of_its_filter_and_apply_says_so(farm: TestFarm) -> None:
-    await served(farm, READ)
+    await farm.serve_two(spec(READ))
     result = await farm.apply(spec(READ, {"cache": "1GiB"}))
     words = "cache: 256MiB → 1GiB (cache: at the next start of its filter)"
     assert details(result)["host local"] == ("update", words)
@@ -100,20 +84,20 @@ async def test_writeback_is_refused_by_name(farm: TestFarm) -> None:
 async def test_a_drain_ends_well_where_nothing_is_dirty(
     farm: TestFarm, cache: dict[str, Any] | None, says: str
 ) -> None:
-    await served(farm, cache)
+    await farm.serve_two(spec(cache))
     task = await farm.over((await farm.control.registry.run(caches.begin_drain, "vm1", "root")).task.id)
     assert (task.kind, task.state, task.detail) == ("drain-cache", "success", says)
 
 
 async def test_a_drain_of_nothing_is_refused(farm: TestFarm) -> None:
-    await served(farm, None)
+    await farm.serve_two(spec(None))
     with pytest.raises(NvError, match="no VVol vm1/other"):
         await farm.control.registry.run(caches.begin_drain, "vm1", "other")
 
 
 @pytest.mark.parametrize("room", [0, 1 << 20])
 async def test_a_filter_without_memory_for_a_cache_is_a_problem(farm: TestFarm, room: int) -> None:
-    fake, _, _ = await served(farm, READ)
+    fake, _, _ = await farm.serve_two(spec(READ))
     fake.counters = HostCounters(host="local", instance=fake.instance, uptime_s=1.0, cache=HostCache(bytes=room))
     found = [problem for problem in (await farm.control.status()).problems if problem.code == "CACHE_OFF"]
     assert [problem.subject for problem in found] == ([] if room else ["vm1/root"])

@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
-
-import pytest
 
 from nbdvvol.control.registry import views
 from nbdvvol.model.farm import QosConfig
-from tests.unit.control_farm import PLAIN, TestFarm
+from tests.unit.control_farm import PLAIN, TestFarm, running_farm
 from tests.unit.fake_filter import FakeFilter
 
-
-@pytest.fixture
-async def farm(tmp_path: Path) -> AsyncIterator[TestFarm]:
-    farm = TestFarm(tmp_path / "state")
-    await farm.start()
-    yield farm
-    await farm.end()
+__all__ = ["running_farm"]
 
 
 def spec(qos: dict[str, Any] | None, profile: str | None = "gold") -> dict[str, Any]:
@@ -32,23 +22,8 @@ def spec(qos: dict[str, Any] | None, profile: str | None = "gold") -> dict[str, 
     return whole
 
 
-async def served(farm: TestFarm, qos: dict[str, Any] | None) -> tuple[FakeFilter, str, str]:
-    """A farm with root under a profile and free under none: the filter, and their UUIDs."""
-    result = await farm.apply(spec(qos))
-    fake = await farm.filter()
-    await farm.settle(result)
-    return fake, (await farm.vvol("vm1/root")).uuid, (await farm.vvol("vm1/free")).uuid
-
-
-async def gets(farm: TestFarm, fake: FakeFilter, uuid: str, qos: QosConfig | None) -> None:
-    async def has() -> bool:
-        return fake.serving[uuid].qos == qos
-
-    await farm.until(has)
-
-
 async def test_a_profile_limits_its_vvols(farm: TestFarm) -> None:
-    fake, root, free = await served(farm, {"iops": 50, "bandwidth": "1MiB/s"})
+    fake, root, free = await farm.serve_two(spec({"iops": 50, "bandwidth": "1MiB/s"}))
     limits = QosConfig(iops=50, bandwidth=1 << 20)
     assert fake.serving[root].qos == limits and fake.serving[free].qos is None
     assert (await farm.vvol("vm1/root")).qos == limits and (await farm.vvol("vm1/free")).qos is None
@@ -57,33 +32,33 @@ async def test_a_profile_limits_its_vvols(farm: TestFarm) -> None:
 
 
 async def test_other_limits_reach_the_filter_and_change_nothing_else(farm: TestFarm) -> None:
-    fake, root, free = await served(farm, {"iops": 50})
+    fake, root, free = await farm.serve_two(spec({"iops": 50}))
     before, told = fake.serving[root], fake.serving[free]
     result = await farm.apply(spec({"iops": 70, "burst": "1s"}))
     assert not result.tasks, "no task: nothing is moved, made or drained"
-    await gets(farm, fake, root, QosConfig(iops=70, burst=1.0))
+    await farm.until_sent(fake, root, "qos", QosConfig(iops=70, burst=1.0))
     assert fake.serving[root] == before.model_copy(update={"qos": QosConfig(iops=70, burst=1.0)})
     assert fake.serving[free] is told, "a VVol that the change does not concern is not sent again"
     await farm.apply(spec(None))
-    await gets(farm, fake, root, None)
+    await farm.until_sent(fake, root, "qos", None)
 
 
 async def test_another_profile_brings_its_limits(farm: TestFarm) -> None:
-    fake, root, _ = await served(farm, {"iops": 50})
+    fake, root, _ = await farm.serve_two(spec({"iops": 50}))
     result = await farm.apply(spec({"iops": 50}, profile="other"))
     (line,) = [change for change in result.changes if change.name == "vm1/root"]
     assert line.action == "update"
     assert line.detail == "profile: gold → other, qos: iops 50, burst 100ms, shares 100 → shares 300"
-    await gets(farm, fake, root, QosConfig(shares=300))
+    await farm.until_sent(fake, root, "qos", QosConfig(shares=300))
     assert (await farm.vvol("vm1/root")).profile == "other"
     await farm.apply(spec({"iops": 50}, profile=None))
-    await gets(farm, fake, root, None)
+    await farm.until_sent(fake, root, "qos", None)
     again = await farm.apply(spec({"iops": 50}, profile=None))
     assert {change.action for change in again.changes} == {"keep"}
 
 
 async def test_a_dry_run_tells_the_difference(farm: TestFarm) -> None:
-    fake, root, _ = await served(farm, None)
+    fake, root, _ = await farm.serve_two(spec(None))
     result = await farm.apply(spec({"iops": 20000, "bandwidth": "400MiB/s", "shares": 200}), dry_run=True)
     said = {change.name: (change.action, change.detail) for change in result.changes}
     words = "qos: none → iops 20000, bandwidth 400MiB/s, burst 100ms, shares 200"
@@ -93,7 +68,7 @@ async def test_a_dry_run_tells_the_difference(farm: TestFarm) -> None:
 
 
 async def test_limits_survive_control_and_filter(farm: TestFarm) -> None:
-    fake, root, _ = await served(farm, {"iops": 50})
+    fake, root, _ = await farm.serve_two(spec({"iops": 50}))
     await farm.stop()
     await farm.start()
     await fake.connect(farm.control.links)
