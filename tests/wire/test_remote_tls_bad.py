@@ -15,6 +15,7 @@ import pytest
 
 from nbdvvol.model.errors import Code
 from tests.lib import nbdwords as w
+from tests.lib.fakeserver import Gone, Wire
 from tests.wire.remote import using
 from tests.wire.test_remote_tls import only_ca, refused
 
@@ -26,13 +27,8 @@ Script = Callable[[socket.socket, int], None]
 
 
 def recv(sock: socket.socket, length: int) -> bytes:
-    data = b""
-    while len(data) < length:
-        piece = sock.recv(length - len(data))
-        if not piece:
-            raise ConnectionError
-        data += piece
-    return data
+    """Exactly so much. Raises Gone."""
+    return Wire(sock, "simple").recv(length)
 
 
 def option(sock: socket.socket) -> tuple[int, bytes]:
@@ -44,6 +40,14 @@ def option(sock: socket.socket) -> tuple[int, bytes]:
 
 def reply(number: int, kind: int, body: bytes = b"") -> bytes:
     return struct.pack(">QIII", w.OPTION_REPLY_MAGIC, number, kind, len(body)) + body
+
+
+def begin(sock: socket.socket, behind: bytes = b"") -> None:
+    """Greet, and acknowledge STARTTLS together with `behind`."""
+    sock.sendall(struct.pack(">QQH", w.NBDMAGIC, w.IHAVEOPT, 3))
+    recv(sock, 4)
+    assert option(sock) == (w.OPT_STARTTLS, b"")
+    sock.sendall(reply(w.OPT_STARTTLS, w.REP_ACK) + behind)
 
 
 class Server:
@@ -64,11 +68,8 @@ class Server:
             except OSError:
                 return
             sock.settimeout(20)
-            with contextlib.suppress(OSError), sock:  # the client has had enough
-                sock.sendall(struct.pack(">QQH", w.NBDMAGIC, w.IHAVEOPT, 3))
-                recv(sock, 4)
-                assert option(sock) == (w.OPT_STARTTLS, b"")
-                sock.sendall(reply(w.OPT_STARTTLS, w.REP_ACK) + self.behind)
+            with contextlib.suppress(OSError, Gone), sock:  # the client has had enough
+                begin(sock, self.behind)
                 self.script(sock, number)
             number += 1
 
@@ -109,15 +110,9 @@ def haggle(tls: ssl.SSLSocket, behind: bytes = b"") -> None:
 
 def answer(tls: ssl.SSLSocket) -> None:
     """Every request, until the client leaves: reads have zeros."""
-    while True:
-        magic, _, command, cookie, _, length = struct.unpack(">IHHQQI", recv(tls, 28))
-        assert magic == w.REQUEST_MAGIC
-        if command == w.CMD_WRITE:
-            recv(tls, length)
-        if command == w.CMD_DISC:
-            return
-        data = bytes(length) if command == w.CMD_READ else b""
-        tls.sendall(struct.pack(">IIQ", w.SIMPLE_REPLY_MAGIC, 0, cookie) + data)
+    wire = Wire(tls, "simple")
+    while (asked := wire.request()).command != w.CMD_DISC:
+        wire.send(wire.simple(asked, bytes(asked.length) if asked.command == w.CMD_READ else b""))
 
 
 def trust(pki: Path) -> dict[str, str]:
@@ -213,10 +208,7 @@ def test_over_a_unix_socket_the_certificates_name_must_be_said(pki: Path, tmp_pa
         def greet() -> None:
             sock, _ = listener.accept()
             with sock:
-                sock.sendall(struct.pack(">QQH", w.NBDMAGIC, w.IHAVEOPT, 3))
-                recv(sock, 4)
-                option(sock)
-                sock.sendall(reply(w.OPT_STARTTLS, w.REP_ACK))
+                begin(sock)
                 heard.append(sock.recv(100))
 
         thread = threading.Thread(target=greet, daemon=True)
