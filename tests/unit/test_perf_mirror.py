@@ -46,7 +46,7 @@ def test_a_mirror_is_described_with_its_metadata_behind_its_bytes() -> None:
     assert mirrored.meta_bytes(SIZE) >= 2 * desc.mirror.metas[0].bitmap_bytes
 
 
-def test_it_copies_a_whole_leg_at_a_signal_beside_fio_and_under_load(place: Place) -> None:
+def test_it_copies_a_whole_leg_at_a_signal_beside_fio(place: Place) -> None:
     with serving(BY_NAME[OURS_MIRROR], place) as server:
         assert server.resyncs is not None
         ours, limit = resync.measure(server, OURS_MIRROR, 3)
@@ -89,7 +89,7 @@ def test_half_a_line_is_not_read_and_an_error_is_passed_on(tmp_path: Path) -> No
         resync._wait(log, 2)
 
 
-def test_fio_reads_one_leg_and_writes_the_other(tmp_path: Path) -> None:
+def test_fio_reads_one_leg_and_writes_the_other() -> None:
     arguments = resync.copy_arguments((Path("/a"), Path("/b")), 1 << 30, True)
     assert arguments[-6:] == [
         "--name=read",
@@ -105,7 +105,7 @@ def test_fio_reads_one_leg_and_writes_the_other(tmp_path: Path) -> None:
     assert resync.fio_seconds(report) == pytest.approx(0.7), "the copy is through when both are"
 
 
-def test_a_copy_is_one_request(tmp_path: Path) -> None:
+def test_a_copy_is_one_request() -> None:
     made = resync.copied("x", 2, 0.5, 250_000_000)
     assert (made.requests, made.iops, made.latency.p99_us, made.server_cpu_us) == (1, 2.0, 500_000.0, 250_000.0)
     with pytest.raises(PointError, match="0 s"):
