@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from tests.sim.test_log import run
+
 pytestmark = pytest.mark.timeout(500)  # the first test builds the simulators
 
 
 def cut(folder: Path, files: Path, cuts: int, mutant: int = 0) -> subprocess.CompletedProcess[str]:
-    command = [folder / ("nvlogcut_mutants" if mutant else "nvlogcut"), files, "1", str(cuts)]
-    environment = {**os.environ, "NVSIM_MUTANT": str(mutant)}
-    return subprocess.run(command, capture_output=True, text=True, timeout=110, check=False, env=environment)
+    return run(folder / ("nvlogcut_mutants" if mutant else "nvlogcut"), str(files), "1", str(cuts), mutant=mutant)
 
 
 def test_every_cut_is_recovered_with_what_was_promised(folder: Path, tmp_path: Path) -> None:
