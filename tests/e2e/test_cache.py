@@ -14,15 +14,15 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from nbdvvol import farmfile
-from perf import generators
 from tests.lib.farm import Farm, JsonDict, plain_spec
 from tests.lib.ledger import Ledger, Writer
 from tests.lib.libnbd import libnbd
 from tests.lib.nbdwords import KiB, MiB
 from tests.lib.pattern import pattern
 from tests.lib.procs import Process, wait_until
+from tests.wire.test_verified_load import loadgen
 
+__all__ = ["loadgen"]
 pytestmark = pytest.mark.timeout(120)
 MakeFarm = Callable[..., Farm]
 BLOCK = 4 * KiB
@@ -37,12 +37,6 @@ def spec(cache: JsonDict | None, **store: Any) -> JsonDict:
     whole["profiles"] = {"gold": {"datastore": "main", **({"cache": cache} if cache else {})}}
     whole["hosts"] = {"local": {"reactors": 2, "cache": "8MiB"}}
     return whole
-
-
-def apply(farm: Farm, wanted: JsonDict) -> JsonDict:
-    farm.write_file(wanted)
-    body = {"farm": farmfile.load(farm.file).model_dump(mode="json", by_alias=True)}
-    return dict(farm.api("POST", "/v1/apply", body))
 
 
 def host(farm: Farm) -> JsonDict:
@@ -117,20 +111,13 @@ def test_what_is_fetched_ahead_is_there_when_it_is_read(farms: MakeFarm) -> None
     found = counted(farm)
     assert (found["ahead"], found["ahead_used"], found["hits"], found["misses"]) == (512, 512, 512, 0)
     assert disk_reads(farm) == reads
-    apply(farm, spec({"mode": "read"}))
+    farm.apply(spec({"mode": "read"}))
     with farm.open("root") as nbd:
         for at in range(4 * MiB, 6 * MiB, 16 * KiB):
             assert nbd.read(at, 16 * KiB) == bytes(16 * KiB)
     found = counted(farm)
     assert found["ahead_used"] - 512 > 256, "of 512 blocks, more than half were there before they were asked for"
     assert found["hits"] + found["misses"] == 2 * 512
-
-
-@pytest.fixture(scope="module")
-def loadgen(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("tools")
-    generators.build(out)
-    return out / "loadgen"
 
 
 def test_it_changes_under_a_load_that_knows_every_byte(farms: MakeFarm, loadgen: Path) -> None:
@@ -142,7 +129,7 @@ def test_it_changes_under_a_load_that_knows_every_byte(farms: MakeFarm, loadgen:
     load = Process([loadgen, *where, *words], farm.folder / "load.log")
     hits = 0
     for policy in (READ, None, {"mode": "writethrough"}, {**READ, "ram": "64MiB"}, {"mode": "none"}, READ):
-        result = apply(farm, spec(policy))
+        result = farm.apply(spec(policy))
         assert not result["tasks"]
         on = policy is not None and policy["mode"] != "none"
         wait_until("it is in force", lambda on=on: (cached(farm) is not None) == on)  # type: ignore[misc]
@@ -175,7 +162,7 @@ def test_a_killed_filter_takes_nothing_with_it(farms: MakeFarm) -> None:
         assert counted(farm)["hits"] > 0
     other = copy.deepcopy(farm.spec)
     other["hosts"]["local"]["cache"] = "16MiB"
-    [change] = [one for one in apply(farm, other)["changes"] if one["kind"] == "host"]
+    [change] = [one for one in farm.apply(other)["changes"] if one["kind"] == "host"]
     assert change["detail"] == "cache: 8MiB → 16MiB (cache: at the next start of its filter)"
     assert host(farm)["cache"]["bytes"] == 8 * MiB
     farm.filters["local"].stop()
@@ -189,7 +176,7 @@ def test_a_filter_without_memory_for_it_serves_and_says_so(farms: MakeFarm) -> N
     whole["hosts"]["local"]["cache"] = "1MiB"
     farm = farms(whole)
     farm.start_control()
-    apply(farm, whole)
+    farm.apply()
     farm.spec["hosts"]["local"]["cache"] = "0"  # what the filter is started with
     farm.start_filter()
     with farm.open("root", wait_s=40) as nbd:

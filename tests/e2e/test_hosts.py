@@ -11,7 +11,6 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-from nbdvvol import farmfile
 from tests.lib.farm import START_S, Farm, plain_spec, serves
 from tests.lib.ledger import Ledger, Writer
 from tests.lib.procs import children, command_line, wait_until
@@ -99,7 +98,7 @@ def split(farms: MakeFarm) -> Farm:
     spec["vms"]["vm1"]["host"] = "a"
     farm = farms(spec)
     farm.start_control()
-    farm.api("POST", "/v1/apply", {"farm": farmfile.load(farm.file).model_dump(mode="json", by_alias=True)})
+    farm.apply()
     start(farm, "a")
     start(farm, "b")
     farm.wait_bound("vm1/root", START_S)

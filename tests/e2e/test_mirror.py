@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +9,7 @@ import pytest
 
 from tests.lib.farm import Farm
 from tests.lib.nbdwords import MiB
+from tests.lib.netfarm import all_in_sync, states
 from tests.lib.pattern import difference, pattern
 from tests.lib.peers import Peer, closed_peers, nbdkit, our_farm, qemu_nbd
 from tests.lib.procs import wait_until
@@ -36,14 +36,6 @@ def local(name: str) -> tuple[str, dict[str, Any]]:
 
 def remote(peer: Peer) -> tuple[str, dict[str, Any]]:
     return "far", {"kind": "nbd", "uri": peer.uri, "timeout": "2s", "hold": "1s", "connections": 2}
-
-
-def states(farm: Farm) -> dict[str, str]:
-    return {leg["datastore"]: leg["state"] for leg in farm.vvol("vm1/disk")["legs"]}
-
-
-def all_in_sync(farm: Farm) -> bool:
-    return set(states(farm).values()) == {"in-sync"}
 
 
 def test_two_local_legs(farms: MakeFarm) -> None:
@@ -75,5 +67,5 @@ def test_a_remote_leg_dies_and_comes_back(farms: MakeFarm, peers: list[Peer], ma
         peers[0].start()
         wait_until("it is copied again", lambda: all_in_sync(farm), timeout_s=60)
         assert difference(bytes(data), nbd.read(0, SIZE)) == ""
-    kinds = [one["kind"] for one in json.loads(farm.cli("get", "events", "-o", "json").stdout)]
+    kinds = farm.events()
     assert kinds.index("leg_failed") < kinds.index("leg_in_sync")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import select
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,11 +23,6 @@ from tests.lib.rawio import Transmission
 __all__ = ["closed_peers", "lun"]
 pytestmark = pytest.mark.timeout(240)
 MakeFarm = Callable[..., Farm]
-
-
-def events(farm: Farm) -> list[str]:
-    """Kinds of the events so far, the newest last."""
-    return [one["kind"] for one in json.loads(farm.cli("get", "events", "-o", "json").stdout)]
 
 
 def verified(farm: Farm, *, repair: bool = False) -> str:
@@ -61,7 +54,7 @@ def test_a_write_error_fails_its_leg_only(farms: MakeFarm, peers: list[Peer]) ->
         assert difference(bytes(data), nbd.read(0, SIZE)) == ""
         trigger.unlink()
         bring_back(farm)
-    kinds = events(farm)
+    kinds = farm.events()
     assert kinds.index("leg_failed") < kinds.index("leg_in_sync")
     assert "alike" in verified(farm)
 
@@ -75,7 +68,7 @@ def test_a_read_error_is_answered_by_the_other_leg_and_mended(farms: MakeFarm, p
         nbd.flush()
         trigger.touch()
         assert difference(data, nbd.read(0, SIZE)) == ""
-        wait_until("the place was rewritten", lambda: "read_repaired" in events(farm))
+        wait_until("the place was rewritten", lambda: "read_repaired" in farm.events())
         trigger.unlink()
         assert all_in_sync(farm), "a read error alone costs no leg"
         assert difference(data, nbd.read(0, SIZE)) == ""
@@ -100,7 +93,7 @@ def test_a_leg_without_space(lun: Lun, farms: MakeFarm, kind: str) -> None:
         lun.make_room()
         bring_back(farm)
         assert difference(data, nbd.read(0, 8 * MiB)) == ""
-    kinds = events(farm)
+    kinds = farm.events()
     assert kinds.index("leg_failed") < kinds.index("leg_in_sync")
     assert "alike" in verified(farm)
     assert not [one["fault"] for one in farm.api("GET", "/v1/datastores") if one.get("fault")], "nothing is latched"
@@ -224,8 +217,7 @@ def test_what_a_lost_leg_missed_is_answered_once_control_knows(farms: MakeFarm, 
         nbd.write(0, b"before--" * 512)
         nbd.flush()
         assert farm.control is not None
-        farm.control.popen.send_signal(signal.SIGKILL)
-        farm.control.popen.wait(10)
+        farm.control.kill_group()
         peers[0].kill()
         cookie = nbd.send(w.CMD_WRITE, 0, 4096, payload=b"degraded" * 512)
         assert not select.select([nbd.stream.sock], [], [], 4.0)[0], "answered before the registry knew"

@@ -11,7 +11,6 @@ import itertools
 import os
 import random
 import time
-from collections.abc import Iterator
 
 import pytest
 
@@ -19,21 +18,16 @@ from tests.e2e.test_mirror import local, mirrored
 from tests.lib.fioload import FioLoad
 from tests.lib.ledger import Ledger, Writer
 from tests.lib.nbdwords import MiB
-from tests.lib.netfarm import LegFarm, NetFarm, bring_back
-from tests.lib.netns import Net, net
+from tests.lib.netfarm import LegFarm, NetFarm, bring_back, three
+from tests.lib.netns import Net
 from tests.lib.procs import Process
 
+__all__ = ["three"]
 KILLS = int(os.environ.get("NBDVVOL_STORM_KILLS", "102"))
 SEED = int(os.environ.get("NBDVVOL_SEED", "1"))
 VICTIMS = {"filter": 0.7, "server": 0.7, "control": 0.35}
 """How often each dies in a round; control takes longest to start."""
 pytestmark = pytest.mark.timeout(180 + 6 * KILLS)
-
-
-@pytest.fixture
-def three() -> Iterator[Net]:
-    with net("control", "a", "b") as made:
-        yield made
 
 
 class Storm:

@@ -10,6 +10,7 @@ import pytest
 
 from tests.lib.farm import Farm
 from tests.lib.nbdwords import MiB
+from tests.lib.netfarm import states
 from tests.lib.pattern import difference, pattern
 from tests.lib.procs import wait_until
 
@@ -27,10 +28,6 @@ def spec(*names: str) -> dict[str, Any]:
     }
 
 
-def legs(farm: Farm) -> dict[str, str]:
-    return {leg["datastore"]: leg["state"] for leg in farm.vvol("vm1/disk")["legs"]}
-
-
 def test_copies_are_added_compared_and_taken_away_under_a_client(farms: MakeFarm) -> None:
     farm = farms(spec("one", "two", "three")).start()
     data = bytearray(pattern(31, 0, SIZE))
@@ -40,10 +37,10 @@ def test_copies_are_added_compared_and_taken_away_under_a_client(farms: MakeFarm
         for store in ("two", "three"):
             farm.cli("mirror", "add-leg", "vm1/disk", "--datastore", store)
             farm.cli("mirror", "resync", "vm1/disk")
-            assert legs(farm)[store] == "in-sync"
+            assert states(farm)[store] == "in-sync"
         assert "16MiB compared" in farm.cli("mirror", "verify", "disk").stdout
         farm.cli("mirror", "remove-leg", "disk", "one")
-        wait_until("its space is free", lambda: set(legs(farm)) == {"two", "three"}, timeout_s=30)
+        wait_until("its space is free", lambda: set(states(farm)) == {"two", "three"}, timeout_s=30)
         data[MiB : MiB + 4096] = pattern(32, 0, 4096)
         nbd.write(MiB, bytes(data[MiB : MiB + 4096]))
         nbd.flush()

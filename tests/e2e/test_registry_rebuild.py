@@ -13,6 +13,7 @@ import pytest
 
 from tests.lib.farm import Farm, serves
 from tests.lib.nbdwords import MiB
+from tests.lib.netfarm import all_in_sync, states
 from tests.lib.pattern import difference, pattern
 from tests.lib.procs import run, wait_until
 
@@ -41,10 +42,6 @@ def spec() -> dict[str, Any]:
 
 def problems(farm: Farm) -> dict[str, str]:
     return {one["subject"]: one["code"] for one in farm.api("GET", "/v1/status")["problems"]}
-
-
-def states(farm: Farm) -> dict[str, str]:
-    return {leg["datastore"]: leg["state"] for leg in farm.vvol("vm1/disk")["legs"]}
 
 
 def write(farm: Farm, name: str, seed: int, size: int) -> bytes:
@@ -104,7 +101,7 @@ def test_an_old_registry_is_refused_and_a_rebuilt_one_serves(farms: MakeFarm) ->
 
     farm.start()
     now = farm.vvol("vm1/disk")
-    assert now["epoch"] > epoch and set(states(farm).values()) == {"in-sync"} and len(now["legs"]) == 3
+    assert now["epoch"] > epoch and all_in_sync(farm) and len(now["legs"]) == 3
     for name, expected in (("disk", data), ("solo", solo)):
         with farm.open(name, wait_s=20) as nbd:
             assert difference(expected, nbd.read(0, len(expected))) == ""
@@ -130,4 +127,4 @@ def test_a_filter_that_runs_on_is_given_everything_anew(farms: MakeFarm) -> None
     assert farm.filter_pid() == pid and farm.vvol("vm1/disk")["epoch"] > epoch
     with farm.open("disk", wait_s=20) as nbd:
         assert difference(data, nbd.read(0, SIZE)) == ""
-    assert set(states(farm).values()) == {"in-sync"}
+    assert all_in_sync(farm)

@@ -97,7 +97,7 @@ def test_a_lost_server_is_shown_and_comes_back(farms: MakeFarm, peers: list[Peer
         assert nbd.wait(cookie).check().data == b"before!!" * 512
         wait_until("status tells", lambda: datastore(farm)["state"] == "online")
         nbd.flush()
-    kinds = [one["kind"] for one in json.loads(farm.cli("get", "events", "-o", "json").stdout)]
+    kinds = farm.events()
     assert kinds.index("remote_lost") < kinds.index("remote_back")
 
 

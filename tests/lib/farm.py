@@ -7,6 +7,7 @@ farm itself started are signalled, each by its pid.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -113,9 +114,12 @@ class Farm:
     def start_split(self) -> None:
         """Control and the filter as processes of their own, the farm applied, every VVol served."""
         self.start_control()
-        farm = farmfile.load(self.file).model_dump(mode="json", by_alias=True)
-        self.api("POST", "/v1/apply", {"farm": farm})
+        self.apply()
         self.start_filter()
+        self.wait_served()
+
+    def wait_served(self) -> None:
+        """Wait until every VVol of the farm file is bound and can be entered."""
         for vm, config in self.spec["vms"].items():
             for name in config["vvols"]:
                 self.wait_bound(f"{vm}/{name}", START_S)
@@ -279,6 +283,17 @@ class Farm:
         if answer.is_error:
             raise ApiError(answer.status_code, content)
         return content
+
+    def apply(self, spec: JsonDict | None = None) -> JsonDict:
+        """Apply the farm file, rewritten first if a spec is given; return what that changes and begins."""
+        if spec is not None:
+            self.write_file(spec)
+        farm = farmfile.load(self.file).model_dump(mode="json", by_alias=True)
+        return dict(self.api("POST", "/v1/apply", {"farm": farm}))
+
+    def events(self) -> list[str]:
+        """Kinds of the events so far, the newest last, as the command tells them."""
+        return [one["kind"] for one in json.loads(self.cli("get", "events", "-o", "json").stdout)]
 
     def task(self, answer: JsonDict, timeout_s: float = 30.0) -> JsonDict:
         """Wait for a task (a TaskRef or a Task) to end well; return it."""

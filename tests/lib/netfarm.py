@@ -7,17 +7,26 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from nbdvvol import farmfile
-from tests.lib.farm import START_S, ApiError, Farm, JsonDict
-from tests.lib.netns import Net
+import pytest
+
+from tests.lib.farm import ApiError, Farm, JsonDict
+from tests.lib.netns import Net, net
 from tests.lib.pki import Authority
 from tests.lib.procs import Process, short_dir, wait_until
 
 CONTROL, HOSTS = "control", ("a", "b")
 CONTROL_PORT, LEG_PORT = 8443, 10809
+
+
+@pytest.fixture(scope="module")
+def three() -> Iterator[Net]:
+    """Control and both hosts, with all their cables."""
+    with net(CONTROL, *HOSTS) as made:
+        yield made
 
 
 class NetFarm(Farm):
@@ -50,13 +59,10 @@ class NetFarm(Farm):
     def start_all(self, *hosts: str) -> NetFarm:
         """Control, the farm applied, these hosts' filters, every VVol served."""
         self.start_control()
-        self.api("POST", "/v1/apply", {"farm": farmfile.load(self.file).model_dump(mode="json", by_alias=True)})
+        self.apply()
         for host in hosts or HOSTS:
             self.start_filter(host)
-        for vm, config in self.spec["vms"].items():
-            for name in config["vvols"]:
-                self.wait_bound(f"{vm}/{name}", START_S)
-                self.open(name, vm=vm, wait_s=START_S).disconnect()
+        self.wait_served()
         return self
 
     def run_of(self, host: str) -> Path:
@@ -89,15 +95,6 @@ class LegFarm(Farm):
         """A datastore on one of its exports, for a farm file."""
         uri = f"nbd://{self.address}:{LEG_PORT}/far/e{number}"
         return f"far{number}", {"kind": "nbd", "uri": uri, "timeout": "2s", "hold": "1s", "connections": 2} | more
-
-    def kill_filter(self) -> None:
-        """SIGKILL to what serves the legs."""
-        self.filters["local"].kill_group()
-
-    def wait_serves(self) -> None:
-        """Its filter, started again, serves."""
-        for name in self.spec["vms"]["far"]["vvols"]:
-            self.open(name, vm="far", wait_s=START_S).disconnect()
 
 
 def all_in_sync(farm: Farm, name: str = "vm1/disk") -> bool:
