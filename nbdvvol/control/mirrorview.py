@@ -111,7 +111,7 @@ def _lost(vvol: VVol, known: dict[str, Datastore]) -> Iterator[Problem]:
     for leg in _live(vvol):
         if leg.state == "stale" and not (leg.now is not None and leg.now.lane in COPIES):
             since = f" since {leg.lost:%Y-%m-%dT%H:%M:%SZ}" if leg.lost is not None else ""
-            why = (leg.now.why if leg.now is not None else "") or leg.why
+            why = leg.reason
             yield Problem(
                 code="LEG_STALE",
                 subject=vvol.full_name,
@@ -122,7 +122,7 @@ def _lost(vvol: VVol, known: dict[str, Datastore]) -> Iterator[Problem]:
 
 def _bring_back(vvol: VVol, leg: Leg, store: Datastore | None) -> str:
     again = f"nbdvvol mirror resync {vvol.full_name} {leg.id}"
-    why = (leg.now.why if leg.now is not None else "") or leg.why
+    why = leg.reason
     if leg.resync == "off":
         return f"it is left so by request; copy to it: {again}"
     if vvol.binding is None:
