@@ -19,6 +19,7 @@ from perf import results, sampling, suites
 from perf import run as running
 from perf.cache import offline
 from perf.generators import PointError, build
+from perf.model import Result
 from perf.peers import BY_NAME, OURS, STORAGE
 from perf.results import ResultError
 from perf.servers import ServerError
@@ -36,6 +37,15 @@ def say(text: str) -> None:
 def _fail(text: str, status: int = 1) -> typer.Exit:
     print(f"error: {text}", file=sys.stderr)
     return typer.Exit(status)
+
+
+def _write(result: Result, path: Path) -> None:
+    """A result file, its Markdown and charts."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(results.dump(result))
+    print(path)
+    for written in reporting.write(results.load(path), path):
+        print(written)
 
 
 def _check_peers(names: list[str]) -> None:
@@ -57,25 +67,28 @@ def run(
         bool | None, typer.Option(help="Also count system calls, instructions and idle cost; a complete run does.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Result file; perf/results/TIME.json without it.")] = None,
+    into: Annotated[
+        Path | None, typer.Option(help="Result file whose suites these replace, or which they are added to.")
+    ] = None,
 ) -> None:
     """Run suites and write a result file, its Markdown and charts."""
     _check_peers(peer or [])
+    if into and (peer or point or quick or out):
+        raise _fail("--into takes whole suites: leave --peer, --point, --quick and --out out", 2)
     try:
         options = running.Options(suite or (), peer or (), point or (), rounds, seconds, bytes_of(size))
         options = options.quickened() if quick else options
+        before = results.load(into) if into and into.exists() else None
         result = running.run(options, say)
-    except (SuiteError, PointError) as error:
+        if options.complete if counts is None else counts:
+            say("counting")
+            chosen = tuple(p for p in (peer or COUNTED) if p in BY_NAME)
+            result = counting.counted(result, options, chosen, say)
+        if before is not None:
+            result = results.joined(before, result, suites.complete())
+    except (SuiteError, PointError, ResultError) as error:
         raise _fail(str(error), 2) from error
-    if options.complete if counts is None else counts:
-        say("counting")
-        chosen = tuple(p for p in (peer or COUNTED) if p in BY_NAME)
-        result = result.model_copy(update={"counts": counting.count_all(options, chosen, say)})
-    path = out or results.FOLDER / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(results.dump(result))
-    print(path)
-    for written in reporting.write(results.load(path), path):
-        print(written)
+    _write(result, into or out or results.FOLDER / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}.json")
 
 
 @app.command()
@@ -155,15 +168,22 @@ def compare(old: Path, new: Path) -> None:
 def counts(
     peer: Annotated[list[str] | None, typer.Option(help="Servers to count (repeatable); ours without it.")] = None,
     quick: Annotated[bool, typer.Option(help="Fewer requests.")] = False,
+    into: Annotated[Path | None, typer.Option(help="Result file whose counts these replace: of all servers.")] = None,
 ) -> None:
     """Count system calls, instructions and idle cost per request, and print where instructions go."""
     _check_peers(peer or [])
+    if into and (peer or quick):
+        raise _fail("--into takes what a complete run counts: leave --peer and --quick out", 2)
     options = running.Options(quick=quick)
+    chosen = tuple(p for p in (COUNTED if into else peer or [OURS]) if p in BY_NAME)
     try:
-        build(options.build)
-    except PointError as error:
+        before = results.load(into) if into else None
+        result = counting.counted(running.run_suites(options, [], say), options, chosen, say)
+        if into and before is not None:
+            _write(results.joined(before, result, suites.complete()), into)
+    except (PointError, ResultError) as error:
         raise _fail(str(error), 2) from error
-    found = counting.count_all(options, tuple(p for p in (peer or [OURS]) if p in BY_NAME), say)
+    found = result.counts
     for count in found:
         print(f"{count.peer}\t{count.work}\t{count.name}\t{count.value:.4g}")
     if not found:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from perf import stats
+from perf import report, stats
 from perf.model import PointResult, Result
 from perf.peers import CEILING, OUR_FORMS, OURS, RIVALS
 from perf.stats import Metric, Summary
@@ -131,8 +131,8 @@ def warnings(old: Result, new: Result) -> list[str]:
             said.append(f"the {name} run was --quick: too short to judge by")
         elif result.rounds < ROUNDS_LEAST:
             said.append(f"the {name} run had {result.rounds} rounds: its noise is not known")
-        if result.load_before > 0.5:
-            said.append(f"the {name} run shared the machine: load {result.load_before:.1f} before it began")
+        whole = result.model_copy(update={"quick": False})
+        said += [f"the {name} run: {warning}" for warning in report.warnings(whole)]
     return said
 
 

@@ -19,11 +19,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from perf import bars, callgrind, idle
+from perf import bars, callgrind, idle, machine
 from perf import profile as profiles
 from perf.generators import PointError, loadgen_json, serving
-from perf.model import Count
-from perf.peers import BY_NAME, CEILING, MILLION, OURS, OURS_MILLION_RUNS, OURS_ONE_RUN
+from perf.model import COUNTS, Count, Result
+from perf.neighbours import Watch
+from perf.peers import BY_NAME, CEILING, MILLION, OURS, OURS_MILLION_RUNS, OURS_ONE_RUN, ROOT
 from perf.run import Options, fill
 from perf.servers import Place, Running, ServerError, free_port
 
@@ -255,6 +256,14 @@ def _attempt(peer: str, say: Say, step: Callable[[], list[Count]]) -> list[Count
     except (PointError, ServerError, OSError) as error:
         say(f"  {peer}: not counted: {error}")
         return []
+
+
+def counted(result: Result, options: Options, peers: tuple[str, ...], say: Say) -> Result:
+    """A result with everything counted anew, and stamped."""
+    watch = Watch()
+    counts = count_all(options, peers, say)
+    stamp = watch.stamp(machine.commit(ROOT), 1, 0.0, ())
+    return result.model_copy(update={"counts": counts, "stamps": {**result.stamps, COUNTS: stamp}})
 
 
 def count_all(options: Options, peers: tuple[str, ...], say: Say) -> tuple[Count, ...]:

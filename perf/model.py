@@ -85,8 +85,26 @@ class Count(Strict):
     """How far two runs of the same code may differ, relative: 0.01 for instructions, more where timing has a say."""
 
 
+class Stamp(Strict):
+    """When a suite was measured, of what, and on how quiet a machine."""
+
+    started: str
+    commit: str
+    rounds: int
+    seconds: float
+    load_before: float
+    """As in `Result`."""
+    stolen: float
+    others: float | None = None
+    """Share of the processors that went to processes which were none of the run's; None: nobody looked."""
+
+
+COUNTS = "counts"
+"""What is counted has a stamp under this name."""
+
+
 class Result(Strict):
-    """One run of the suite."""
+    """One run of the suite, or suites of several runs, each of which is whole."""
 
     format: Literal[2] = FORMAT
     started: str
@@ -105,3 +123,17 @@ class Result(Strict):
     counts: tuple[Count, ...] = ()
     skipped: dict[str, str] = {}
     """Peers that could not run, and why."""
+    stamps: dict[str, Stamp] = {}
+    """By suite, where a suite has one of its own. What stands above is then the latest run's."""
+
+    def stamp(self, suite: str) -> Stamp:
+        """Of a suite, or of what is counted."""
+        whole = Stamp(
+            started=self.started, commit=self.commit, rounds=self.rounds, seconds=self.seconds,
+            load_before=self.load_before, stolen=self.stolen,
+        )  # fmt: skip
+        return self.stamps.get(suite, whole)
+
+    def measured(self) -> list[str]:
+        """Suites in the order they were measured, then `counts` if anything was counted."""
+        return [*dict.fromkeys(point.suite for point in self.points), *([COUNTS] if self.counts else [])]

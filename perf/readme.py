@@ -68,17 +68,27 @@ def _row(point: PointResult) -> str:
 
 def _table(result: Result) -> Iterator[str]:
     yield from report.table_head(COLUMNS)
+    several = len(report.slices(result)) > 1
     for suite, where in WHERE.items():
         points = [p for p in result.points if p.suite == suite and any(s.peer == OURS for s in p.samples)]
         if points:
-            yield f"| *{where}* |" + " |" * (len(COLUMNS) - 1)
+            of = f", commit {result.stamp(suite).commit}" if several else ""
+            yield f"| *{where}*{of} |" + " |" * (len(COLUMNS) - 1)
             yield from map(_row, points)
+
+
+def _when(result: Result) -> str:
+    slices = report.slices(result)
+    if len(slices) == 1:
+        ((commit, day),) = slices
+        return f"{day}, commit {commit}"
+    return "; ".join(f"{day}, commit {commit}: {', '.join(suites)}" for (commit, day), suites in slices.items())
 
 
 def _sentence(result: Result) -> str:
     machine = result.machine
     return (
-        f"{result.started[:10]}, commit {result.commit}, on {machine.cpus} × {machine.cpu} "
+        f"{_when(result)}; on {machine.cpus} × {machine.cpu} "
         f"({machine.virtual}), {machine.memory_bytes / (1 << 30):.0f} GiB, Linux {machine.kernel}: medians of "
         f"{result.rounds} interleaved rounds, ratios within a round. One reactor; the client has the other processor."
     )
@@ -116,6 +126,7 @@ def bar_page(result: Result, source: str, up: str) -> str:
     verdicts = bars.judge(result)
     charts = up + source.removesuffix(".json")
     lines = ["## The last full run", "", _sentence(result), "", *report.machine_lines(result.machine), ""]
+    lines += report.stamp_table(result)
     lines += [*(f"**{warning}**\n" for warning in report.warnings(result)), report.tally(verdicts), ""]
     lines += [report.bar_table(verdicts), ""]
     lines += [f"![IOPS and server CPU of suite core]({charts}/core.png)", ""]
@@ -158,7 +169,8 @@ def write(file: Path, root: Path = ROOT) -> list[Path]:
         raise ReadmeError(f"{file} is not below {root}; the pages link to it") from error
     if not result.complete:
         raise ReadmeError(
-            f"{file} is no complete run: `make perf` without --suite, --peer, --point or --quick makes one"
+            f"{file} is no complete run: `make perf` without --suite, --peer, --point or --quick makes one, "
+            "and `--into FILE` completes one suite by suite"
         )
     for page in PAGES:
         path = root / page.path

@@ -9,6 +9,8 @@ from perf import bars, charts, stats
 from perf.model import Count, Machine, PointResult, Result
 from perf.stats import Summary, middle, peers_of
 
+LOAD_MAX, OTHERS_MAX, STOLEN_MAX = 0.5, 0.05, 0.02
+"""Above these the machine was not left alone: a load average, and shares of the processors."""
 WORDS = {True: "reached", False: "**missed**", None: "not measured"}
 
 
@@ -103,16 +105,57 @@ def machine_lines(machine: Machine) -> list[str]:
     ]
 
 
+def _not_idle(result: Result) -> str:
+    """What other processes took, where it was looked at; else the load before the run."""
+    if not result.stamps:
+        return f"load {result.load_before:.1f} before the run" if result.load_before > LOAD_MAX else ""
+    said = []
+    for suite, stamp in result.stamps.items():
+        if stamp.others is not None and stamp.others > OTHERS_MAX:
+            said.append(f"others took {stamp.others:.0%} of the processors during {suite}")
+        elif stamp.others is None and stamp.load_before > LOAD_MAX:
+            said.append(f"load {stamp.load_before:.1f} before {suite}")
+    return ", ".join(said)
+
+
 def warnings(result: Result) -> list[str]:
     """Why the figures may mean less than they seem to."""
     said = []
     if result.quick:
         said.append("A --quick run: it shows that everything runs, and nothing about speed.")
-    if result.load_before > 0.5:
-        said.append(f"The machine was not idle: load {result.load_before:.1f} before the run.")
-    if result.stolen > 0.02:
-        said.append(f"The hypervisor gave {result.stolen:.0%} of the processors to others during the run.")
+    if disturbed := _not_idle(result):
+        said.append(f"The machine was not idle: {disturbed}.")
+    stolen = max([result.stolen, *(stamp.stolen for stamp in result.stamps.values())])
+    if stolen > STOLEN_MAX:
+        said.append(f"The hypervisor gave up to {stolen:.0%} of the processors to others.")
     return said
+
+
+def slices(result: Result) -> dict[tuple[str, str], list[str]]:
+    """Suites by the commit and the day they were measured at, in that order."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for suite in sorted(result.measured(), key=lambda name: result.stamp(name).started):
+        stamp = result.stamp(suite)
+        found.setdefault((stamp.commit, stamp.started[:10]), []).append(suite)
+    return found
+
+
+def stamp_table(result: Result) -> list[str]:
+    """When each suite was measured, of what, and what else the machine did; nothing of a file without stamps."""
+    if not result.stamps:
+        return []
+    lines = table_head(["suite", "began (UTC)", "commit", "rounds", "of seconds", "others", "hypervisor"])
+    for suite in result.measured():
+        stamp = result.stamp(suite)
+        others = "" if stamp.others is None else f"{stamp.others:.1%}"
+        when = stamp.started[:16].replace("T", " ")
+        cells = [suite, when, stamp.commit, f"{stamp.rounds}", f"{stamp.seconds:g}", others, f"{stamp.stolen:.1%}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return [
+        "Each suite is one interleaved run, and ratios are taken within it; suites may differ in time and commit.",
+        "Others: the share of the processors that went to processes not of the run, kernel threads included.",
+        "", *lines, "",
+    ]  # fmt: skip
 
 
 def markdown(result: Result) -> str:
@@ -125,7 +168,7 @@ def markdown(result: Result) -> str:
     ]
     for warning in warnings(result):
         lines += ["", f"**{warning}**"]
-    lines += ["", *machine_lines(result.machine), ""]
+    lines += ["", *machine_lines(result.machine), "", *stamp_table(result)]
     verdicts = bars.judge(result)
     lines += ["## Bars", "", tally(verdicts), "", bar_table(verdicts), ""]
     suite = ""

@@ -19,7 +19,8 @@ from pathlib import Path
 
 from perf import generators, machine, resync, suites
 from perf.generators import PointError
-from perf.model import PointResult, Result, Sample
+from perf.model import PointResult, Result, Sample, Stamp
+from perf.neighbours import Watch
 from perf.peers import OURS, PEERS, ROOT, STORAGE, Peer
 from perf.progress import Progress
 from perf.servers import Place, Running, ServerError, free_port
@@ -203,16 +204,26 @@ def rounds_of(options: Options, suite: Suite) -> int:
     return min(options.rounds, suite.rounds_max)
 
 
-def run_suite(options: Options, suite: Suite, progress: Progress, skipped: dict[str, str]) -> list[PointResult]:
-    """One suite."""
+@dataclass
+class Measured:
+    """What a run has so far."""
+
+    points: list[PointResult] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    stamps: dict[str, Stamp] = field(default_factory=dict)
+
+
+def run_suite(options: Options, suite: Suite, progress: Progress, found: Measured) -> None:
+    """One suite; nothing of it is kept if its files do not fit."""
     points = points_of(options, suite)
     if not points:
-        return []
+        return
     progress.say(f"suite {suite.name}: {len(points)} points, {suite.backend}, {suite.transport}")
     samples: dict[str, list[Sample]] = {point: [] for point in points}
+    watch, commit = Watch(), machine.commit(ROOT)
     try:
         started = time.monotonic()
-        with field_of(options, suite, progress.say, skipped) as servers:
+        with field_of(options, suite, progress.say, found.skipped) as servers:
             progress.say(
                 f"  {len(servers.running)} servers and their files ready after {time.monotonic() - started:.0f} s"
             )
@@ -223,11 +234,13 @@ def run_suite(options: Options, suite: Suite, progress: Progress, skipped: dict[
                     took = time.monotonic() - started
                     what = f"{suite.name} {turn + 1} {point}: {_line(samples[point])}"
                     progress.step(suite.generator, servers_of(options, suite), took, what)
+            pids = [server.pid for server in servers.running.values()]
+            found.stamps[suite.name] = watch.stamp(commit, rounds_of(options, suite), options.seconds, pids)
     except NoRoomError as error:
-        skipped[suite.name] = str(error)
+        found.skipped[suite.name] = str(error)
         progress.say(f"  left out: {error}")
-        return []
-    return [_result(suite, point, samples[point], servers.failed[point]) for point in points]
+        return
+    found.points += [_result(suite, point, samples[point], servers.failed[point]) for point in points]
 
 
 def _result(suite: Suite, point: str, samples: list[Sample], failed: dict[str, str]) -> PointResult:
@@ -258,19 +271,23 @@ def measurements(options: Options, chosen: list[Suite]) -> dict[str, int]:
 
 def run(options: Options, say: Say) -> Result:
     """Everything that was asked for. Raises SuiteError for an unknown suite before anything starts."""
-    chosen = [suites.load(name) for name in (options.suites or suites.complete())]
+    return run_suites(options, [suites.load(name) for name in (options.suites or suites.complete())], say)
+
+
+def run_suites(options: Options, chosen: list[Suite], say: Say) -> Result:
+    """These, which may be none. Raises PointError when the measuring tools cannot be built."""
     generators.build(options.build)
     options.disk.mkdir(parents=True, exist_ok=True)
     load_before, started, stolen = os.getloadavg()[0], datetime.now(UTC), machine.processor_ticks()
     progress = Progress(measurements(options, chosen), say)
-    say(f"about {progress.left_s() / 60:.0f} min of measuring, and up to half a minute a suite to start servers")
-    points: list[PointResult] = []
-    skipped: dict[str, str] = {}
+    if chosen:
+        say(f"about {progress.left_s() / 60:.0f} min of measuring, and up to half a minute a suite to start servers")
+    found = Measured()
     for suite in chosen:
-        points += run_suite(options, suite, progress, skipped)
+        run_suite(options, suite, progress, found)
     return Result(
         started=started.isoformat(timespec="seconds"), commit=machine.commit(ROOT), complete=options.complete,
         quick=options.quick, rounds=options.rounds, seconds=options.seconds, load_before=load_before,
-        stolen=machine.stolen_since(stolen), machine=machine.describe(options.disk), points=tuple(points),
-        skipped=skipped,
+        stolen=machine.stolen_since(stolen), machine=machine.describe(options.disk), points=tuple(found.points),
+        skipped=found.skipped, stamps=found.stamps,
     )  # fmt: skip

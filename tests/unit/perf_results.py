@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from perf.model import Count, Latency, Machine, PointResult, Result, Sample
+from perf.model import Count, Latency, Machine, PointResult, Result, Sample, Stamp
 
 
 def sample(peer: str, turn: int, iops: float, cpu_us: float | None = 2.0, mean_us: float = 50.0) -> Sample:
@@ -38,4 +38,12 @@ def result(points: list[PointResult], counts: tuple[Count, ...] = (), load: floa
     return Result(
         started="2026-01-01T00:00:00+00:00", commit="abc", complete=True, quick=False, rounds=5, seconds=1.0,
         load_before=load, stolen=0.0, machine=machine, points=tuple(points), counts=counts,
+    )  # fmt: skip
+
+
+def stamp(commit: str, minute: int, others: float | None = 0.0, load: float = 0.0) -> Stamp:
+    """Of a suite that began that many minutes past noon."""
+    return Stamp(
+        started=f"2026-01-01T12:{minute:02}:00+00:00", commit=commit, rounds=5, seconds=1.0, load_before=load,
+        stolen=0.0, others=others,
     )  # fmt: skip

@@ -65,7 +65,7 @@ class TestReport:
     def test_a_run_that_means_little_says_so(self) -> None:
         assert "nothing about speed" in report.markdown(small().model_copy(update={"quick": True}))
         assert "load 2.0" in report.markdown(small().model_copy(update={"load_before": 2.0}))
-        assert "gave 10% of the processors" in report.markdown(small().model_copy(update={"stolen": 0.1}))
+        assert "gave up to 10% of the processors" in report.markdown(small().model_copy(update={"stolen": 0.1}))
         assert report.warnings(small()) == []
 
     def test_charts_are_small_pictures(self, tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -99,11 +101,14 @@ class TestRuns:
         @run.contextmanager
         def with_two(*arguments: object) -> Iterator[object]:
             with real(*arguments) as field:  # type: ignore[arg-type]
-                field.running.update({"x": object(), "y": object()})  # type: ignore[dict-item]
+                server = SimpleNamespace(pid=os.getpid())
+                field.running.update({"x": server, "y": server})  # type: ignore[dict-item]
                 yield field
 
         monkeypatch.setattr(run, "field_of", with_two)
-        first, second = run.run_suite(options, self.suite(), Progress({"loadgen": 4}, lambda _: None), {})
+        found = run.Measured()
+        run.run_suite(options, self.suite(), Progress({"loadgen": 4}, lambda _: None), found)
+        first, second = found.points
         assert order == ["0ax", "0ay", "0bx", "0by", "1ax", "1bx", "1by"]
         assert first.failures == ("y: lost",) and [s.peer for s in first.samples] == ["x", "x"]
         assert not second.failures and len(second.samples) == 4
@@ -124,10 +129,11 @@ class TestRuns:
 
     def test_a_suite_whose_files_do_not_fit_is_left_out_with_the_reason(self, tmp_path: Path) -> None:
         options = run.Options(size=1 << 60, tmpfs=tmp_path)
-        skipped: dict[str, str] = {}
+        found = run.Measured()
         said: list[str] = []
-        assert run.run_suite(options, self.suite(), Progress({"loadgen": 1}, said.append), skipped) == []
-        assert "use a smaller --size" in skipped["s"] and "MiB free" in said[-1]
+        run.run_suite(options, self.suite(), Progress({"loadgen": 1}, said.append), found)
+        assert not found.points and not found.stamps
+        assert "use a smaller --size" in found.skipped["s"] and "MiB free" in said[-1]
 
     def test_points_without_a_bar_need_fewer_rounds(self) -> None:
         assert run.rounds_of(run.Options(rounds=5), self.suite(rounds_max=2)) == 2
