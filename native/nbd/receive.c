@@ -67,6 +67,12 @@ static void hold(struct nv_request *request)
     conn->held_writes |= v->kind == NV_REQUEST_WRITE || v->kind == NV_REQUEST_TRIM || v->kind == NV_REQUEST_ZERO;
 }
 
+/* Nobody else can have sent again what this client gave up on: there has been no other connection beside this one. */
+static bool alone(const struct nv_conn *conn)
+{
+    return atomic_load(&conn->volume->bindings) == conn->alone_at;
+}
+
 void nv_conn_start_held(struct nv_conn *conn)
 {
     struct nv_request *request = conn->held, *next;
@@ -74,7 +80,7 @@ void nv_conn_start_held(struct nv_conn *conn)
 
     if (!request)
         return;
-    gone = conn->held_writes && atomic_load(&conn->volume->connections) > 1 && nv_io_hung_up(conn->handle);
+    gone = conn->held_writes && !alone(conn) && nv_io_hung_up(conn->handle);
     conn->held = NULL;
     conn->held_tail = &conn->held;
     conn->held_writes = false;

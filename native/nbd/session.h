@@ -121,6 +121,7 @@ struct nv_conn {
     uint32_t in_flight;             /* slots in use */
     struct nv_request *held, **held_tail;   /* parsed in this turn, not started yet */
     bool held_writes;
+    uint64_t alone_at;              /* the volume's `bindings` when this was its only connection; 0: it was not */
     uint8_t *private_payload;
     bool private_busy;
     bool private_touched;           /* resident beyond what an idle connection may keep */

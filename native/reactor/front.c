@@ -514,7 +514,9 @@ void nv_connection_bind(struct nv_conn *conn, struct nv_volume *volume)
     assert(!conn->bound);
     conn->bound = volume;
     conn->closed.event.volume = volume->id;
-    atomic_fetch_add(&volume->connections, 1);
+    conn->alone_at = atomic_fetch_add(&volume->bindings, 1) + 1;
+    if (atomic_fetch_add(&volume->connections, 1) > 0)
+        conn->alone_at = 0;
 }
 
 /* A mirror's connections live with it, where their requests need no message; of others the least loaded will do. */

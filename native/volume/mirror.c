@@ -189,6 +189,7 @@ static bool has_kept_all(struct nv_mio *mio, uint32_t lane)
     if (nv_mirror_fault(mirror, lane, -EIO))
         return false;
     suspect(mirror, mio);
+    mirror->sole_faults++;
     nv_lane_counts_faults(mirror, lane, nv_mirror_map(mirror)->by_lane[lane]);
     return true;
 }
@@ -310,6 +311,7 @@ static void run_all(struct nv_mirror *mirror, struct nv_queue *queue)
 static void run_here(struct nv_mirror *mirror, struct nv_vreq *request)
 {
     mirror->requests_seen++;
+    request->faults = mirror->sole_faults;
     request->tried = 0;
     request->primary_only = false;
     run(mirror, request);

@@ -186,6 +186,7 @@ struct nv_mirror {
     uint8_t committed;              /* of `failing`: the registry has them stale */
     bool attaching;                 /* nothing runs yet */
     bool expired;                   /* frozen for too long: EIO */
+    uint64_t sole_faults;           /* failed syncs of the last in-sync leg */
     bool suspected;                 /* the last in-sync leg's sync has failed, and what it may have lost is marked */
     bool fenced, broken;            /* for good: EIO; broken: the last in-sync leg did not attach */
     bool closing, end_wanted, ended;

@@ -70,7 +70,7 @@ static void flush_landed(struct nv_mio *mio)
         return;
     }
     nv_mio_end(mio);
-    if (missing)
+    if (missing || mirror->sole_faults != request->faults) /* cleared meanwhile or not: what it covers may be lost */
         nv_mirror_finish(request, -EIO);
     else
         nv_mirror_acknowledge(request);

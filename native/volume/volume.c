@@ -17,6 +17,7 @@
 
 static void step(struct nv_vreq *request);
 static void sync_next(struct nv_vreq *request);
+static void flush(struct nv_vreq *request);
 
 static bool orders(const struct nv_vreq *request)
 {
@@ -89,8 +90,26 @@ static void release_map(struct nv_vreq *request)
 }
 
 /* Its turn has come: past the cache, to the map. */
+/* How many syncs of the map's objects have failed so far, also where the operator has cleared the fault. */
+static uint64_t faults_of(const struct nv_map *map)
+{
+    uint64_t faults = 0;
+
+    for (uint32_t i = 0; i < map->object_count; i++)
+        faults += atomic_load(&map->objects[i]->sync.faults);
+    return faults;
+}
+
+/* Trims and zeroes become durable by a sync that follows them, writes piece by piece. */
+static bool syncs_after(const struct nv_vreq *request)
+{
+    return (request->flags & NV_REQUEST_FUA) && (request->kind == NV_REQUEST_TRIM || request->kind == NV_REQUEST_ZERO);
+}
+
 static void run(struct nv_vreq *request)
 {
+    if (syncs_after(request) && !request->map->legs)
+        request->faults = faults_of(request->map);
     if (request->volume->cached.cache)
         nv_cached_begins(request);
     step(request);
@@ -147,7 +166,7 @@ void nv_volume_start(struct nv_vreq *request)
     if (request->kind == NV_REQUEST_FLUSH && request->map->legs)
         nv_mirror_run(request);
     else if (request->kind == NV_REQUEST_FLUSH)
-        sync_next(request);
+        flush(request);
     else if (!orders(request) || request->length == 0 || nv_range_release(&request->volume->ranges, &request->range))
         run(request);
 }
@@ -244,6 +263,10 @@ static void synced(struct nv_sync_wait *wait)
         sync_next(request);
 }
 
+/*
+ * A sync that failed since the request began may have lost what it covers, and a later one that succeeds says nothing
+ * of that: its answer is an error, whatever the operator has cleared meanwhile.
+ */
 static void sync_next(struct nv_vreq *request)
 {
     while (request->object_next < request->map->object_count) {
@@ -257,18 +280,21 @@ static void sync_next(struct nv_vreq *request)
             return;
         }
     }
-    nv_volume_finish(request, 0);
+    nv_volume_finish(request, faults_of(request->map) == request->faults ? 0 : -EIO);
+}
+
+static void flush(struct nv_vreq *request)
+{
+    request->faults = faults_of(request->map);
+    sync_next(request);
 }
 
 /* --- everything else: piece by piece along the runs --- */
 
 static void all_done(struct nv_vreq *request)
 {
-    const bool sync = (request->flags & NV_REQUEST_FUA) &&
-                      (request->kind == NV_REQUEST_TRIM || request->kind == NV_REQUEST_ZERO);
-
     assert(request->done == request->length || request->kind == NV_REQUEST_STATUS);
-    if (sync)
+    if (syncs_after(request))
         sync_next(request);
     else
         nv_volume_finish(request, 0);

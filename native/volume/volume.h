@@ -81,6 +81,7 @@ struct nv_volume {
     struct nv_mirror *mirror;       /* NULL: a plain volume */
     struct nv_cached cached;
     _Atomic uint32_t connections;   /* raised at open, lowered when the front saw the end */
+    _Atomic uint64_t bindings;      /* connections that there have ever been */
     _Atomic uint32_t open_locals;   /* reactors that have not finished the close; and the mirror, which is the last */
     struct nv_event_slot closed;
     /* the front thread's */
@@ -135,6 +136,7 @@ struct nv_vreq {
     uint8_t flags;
     int32_t error;                  /* 0 or -errno */
     uint32_t object_next;           /* FLUSH and FUA: the next object to sync */
+    uint64_t faults;                /* ... and the failed syncs that were known when it began */
     uint64_t offset;
     uint64_t length;
     uint64_t done;

@@ -1,0 +1,83 @@
+"""What must not be said or done any more: durability behind a cleared fault, and writes that were given up."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+
+from nbdvvol.dataplane.types import Run
+from tests.lib import nbdwords as w
+from tests.lib.fakeserver import Asked, FakeServer, Wire
+from tests.unit.plane_rig import Rig, eventually, rig
+from tests.unit.remote_rig import Remote
+from tests.unit.test_plane_remote import served, servers
+from tests.unit.test_plane_remote_loss import Held, fails
+
+__all__ = ["rig", "servers"]
+SLOTS = 256
+"""Requests of a connection that are parsed and not answered yet (limits.h)."""
+
+
+@pytest.mark.parametrize("command", [w.CMD_WRITE_ZEROES, w.CMD_TRIM])
+def test_fua_does_not_outlive_a_failed_sync(rig: Rig, servers: list[FakeServer], command: int) -> None:
+    """The change reaches the cache, a neighbour's FLUSH loses it, the operator clears that, and then the change's own
+    sync succeeds: it has nothing to write any more.
+    """
+    kept: list[tuple[Wire, Asked]] = []
+    flushes: list[Asked] = []
+
+    def handler(server: FakeServer, wire: Wire, asked: Asked) -> list[bytes] | None:
+        if asked.command == command:
+            server.bytes[asked.offset : asked.offset + asked.length] = bytes(asked.length)
+            kept.append((wire, asked))
+            return []
+        if asked.command == w.CMD_FLUSH:
+            flushes.append(asked)
+        if asked.command != w.CMD_FLUSH or len(flushes) > 1:
+            return None
+        server.bytes[:] = server.durable  # the pages are dropped
+        return [wire.error(asked, errno.EIO, "writeback")]
+
+    server = served(servers, handler=handler)
+    server.bytes[:4096] = b"A" * 4096
+    server.durable = bytes(server.bytes)
+    remote = Remote(rig, server)
+    volume = remote.volume()
+    client, neighbour = rig.connect(volume), rig.connect(volume)
+    cookie = client.send(command, 0, 4096, flags=w.CMD_FLAG_FUA)
+    eventually("it is with the server", lambda: kept)
+    neighbour.write(8192, b"B" * 512)
+    fails(errno.EIO, neighbour.flush)
+    rig.call(rig.plane.clear_fault, remote.object)
+    wire, asked = kept[0]
+    wire.send(wire.ok(asked))
+    assert client.wait(cookie).error == errno.EIO
+    assert server.durable[:4096] == b"A" * 4096 and len(flushes) == 2, "the server has said yes to the sync of nothing"
+
+
+def test_a_write_that_was_given_up_stays_undone_behind_its_successor(rig: Rig, servers: list[FakeServer]) -> None:
+    """A client gives its connection up with a write unread, writes elsewhere and leaves: nobody is there by then who
+    could have sent it again, but somebody was.
+    """
+    held = Held(w.CMD_READ)
+    server, slow = served(servers), served(servers, handler=held)
+    half = server.size
+    runs = [Run(0, half, Remote(rig, server).object, 0), Run(half, half, Remote(rig, slow).object, 0)]
+    volume = rig.volume(2 * half, runs, block_min=server.block)
+    stalled = rig.connect(volume)
+    for _ in range(SLOTS):
+        stalled.send(w.CMD_READ, half, 512)
+    stalled.send(w.CMD_WRITE, 0, 512, payload=b"1" * 512)
+    eventually("no slot is left", lambda: rig.stats(volume).in_flight == SLOTS)
+    stalled.stream.half_close()
+    successor = rig.connect(volume)
+    successor.write(0, b"2" * 512)
+    successor.send(w.CMD_DISC, 0, 0)
+    assert successor.ended().errno == 0
+    held.release.set()
+    for wire, asked in list(held.kept):
+        for piece in slow.answer(wire, asked):
+            wire.send(piece)
+    assert stalled.ended().errno == errno.ECONNRESET
+    assert server.bytes[:512] == b"2" * 512
