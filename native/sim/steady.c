@@ -6,9 +6,11 @@
  *
  * It does not: check contents (nvsim does), or say anything about the real port and the kernel.
  *
- * `mirror` writes to a volume of two legs, whose one region has its intent set from the first batch on.
+ * `mirror` writes to a volume of two legs, whose regions have their intents set from the first batches on. `resync` is not
+ * for counting: a leg of such a volume is lost while nobody asks for anything; then a batch of reads comes and at once the
+ * order to copy the leg, with a rate, and a batch more each time the simulated clock moves. It prints what was copied.
  *
- * usage: nvsim_steady read|write|structured|mirror BATCHES
+ * usage: nvsim_steady read|write|structured|mirror|resync BATCHES
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -25,12 +27,15 @@
 #define META_BYTES (NV_META_BITMAPS + 4u * NV_META_PAGE)
 #define READS 32u  /* a batch */
 #define WRITES 15u /* fit into one receive chunk */
+#define RESYNC_RATE (1u << 20)
+#define QUIET_NS 1000000000ull /* so long that nobody can take clients for busy any more */
+#define SECOND_LEG 2u
 
 struct world {
     nv_plane *plane;
     int socket;
-    bool write, structured, mirror;
-    uint32_t batch;
+    bool write, structured, mirror, resync;
+    uint32_t batch, volume;
     uint64_t asked;
     uint8_t *requests; /* one batch's bytes */
     size_t requests_bytes;
@@ -65,7 +70,8 @@ static uint32_t open_mirror(struct world *world)
     } record = {
         .header = {.magic = NV_DESC_MAGIC, .version = NV_DESC_VERSION, .length = sizeof record, .size = VOLUME_BYTES,
                    .epoch = 1, .generation = 1, .map_to = 1, .block_min = 1, .flags = NV_VOLUME_MIRROR, .leg_count = 2},
-        .mirror = {.region_shift = 22, .op_deadline_ms = 30000, .hold_deadline_ms = 30000, .intent_idle_ms = 30000},
+        .mirror = {.region_shift = 22, .op_deadline_ms = 30000, .hold_deadline_ms = 30000, .intent_idle_ms = 30000,
+                   .resync_rate = RESYNC_RATE},
     };
     uint32_t volume;
 
@@ -106,14 +112,14 @@ static void open_world(struct world *world)
                                          .tflags = NBD_FLAG_SEND_FLUSH,
                                          .block_min = 1, .payload_max = NV_PAYLOAD_MAX};
     const struct nv_sim_faults none = {0};
-    uint32_t connection, volume;
+    uint32_t connection;
 
     nv_sim_begin(SEED, &none);
     if (nv_plane_build(&config, false, &world->plane) != 0)
         fail("the plane does not start");
-    volume = world->mirror ? open_mirror(world) : open_volume(world);
+    world->volume = world->mirror ? open_mirror(world) : open_volume(world);
     world->socket = nv_sim_socket();
-    if (nv_connection_open(world->plane, world->socket, volume, &params, NULL, 0, 1, &connection) != 0)
+    if (nv_connection_open(world->plane, world->socket, world->volume, &params, NULL, 0, 1, &connection) != 0)
         fail("the connection does not open");
 }
 
@@ -161,6 +167,47 @@ static void run_batch(struct world *world)
         fail("a batch was not answered in full");
 }
 
+static void quiet(struct world *world, uint64_t ns)
+{
+    const uint64_t until = nv_sim_clock_ns() + ns;
+
+    while (nv_sim_clock_ns() < until && nv_sim_advance())
+        settle(world);
+}
+
+/* Only the order: what the reactor makes of it comes with the next batch. */
+static void order_resync(struct world *world)
+{
+    settle(world);
+    if (nv_leg_fail(world->plane, world->volume, SECOND_LEG, 1) != 0)
+        fail("the leg is not given up");
+    settle(world);
+    if (nv_leg_release(world->plane, world->volume, SECOND_LEG, 2, 2) != 0)
+        fail("the leg is not let go");
+    quiet(world, QUIET_NS);
+    run_batch(world);
+    if (nv_leg_resync(world->plane, world->volume, SECOND_LEG, 1, 3, 3) != 0)
+        fail("the leg is not copied to");
+}
+
+static void run_resync(struct world *world, long batches)
+{
+    nv_mirror_status status;
+    uint64_t began;
+
+    order_resync(world);
+    began = nv_sim_clock_ns();
+    settle(world);
+    for (long i = 0; i < batches && nv_sim_advance(); i++)
+        run_batch(world);
+    nv_volume_mirror(world->plane, world->volume, &status); /* as it was at the last tick */
+    printf("%lu bytes copied in %lu us at %u a second, clients being busy; ", (unsigned long)status.copied_bytes,
+           (unsigned long)((nv_sim_clock_ns() - began) / 1000), RESYNC_RATE);
+    quiet(world, QUIET_NS);
+    nv_volume_mirror(world->plane, world->volume, &status);
+    printf("%lu of %u a second later, clients being quiet\n", (unsigned long)status.copied_bytes, VOLUME_BYTES);
+}
+
 static void close_world(struct world *world)
 {
     nv_sim_client_shut(world->socket);
@@ -179,22 +226,26 @@ int main(int argc, char **argv)
     const long batches = argc == 3 ? strtol(argv[2], NULL, 10) : 0;
 
     if (batches < 1 || (strcmp(argv[1], "read") && strcmp(argv[1], "write") && strcmp(argv[1], "structured") &&
-                        strcmp(argv[1], "mirror"))) {
-        fputs("usage: nvsim_steady read|write|structured|mirror BATCHES\n", stderr);
+                        strcmp(argv[1], "mirror") && strcmp(argv[1], "resync"))) {
+        fputs("usage: nvsim_steady read|write|structured|mirror|resync BATCHES\n", stderr);
         return 2;
     }
-    world.mirror = strcmp(argv[1], "mirror") == 0;
-    world.write = world.mirror || strcmp(argv[1], "write") == 0;
+    world.resync = strcmp(argv[1], "resync") == 0;
+    world.mirror = world.resync || strcmp(argv[1], "mirror") == 0;
+    world.write = (world.mirror && !world.resync) || strcmp(argv[1], "write") == 0;
     world.structured = strcmp(argv[1], "structured") == 0;
     world.batch = world.write ? WRITES : READS;
     world.requests = calloc(world.batch, NBD_REQUEST_BYTES + BLOCK);
     if (!world.requests)
         fail("no memory");
     open_world(&world);
-    for (long i = 0; i < batches; i++)
+    if (world.resync)
+        run_resync(&world, batches);
+    for (long i = 0; i < batches && !world.resync; i++)
         run_batch(&world);
     close_world(&world);
     free(world.requests);
-    printf("%lu requests\n", (unsigned long)batches * world.batch);
+    if (!world.resync)
+        printf("%lu requests\n", (unsigned long)batches * world.batch);
     return 0;
 }

@@ -343,9 +343,13 @@ static bool is_idle(const struct nv_copy *copy)
 
 /* --- a resync with a rate: small pieces, each in its time, so that no client waits long behind one --- */
 
+/* From a client's first request on, not only from the next tick. */
 static bool is_paced(const struct nv_copy *copy)
 {
-    return copy->kind == NV_COPY_RESYNC && copy->mirror->copier.limited;
+    const struct nv_mirror *mirror = copy->mirror;
+
+    return copy->kind == NV_COPY_RESYNC && nv_mirror_map(mirror)->mirror.resync_rate > 0 &&
+           (mirror->copier.limited || mirror->requests_seen > 0);
 }
 
 static void time_comes(struct nv_op *op)
@@ -385,7 +389,7 @@ static bool has_its_time(struct nv_copy *copy)
     struct nv_copier *copier = &copy->mirror->copier;
     const uint64_t rate = nv_mirror_map(copy->mirror)->mirror.resync_rate, now = nv_io_now_ns(copy->mirror->reactor->io);
 
-    if (!is_paced(copy) || rate == 0)
+    if (!is_paced(copy))
         return true;
     if (copier->due_ns > now) {
         wait_for_time(copy, copier->due_ns - now);
@@ -628,6 +632,5 @@ void nv_copier_tick(struct nv_mirror *mirror)
     struct nv_copier *copier = &mirror->copier;
 
     copier->stuck = false;
-    /* with nobody to stand behind, it goes as fast as it can */
-    copier->limited = nv_mirror_map(mirror)->mirror.resync_rate > 0 && mirror->requests_seen > 0;
+    copier->limited = mirror->requests_seen > 0; /* with nobody to stand behind, it goes as fast as it can */
 }

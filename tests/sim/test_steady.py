@@ -6,6 +6,8 @@ another compiler, not for another loop.
 
 from __future__ import annotations
 
+import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -41,3 +43,17 @@ def test_a_warm_regions_intent_check_is_cheap(steady: Path) -> None:
 
 def test_the_count_is_the_same_every_time(steady: Path) -> None:
     assert callgrind.per_request(steady, "read") == callgrind.per_request(steady, "read")
+
+
+def test_a_resync_keeps_to_its_rate_from_a_clients_first_request_on(steady: Path) -> None:
+    """In simulated time. Without clients it is as fast as it can, which the first one must not wait behind."""
+    done = subprocess.run([str(steady), "resync", "40"], capture_output=True, text=True, check=True)
+    busy = re.search(r"(\d+) bytes copied in (\d+) us at (\d+) a second, clients being busy", done.stdout)
+    after = re.search(r"(\d+) of (\d+) a second later, clients being quiet", done.stdout)
+    assert busy and after, done.stdout
+    copied, took_us, rate = map(int, busy.groups())
+    at_last, size = map(int, after.groups())
+    piece, late_us = 128 << 10, 2000
+    assert took_us > 1_000_000 and copied > 0.5 * rate * took_us / 1e6
+    assert copied <= rate * (took_us + late_us) / 1e6 + piece
+    assert at_last == size
