@@ -46,6 +46,12 @@ static void lose_what_is_owed(struct nv_remote *remote)
 
 static void probe(struct nv_remote *remote);
 
+/* A FLUSH on one link covers the others' writes only where the server says so on each of them. */
+static bool may_join(const struct nv_remote *remote, const struct nv_link *link)
+{
+    return link->params.tflags & remote->serving[0]->params.tflags & NBD_FLAG_CAN_MULTI_CONN;
+}
+
 static void probed(struct nv_piece *piece, int64_t result)
 {
     struct nv_remote *remote = nv_remote_of(piece->object);
@@ -55,12 +61,21 @@ static void probed(struct nv_piece *piece, int64_t result)
     probe(remote); /* for links that came after it had been sent */
 }
 
+/* A sign of life would let one join. One that may not join beside the members waits until they are gone. */
+static bool awaits_proof(const struct nv_remote *remote)
+{
+    for (const struct nv_link *link = remote->links; link && remote->serving_count > 0; link = link->next)
+        if (link->state == NV_LINK_WAITING && may_join(remote, link))
+            return true;
+    return false;
+}
+
 /* Ask a member for a sign of life, so that the links that wait may join. */
 static void probe(struct nv_remote *remote)
 {
     struct nv_piece *piece = &remote->probe;
 
-    if (remote->probing || remote->waiting_count == 0 || remote->serving_count == 0)
+    if (remote->probing || !awaits_proof(remote))
         return;
     remote->probing = true;
     *piece = (struct nv_piece){.reactor = remote->home, .object = &remote->object, .kind = NV_PIECE_PROBE,
@@ -79,12 +94,6 @@ static void join(struct nv_link *link)
     nv_count(&remote->counters.serving, 1);
     remote->gave_up = false;
     nv_remote_wants_turn(remote);
-}
-
-/* A FLUSH on one link covers the others' writes only where the server says so on each of them. */
-static bool may_join(const struct nv_remote *remote, const struct nv_link *link)
-{
-    return link->params.tflags & remote->serving[0]->params.tflags & NBD_FLAG_CAN_MULTI_CONN;
 }
 
 void nv_remote_prove(struct nv_remote *remote, uint32_t stamp)

@@ -81,8 +81,10 @@ int nv_sim_socket(void);
 size_t nv_sim_client_send(int socket, const void *bytes, size_t size); /* bytes taken; 0: full or closed */
 size_t nv_sim_client_recv(int socket, void *out, size_t capacity);
 bool nv_sim_client_ended(int socket);    /* the server is gone and everything it sent was received */
+bool nv_sim_client_left(int socket);     /* ... whatever of it may still be on its way */
 void nv_sim_client_shut(int socket);     /* no more will be sent */
 void nv_sim_client_close(int socket, bool reset);
+void nv_sim_hurry(int socket);           /* operations of it are not delayed any more */
 
 /* How to tell what led to a violation; printed before the process ends. */
 extern void (*nv_sim_on_violation)(void);

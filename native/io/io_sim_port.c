@@ -38,6 +38,18 @@ static uint64_t delay_ns(void)
     return 0;
 }
 
+static bool is_hurried(const struct sim_socket *socket)
+{
+    return socket && socket->hurried;
+}
+
+static uint64_t delay_of(const struct nv_op *op)
+{
+    if (op->kind == NV_OP_TIMER)
+        return op->length;
+    return is_hurried(sim_world.handles[op->handle].socket) ? 0 : delay_ns();
+}
+
 static void check_direct(const struct nv_op *op, uint32_t align)
 {
     uint64_t bits = op->offset;
@@ -101,7 +113,7 @@ void nv_io_enter(struct nv_io *io)
         struct nv_op *op = io->staged.items[i];
         struct op_state *state = sim_state_of(op);
         state->entered_at = sim_world.time + 1; /* after every effect so far */
-        state->not_before_ns = sim_world.clock_ns + (op->kind == NV_OP_TIMER ? op->length : delay_ns());
+        state->not_before_ns = sim_world.clock_ns + delay_of(op);
         sim_list_add(&sim_world.pending, op);
     }
     io->staged.count = 0;

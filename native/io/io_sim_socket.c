@@ -151,6 +151,11 @@ bool nv_sim_client_ended(int socket)
     return (at->server_closed || at->server_shut || at->server_shut_send) && at->to_client.size == 0;
 }
 
+bool nv_sim_client_left(int socket)
+{
+    return socket_of(socket)->server_closed || socket_of(socket)->server_shut;
+}
+
 void nv_sim_client_shut(int socket)
 {
     socket_of(socket)->client_shut = true;
@@ -164,4 +169,14 @@ void nv_sim_client_close(int socket, bool reset)
     at->client_reset = reset;
     if (reset)
         at->to_server.size = 0;
+}
+
+void nv_sim_hurry(int socket)
+{
+    socket_of(socket)->hurried = true;
+    for (size_t i = 0; i < sim_world.pending.count; i++) {
+        struct nv_op *op = sim_world.pending.items[i];
+        if (op->kind != NV_OP_TIMER && op->handle == socket)
+            sim_state_of(op)->not_before_ns = 0;
+    }
 }

@@ -20,6 +20,7 @@ struct sim_socket {
     struct pipe_queue to_server, to_client;
     bool client_shut, client_closed, client_reset;
     bool server_shut, server_shut_send, server_closed;
+    bool hurried;
 };
 
 struct handle {

@@ -180,6 +180,11 @@ void farm_fence(int file)
     nv_sim_trouble(file)->fenced = true;
 }
 
+bool farm_outclaimed(uint64_t epoch, uint32_t attempt, uint64_t by_epoch, uint32_t by_attempt)
+{
+    return epoch < by_epoch || (epoch == by_epoch && attempt < by_attempt);
+}
+
 void farm_power_cut(struct farm *farm, uint32_t index)
 {
     struct farm_leg *leg = &farm->legs[index];

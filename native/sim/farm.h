@@ -42,6 +42,13 @@ struct farm_leg {
     uint64_t rebooted_step, resync_step; /* when it was, and when its last resync began */
     bool suspect;                   /* control knows that a sync failed there: who opens it latches */
     bool spoiled;                   /* rolled back or blank: only a full resync makes it right */
+    /* behind a server of its own (far.h) */
+    bool far, claims;
+    uint32_t far_flags, far_payload, far_timeout_ms, far_hold_ms;
+    struct far *openings;           /* by whoever has it open, or had */
+    uint32_t attempts;
+    uint64_t claim_epoch;           /* the newest claim that it knows */
+    uint32_t claim_attempt;
 };
 
 struct farm_message {
@@ -78,6 +85,7 @@ struct farm {
     bool must_serve;                /* nothing may fail for the clients, because of the good leg */
     struct farm_shares shares;
     uint32_t aim, aims;             /* a filter is to die when it does this (enum tally), and how often still */
+    bool calm;                      /* no more troubles */
     bool sticky;                    /* who hangs leaves only what it was asked before undone */
     uint16_t hasty;                 /* how often the operator clears a fault at once */
     uint16_t hang, drop, reboot, read_errors, write_errors, sync_errors, cut, kill, rebind, spoil, swap, jump; /* chances */
@@ -116,6 +124,8 @@ void farm_cut(struct farm *farm, uint32_t host);
 /* Disks. */
 /* The leg's server knows of a newer epoch: nothing goes through this file of a host any more. */
 void farm_fence(int file);
+/* A server's own: this claim has to give way to that one, of a newer epoch or a newer opening. */
+bool farm_outclaimed(uint64_t epoch, uint32_t attempt, uint64_t by_epoch, uint32_t by_attempt);
 void farm_power_cut(struct farm *farm, uint32_t leg);
 /* It has everything again, if it was made so from this step on. */
 void farm_made_whole(struct farm *farm, uint32_t leg, uint64_t since_step);

@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "limits.h"
+#include "sim/far_wire.h"
 #include "sim/farm.h"
 #include "sim/tally.h"
 #include "volume/meta.h"
@@ -163,6 +164,61 @@ static void draw_cache(struct farm *farm)
     farm->cache_mode = farm_chance(farm, 512) ? NV_CACHE_MODE_READ : NV_CACHE_MODE_WRITETHROUGH;
 }
 
+static uint32_t draw_far_flags(struct sim_random *random)
+{
+    uint32_t flags = FAR_T_HAS_FLAGS | FAR_T_FLUSH | (sim_random_chance(random, 800) ? FAR_T_MULTI : 0) |
+                     (sim_random_chance(random, 700) ? FAR_T_FUA : 0) | (sim_random_chance(random, 800) ? FAR_T_TRIM : 0) |
+                     (sim_random_chance(random, 800) ? FAR_T_ZEROES : 0) | (sim_random_chance(random, 512) ? FAR_T_CACHE : 0);
+
+    return flags | ((flags & FAR_T_ZEROES) && sim_random_chance(random, 512) ? FAR_T_FAST : 0);
+}
+
+static void draw_far_leg(struct farm *farm, struct farm_leg *leg, struct sim_random *random)
+{
+    leg->far = true;
+    leg->claims = sim_random_chance(random, 512);
+    leg->far_flags = draw_far_flags(random);
+    leg->far_payload = sim_random_chance(random, 256) ? 8192 : 32u << 20;
+    if (farm->reboot)
+        farm->reboot = (uint16_t)(farm->reboot + 60);
+}
+
+/* Time for a client to give a server up, for its mirror to go on, and for the server to do then what it was asked before. */
+static void draw_silence(struct farm *farm, struct sim_random *random)
+{
+    farm->hang = (uint16_t)(farm->hang + 60);
+    farm->shares.advance = (uint16_t)(60 + sim_random_below(random, 60));
+    farm->shares.heal = (uint16_t)(4 + sim_random_below(random, 8));
+    if (sim_random_chance(random, 256))
+        return;
+    farm->lives = 1;
+    farm->steps = 2000;
+    farm->drop = farm->reboot = farm->kill = farm->rebind = farm->jump = 0;
+    farm->read_errors = farm->write_errors = farm->sync_errors = 0;
+    farm->aims = farm->shares.end = 0;
+}
+
+/*
+ * Legs behind servers. Some seeds are about silence: servers that hang for longer than their clients wait for them. The
+ * chance is its own: seeds without any such leg are what they would be if there were none.
+ */
+static void draw_far(struct farm *farm)
+{
+    struct sim_random random = {farm->seed * 0x9e3779b97f4a7c15ull + 101};
+    const bool any = !farm->in_memory && sim_random_chance(&random, 400);
+    const bool silent = any && !farm->must_serve && farm->hang && sim_random_chance(&random, 800);
+    const uint32_t timeout_ms = farm->must_serve ? 20000 : 250 + (uint32_t)sim_random_below(&random, silent ? 500 : 4000);
+
+    for (uint32_t i = 0; any && i < farm->leg_count; i++) {
+        farm->legs[i].far_timeout_ms = timeout_ms;
+        farm->legs[i].far_hold_ms = timeout_ms / 2 + (uint32_t)sim_random_below(&random, timeout_ms);
+        if (sim_random_chance(&random, 600))
+            draw_far_leg(farm, &farm->legs[i], &random);
+    }
+    if (silent)
+        draw_silence(farm, &random);
+}
+
 void farm_draw(struct farm *farm, uint64_t seed)
 {
     *farm = (struct farm){.seed = seed, .random = {seed * 0x9e3779b97f4a7c15ull + 77}, .owner = FARM_HOSTS};
@@ -183,6 +239,7 @@ void farm_draw(struct farm *farm, uint64_t seed)
         farm->uuid[i] = (uint8_t)farm_below(farm, 256);
     for (uint32_t leg = 0; leg < farm->leg_count; leg++)
         draw_runs(farm, &farm->legs[leg]);
+    draw_far(farm);
 }
 
 void farm_plain(struct farm *farm)

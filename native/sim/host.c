@@ -13,7 +13,6 @@
 #include "volume/meta.h"
 
 #define RECORD_BYTES 2048u
-#define TOKEN_LOOK 1000u
 #define TOKEN_CHANGE 2000u
 #define TOKEN_CLOSE 2001u
 #define TOKEN_VERIFY 2002u
@@ -23,86 +22,6 @@
 static bool tracing(const struct host *host)
 {
     return host->farm->rules.trace;
-}
-
-/* ---- legs ---- */
-
-static bool reachable(const struct host *host, uint32_t leg)
-{
-    const struct farm_leg *at = &host->farm->legs[host->farm->legs[leg].path];
-
-    return !at->gone && !at->hung;
-}
-
-/* A descriptor of this boot has the troubles of its disk, also one that is not the leg's newest. */
-static void set_trouble(const struct host *host, int file)
-{
-    struct nv_sim_trouble *trouble = nv_sim_trouble(file);
-    const struct farm_leg *at = host->farm->legs;
-    bool good;
-
-    while (nv_sim_disk(at->file) != nv_sim_disk(file))
-        at++;
-    good = at - host->farm->legs == host->farm->good;
-
-    trouble->gone = at->gone;
-    trouble->hung = at->hung;
-    trouble->stuck_before = at->stuck_before;
-    trouble->read_error = good ? 0 : host->farm->read_errors;
-    trouble->write_error = good ? 0 : host->farm->write_errors;
-    trouble->sync_error = good ? 0 : host->farm->sync_errors;
-}
-
-void host_set_troubles(struct host *host)
-{
-    for (uint32_t i = 0; host->plane && !host->deposed && i < host->file_count; i++)
-        set_trouble(host, host->files[i]);
-}
-
-static void open_leg(struct host *host, uint32_t leg)
-{
-    struct farm *farm = host->farm;
-    struct host_leg *mine = &host->legs[leg];
-
-    mine->path = farm->legs[leg].path;
-    mine->file = nv_sim_file_again(farm->legs[mine->path].file);
-    if (mine->file < 0 || nv_object_open(host->plane, mine->file, farm->align > 1 ? NV_OBJECT_DIRECT : 0, farm->align,
-                                         farm->legs[mine->path].disk_size, &mine->object) != 0)
-        nv_sim_violation("a leg does not open: %s", nv_last_error());
-    assert(host->file_count < HOST_FILES);
-    host->objects[host->file_count] = mine->object;
-    host->files[host->file_count++] = mine->file;
-    mine->open = true;
-    mine->latched = farm->legs[mine->path].suspect;
-    if (mine->latched)
-        (void)nv_object_latch_fault(host->plane, mine->object);
-    set_trouble(host, mine->file);
-}
-
-static void look_at(struct host *host, uint32_t leg)
-{
-    struct host_leg *mine = &host->legs[leg];
-
-    if (mine->looking)
-        return;
-    mine->looking = true;
-    if (nv_object_job(host->plane, mine->object, NV_JOB_READ, mine->buffer, host->farm->legs[mine->path].meta_offset,
-                      sizeof mine->buffer, TOKEN_LOOK + leg) != 0)
-        nv_sim_violation("a leg's label cannot be asked for: %s", nv_last_error());
-}
-
-static nv_leg_look judge_label(const struct host *host, uint32_t leg, int result)
-{
-    struct nv_label label;
-
-    if (result < 0)
-        return (nv_leg_look){.look = NV_LOOK_ABSENT};
-    if (!nv_label_decode(host->legs[leg].buffer, &label))
-        return (nv_leg_look){.look = NV_LOOK_NO_LABEL};
-    if (label.leg != FARM_LEG_ID(leg) || memcmp(label.uuid, host->farm->uuid, sizeof label.uuid) != 0)
-        return (nv_leg_look){.look = NV_LOOK_FOREIGN};
-    return (nv_leg_look){.look = NV_LOOK_LABEL, .syncing = label.syncing, .epoch = label.epoch,
-                         .generation = label.generation};
 }
 
 /* ---- the description ---- */
@@ -280,7 +199,7 @@ static void follow(struct host *host)
 
 static void looked(struct host *host, uint32_t leg, int result)
 {
-    nv_leg_look look = judge_label(host, leg, result);
+    nv_leg_look look = host_judge_label(host, leg, result);
 
     if (tracing(host))
         printf("-- host %u: leg %u looks like %u, epoch %llu, generation %llu%s\n", host->index, FARM_LEG_ID(leg), look.look,
@@ -303,8 +222,11 @@ static void took_events(struct host *host, const nv_event *event)
         check_connection_drained(host->farm->check, (uint32_t)event->token);
         break;
     case NV_EVENT_JOB_DONE:
-        looked(host, (uint32_t)event->token - TOKEN_LOOK, event->result);
+        looked(host, (uint32_t)event->token - HOST_LOOK, event->result);
         break;
+    case NV_EVENT_LINK_LOST:
+        host_link_lost(host, event);
+        return;
     case NV_EVENT_SYNC_FAILED:
         for (uint32_t leg = 0; leg < host->farm->leg_count; leg++)
             host->legs[leg].latched |= host->legs[leg].open && host->legs[leg].object == event->args[0];
@@ -399,9 +321,9 @@ void host_link_back(struct host *host)
 
 static void reopen(struct host *host, uint32_t leg)
 {
-    open_leg(host, leg);
+    host_open_leg(host, leg);
     host->looks[leg].look = NV_LOOK_ABSENT;
-    look_at(host, leg);
+    host_look_at(host, leg);
 }
 
 static void tend_leg(struct host *host, uint32_t leg, bool eager)
@@ -410,13 +332,14 @@ static void tend_leg(struct host *host, uint32_t leg, bool eager)
     const uint32_t look = host->looks[leg].look;
     const bool usable = look == NV_LOOK_LABEL || (eager && look == NV_LOOK_NO_LABEL);
 
-    if (!reachable(host, leg) || mine->looking || host->changing || host->file_count == HOST_FILES)
+    if (!host_reachable(host, leg) || mine->looking || host->changing || host->file_count == HOST_FILES)
         return;
     if (!mine->open || mine->path != host->farm->legs[leg].path || (mine->described && farm_chance(host->farm, 50))) {
         mine->described = false; /* until the label is known, then with the new object */
-        reopen(host, leg);
+        if (host_may_reopen(host, leg, eager))
+            reopen(host, leg);
     } else if (!usable) {
-        look_at(host, leg);
+        host_look_at(host, leg);
     } else if (!mine->described) {
         mine->described = true;
         change_volume(host);
@@ -435,18 +358,6 @@ void host_tend(struct host *host, bool eager)
             tend_leg(host, leg, eager);
 }
 
-void host_leg_rebooted(struct host *host, uint32_t disk)
-{
-    const struct sim_disk *lost = nv_sim_disk(host->farm->legs[disk].file);
-
-    for (uint32_t leg = 0; leg < host->farm->leg_count; leg++)
-        host->legs[leg].latched |= host->legs[leg].open && host->legs[leg].path == disk;
-    /* what a backend does that has lost its connection with writes not flushed */
-    for (uint32_t i = 0; i < host->file_count; i++)
-        if (nv_sim_disk(host->files[i]) == lost && nv_object_latch_fault(host->plane, host->objects[i]) != 0)
-            nv_sim_violation("an object does not latch: %s", nv_last_error());
-}
-
 void host_clear_faults(struct host *host)
 {
     for (uint32_t leg = 0; leg < host->farm->leg_count; leg++) {
@@ -454,6 +365,8 @@ void host_clear_faults(struct host *host)
             continue;
         check_fault_cleared(host->farm->check);
         host->legs[leg].latched = host->farm->legs[host->legs[leg].path].suspect = false;
+        if (host->legs[leg].far)
+            far_make_sure(host->legs[leg].far);
         if (nv_object_clear_fault(host->plane, host->legs[leg].object) != 0)
             nv_sim_violation("a fault does not clear: %s", nv_last_error());
     }
@@ -571,7 +484,7 @@ bool host_move(struct host *host)
     for (uint32_t i = 0; i < HOST_CLIENTS; i++)
         if (host->clients[i])
             moved |= client_pump(host->clients[i], true);
-    return moved;
+    return host_far_steps(host) || moved;
 }
 
 /* ---- the beginning and the end ---- */
@@ -593,10 +506,10 @@ void host_bind(struct host *host)
     host->plane->scattered = farm_chance(farm, 300);
     host->machine = nv_legs_create(host->epoch);
     for (uint32_t leg = 0; leg < farm->leg_count; leg++) {
-        if (!reachable(host, leg))
+        if (!host_reachable(host, leg))
             continue;
-        open_leg(host, leg);
-        look_at(host, leg);
+        host_open_leg(host, leg);
+        host_look_at(host, leg);
     }
 }
 
@@ -617,9 +530,11 @@ static void end_plane(struct host *host)
 
     host_tally_cache(host);
     nv_plane_stop(host->plane);
+    host_leave_fars(host);
     for (uint32_t i = 0; !finished; i++) {
         bool moved = nv_sim_step();
         moved |= turn_all(host);
+        moved |= host_far_steps(host);
         if (!moved)
             nv_sim_advance();
         finished = true;
@@ -628,6 +543,10 @@ static void end_plane(struct host *host)
         if (i > HOST_PATIENCE)
             nv_sim_violation("the plane of host %u does not stop", host->index);
     }
+    for (uint32_t i = 0; i < host->file_count; i++)
+        if (host->fars[i])
+            far_free(host->fars[i]);
+    host->file_count = 0;
     nv_plane_free(host->plane);
     nv_legs_free(host->machine);
     host->plane = NULL;
@@ -648,10 +567,7 @@ void host_lease_ends(struct host *host)
 
 void host_depose(struct host *host)
 {
-    for (uint32_t i = 0; i < host->file_count; i++) {
-        nv_sim_settle(host->files[i], &host->farm->random);
-        farm_fence(host->files[i]);
-    }
+    host_fence_files(host);
     for (uint32_t i = 0; i < HOST_CLIENTS; i++)
         if (host->clients[i])
             client_deposed(host->clients[i]);
@@ -665,7 +581,7 @@ void host_kill(struct host *host)
 {
     tally(host_doing(host));
     for (uint32_t i = 0; i < host->file_count; i++) {
-        nv_sim_settle(host->files[i], &host->farm->random);
+        host_settle(host, i);
         nv_sim_trouble(host->files[i])->gone = true;
     }
     for (uint32_t leg = 0; leg < host->farm->leg_count; leg++) /* control heard of it, or hears from the next host */

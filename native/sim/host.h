@@ -1,17 +1,19 @@
 /*
  * A host of the farm: one filter, that is a plane with the mirrored volume, the leg machine, and the driving around it
  * that in production is Python: open objects, read labels, carry messages, close. It opens the legs' disks through
- * descriptors of its own, so it can be fenced, cut off, and killed by itself.
+ * descriptors of its own, or through servers (far.h), so it can be fenced, cut off, and killed by itself.
  */
 #ifndef NV_SIM_HOST_H
 #define NV_SIM_HOST_H
 
 #include "reactor/plane.h"
+#include "sim/far.h"
 #include "sim/farm.h"
 #include "sim/tally.h"
 
 #define HOST_CLIENTS 3u
 #define HOST_PATIENCE 400000u
+#define HOST_LOOK 1000u             /* token of a job that reads leg 0's label; the next one has the next */
 
 struct host_leg {
     bool open;                      /* it has an object */
@@ -19,6 +21,7 @@ struct host_leg {
     bool looking;                   /* a job reads its label */
     bool latched;                   /* its object's sync has failed, and nobody has cleared that */
     int file;
+    struct far *far;                /* it is behind a server */
     uint32_t object;
     uint32_t path;                  /* whose disk that is */
     uint8_t buffer[2u * 4096u] __attribute__((aligned(4096)));
@@ -45,6 +48,7 @@ struct host {
     struct host_leg legs[FARM_LEGS];
     int files[HOST_FILES];          /* every descriptor of this boot */
     uint32_t objects[HOST_FILES];   /* ... and what the plane calls it */
+    struct far *fars[HOST_FILES];   /* ... and who serves it, if it is behind a server */
     uint32_t file_count;
     struct client *clients[HOST_CLIENTS];
     uint32_t numbers[HOST_CLIENTS];
@@ -84,6 +88,22 @@ void host_kill(struct host *host);
 /* The end of a plane whose volume is closed, or was never opened. */
 void host_stop(struct host *host);
 void host_verify(struct host *host, bool repair);
+
+/* host_legs.c */
+bool host_reachable(const struct host *host, uint32_t leg);
+void host_open_leg(struct host *host, uint32_t leg);
+void host_look_at(struct host *host, uint32_t leg);
+nv_leg_look host_judge_label(const struct host *host, uint32_t leg, int result);
+void host_settle(struct host *host, uint32_t index);
+void host_fence_files(struct host *host);
+bool host_may_reopen(struct host *host, uint32_t leg, bool eager);
+bool host_far_steps(struct host *host);
+void host_leave_fars(struct host *host);
+void host_link_lost(struct host *host, const nv_event *event);
+/* It may lose what it has cached: all that was there before it was opened is durable. True for a leg on a local disk. */
+bool host_far_has_flushed(const struct host *host, uint32_t leg);
+/* Its client knows of every connection that has ended. */
+bool host_far_is_sound(const struct host *host, uint32_t leg);
 
 /* host_watch.c: the plane has the leg in sync; operations of it are under way, late ones included. */
 bool host_leg_in_sync(const struct host *host, uint32_t leg);

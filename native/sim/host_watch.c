@@ -87,6 +87,12 @@ void host_tally_event(const struct host *host, const nv_event *event)
         if (host_leg_has_late(host, (uint32_t)event->args[0] - FARM_LEG_ID(0)))
             tally(TALLY_LATE_OPERATION);
         break;
+    case NV_EVENT_SYNC_FAILED:
+        if (event->result == -ESTALE)
+            tally(TALLY_FAR_OWED);
+        else if (event->result == -ETIMEDOUT)
+            tally(TALLY_FAR_DOUBT);
+        break;
     case NV_EVENT_LEG_STOPPED:
         tally(TALLY_RESYNC_STOPPED);
         break;

@@ -41,7 +41,7 @@ static void reboot_leg(struct world *world, uint32_t leg)
     for (uint32_t i = 0; i < FARM_HOSTS; i++)
         for (uint32_t j = 0; world->hosts[i].plane && j < world->hosts[i].file_count; j++)
             if (nv_sim_disk(world->hosts[i].files[j]) == nv_sim_disk(world->farm.legs[leg].file))
-                nv_sim_settle(world->hosts[i].files[j], &world->farm.random);
+                host_settle(&world->hosts[i], j);
     farm_power_cut(&world->farm, leg);
     world->farm.crashes++;
     for (uint32_t i = 0; i < FARM_HOSTS; i++)
@@ -52,14 +52,22 @@ static void reboot_leg(struct world *world, uint32_t leg)
             host_clear_faults(&world->hosts[i]);
 }
 
+static bool slow(const struct farm_leg *leg)
+{
+    return leg->hung || leg->stuck_before;
+}
+
 /* What it has not written down yet is also in another leg that lives and has lost nothing. */
 static bool can_lose_cache(struct world *world, uint32_t leg)
 {
     const struct host *host = world_serving(world);
 
+    if (host && !host_far_has_flushed(host, leg))
+        return false;
     for (uint32_t other = 0; host && host->opened && other < world->farm.leg_count; other++)
         if (other != leg && host_leg_in_sync(host, other) && farm_in_sync(&world->farm, other) &&
-            !world->farm.legs[other].rebooted && !host->legs[other].latched && !world->farm.legs[other].gone)
+            !world->farm.legs[other].rebooted && !host->legs[other].latched && !world->farm.legs[other].gone &&
+            host_far_is_sound(host, other) && (!world->farm.legs[leg].far || !slow(&world->farm.legs[other])))
             return true;
     return !host;
 }
@@ -73,6 +81,15 @@ static void leave_stuck(struct world *world, uint32_t leg)
     world->farm.legs[leg].stuck_before = nv_sim_time() + 1;
 }
 
+/* Of a leg behind a server: some, or some are told to end. */
+static void end_connections(struct world *world, uint32_t leg)
+{
+    for (uint32_t i = 0; i < FARM_HOSTS; i++)
+        for (uint32_t j = 0; world->hosts[i].plane && j < world->hosts[i].file_count; j++)
+            if (world->hosts[i].fars[j] && nv_sim_disk(world->hosts[i].files[j]) == nv_sim_disk(world->farm.legs[leg].file))
+                far_trouble(world->hosts[i].fars[j]);
+}
+
 static void leg_trouble(struct world *world, uint32_t leg)
 {
     struct farm *farm = &world->farm;
@@ -84,6 +101,8 @@ static void leg_trouble(struct world *world, uint32_t leg)
     }
     if (farm->legs[leg].hung && chance(world, farm->sticky ? 1024 : 300))
         leave_stuck(world, leg);
+    if (chance(world, farm->drop))
+        end_connections(world, leg);
     if (chance(world, farm->drop)) {
         tally(TALLY_LOSS);
         farm->legs[leg].gone = true;
@@ -229,6 +248,8 @@ static void work(struct world *world, struct host *host)
         host_turn(host);
     else
         host_events(host);
+    for (uint32_t i = 0; i < 2; i++) /* what is behind a server takes more of them */
+        (void)host_far_steps(host);
     end_aimed(world, host);
 }
 

@@ -11,15 +11,17 @@
  *   6  an unclean attach forgets the intents that it finds                   nv_intent_merge
  *   7  a lost leg's dirty map starts empty                                    nv_intent_lost
  *   8  a resync begins while an old write to the leg is still in flight       nv_mirror_next_task
- *   9  a leg that has rebooted is taken back as if nothing had happened       nv_object_latch_fault
+ *   9  a leg that has rebooted is taken back as if nothing had happened       nv_sync_fail
  *  10  the second leg's bytes are taken later, when the client may have changed them   nv_mio_piece
- *  11  legs let hosts of an older epoch through                               farm_fence
+ *  11  legs let hosts of an older epoch through                               farm_outclaimed, farm_fence
  *  12  a leg's label is not held against its stamp                            nv_legs_begin
  *  13  writes of clients and copies between legs pass each other              nv_range_enter
  *  14  the cache is hit behind a fence                                        nv_cached_fence
  *  15  the cache is filled with what was read before a write                  nv_cache_fill
  *  16  a fault that is cleared before the mirror has looked is not heard of   nv_sync_clear
  */
+#include <errno.h>
+
 #include "sim/farm.h"
 #include "sim/mutant.h"
 #include "volume/mirror_state.h"
@@ -40,8 +42,10 @@ void __real_nv_intent_lost(struct nv_mirror *mirror, uint8_t lanes);
 void __wrap_nv_intent_lost(struct nv_mirror *mirror, uint8_t lanes);
 bool __real_nv_mirror_next_task(struct nv_mirror *mirror);
 bool __wrap_nv_mirror_next_task(struct nv_mirror *mirror);
-int __real_nv_object_latch_fault(nv_plane *plane, uint32_t object);
-int __wrap_nv_object_latch_fault(nv_plane *plane, uint32_t object);
+void __real_nv_sync_fail(struct nv_sync *sync, struct nv_reactor *reactor, int error);
+void __wrap_nv_sync_fail(struct nv_sync *sync, struct nv_reactor *reactor, int error);
+bool __real_farm_outclaimed(uint64_t epoch, uint32_t attempt, uint64_t by_epoch, uint32_t by_attempt);
+bool __wrap_farm_outclaimed(uint64_t epoch, uint32_t attempt, uint64_t by_epoch, uint32_t by_attempt);
 void __real_farm_fence(int file);
 void __wrap_farm_fence(int file);
 void __real_nv_legs_begin(nv_legs *legs, const nv_legs_record *record, const nv_leg_look *looks);
@@ -136,9 +140,16 @@ bool __wrap_nv_mirror_next_task(struct nv_mirror *mirror)
     return began;
 }
 
-int __wrap_nv_object_latch_fault(nv_plane *plane, uint32_t object)
+/* The client's own: what its server owed is forgotten with the set. */
+void __wrap_nv_sync_fail(struct nv_sync *sync, struct nv_reactor *reactor, int error)
 {
-    return mutant(9) ? 0 : __real_nv_object_latch_fault(plane, object);
+    if (!mutant(9) || error != -ESTALE)
+        __real_nv_sync_fail(sync, reactor, error);
+}
+
+bool __wrap_farm_outclaimed(uint64_t epoch, uint32_t attempt, uint64_t by_epoch, uint32_t by_attempt)
+{
+    return !mutant(11) && __real_farm_outclaimed(epoch, attempt, by_epoch, by_attempt);
 }
 
 void __wrap_farm_fence(int file)

@@ -154,6 +154,7 @@ void world_calm(struct world *world)
 
     none.read_error = none.write_error = none.sync_error = none.dsync_error = none.punch_error = none.stall = 0;
     nv_sim_set_faults(&none);
+    farm->calm = true;
     farm->read_errors = farm->write_errors = farm->sync_errors = 0;
     world_heal(world, true);
     for (uint32_t i = 0; i < FARM_HOSTS; i++)

@@ -20,6 +20,17 @@ enum tally {
     TALLY_SHORT,
     TALLY_TORN,
     TALLY_FENCED,
+    /* of legs behind servers, and of their clients */
+    TALLY_FAR_CONNECTION,
+    TALLY_FAR_LEAVES,
+    TALLY_FAR_RESTART,
+    TALLY_FAR_OWED,
+    TALLY_FAR_TIMED_OUT,
+    TALLY_FAR_DOUBT,
+    TALLY_FAR_LATE,
+    TALLY_FAR_WORD,
+    TALLY_FAR_CLAIM,
+    TALLY_FAR_REFUSED,
     /* of the links, and of time */
     TALLY_CUT,
     TALLY_LATE_MESSAGE,

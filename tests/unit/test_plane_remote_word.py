@@ -128,6 +128,7 @@ def test_one_link_serves_where_a_flush_covers_one(rig: Rig, servers: list[FakeSe
     client.flush()
     assert remote.stats.links == 1
     assert server.durable[: 64 * 512] == b"x" * (64 * 512)
+    assert w.CMD_READ not in [asked.command for asked in server.asked], "a sign of life would let nobody in"
 
 
 def test_a_flush_with_nobody_there_fails_and_latches_nothing(rig: Rig, servers: list[FakeServer]) -> None:
