@@ -17,10 +17,6 @@ _NOT_SERVED: dict[NotServed, tuple[str, str]] = {
         "NO_VALID_LEG",
         "bring back the storage of a leg that is in sync; its filter tries again by itself",
     ),
-    "unfenced": (
-        "LEG_UNFENCED",
-        "bring back that leg's server, so that it can keep the former host out; the filter tries again by itself",
-    ),
     "lease": (
         "LEASE_OVER",
         "look at that host's link to control; it is served again as soon as control renews the lease",

@@ -27,9 +27,9 @@ ResyncWish = Literal["auto", "full", "off"]
 because it is new or by the operator's word; neither means anything to a leg that is in sync. `off`: it is to be stale:
 stop a copy that runs; an in-sync leg, while another one is, fails at once (nv_leg_fail), so that it can be removed."""
 Wanted = Literal["stale", "syncing", "in-sync", "confirm"]
-NotServed = Literal["", "old-registry", "no-leg", "unfenced", "lease"]
+NotServed = Literal["", "old-registry", "no-leg", "lease"]
 """Why a VVol is not served, where the status has advice for that: a label, or an epoch served before, is newer than the
-registry; no in-sync leg has a valid label; a leg could not be fenced; the lease has run out."""
+registry; no in-sync leg has a valid label; the lease has run out."""
 Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 
 

@@ -375,7 +375,6 @@ async def test_status_names_what_is_wrong(farm: TestFarm) -> None:
     for why, code in (
         ("old-registry", "REGISTRY_OLD"),
         ("no-leg", "NO_VALID_LEG"),
-        ("unfenced", "LEG_UNFENCED"),
         ("lease", "LEASE_OVER"),
     ):
         told = link.ExportReport.model_validate(bad.model_dump() | {"why": why})
