@@ -171,7 +171,8 @@ struct nv_link {
 };
 
 struct nv_remote_counters {         /* one writer, the home; read by the front */
-    _Atomic uint64_t asked, answered, errors, again, lost, read_bytes, write_bytes, waiting, serving, draining, owed;
+    _Atomic uint64_t asked, answered, errors, again, lost, read_bytes, write_bytes, waiting, serving, draining, owed,
+        unsure;
 };
 
 struct nv_remote {

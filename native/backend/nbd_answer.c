@@ -236,6 +236,7 @@ void nv_remote_doubt(struct nv_ask *ask)
     struct nv_piece *piece = ask->piece;
 
     nv_count(&remote->counters.again, 1);
+    nv_count(&remote->counters.unsure, 1); /* before its piece is over: whoever hears of that finds it counted */
     add_doubt(remote, ask->offset, ask->offset + ask->length);
     nv_ask_free(ask);
     nv_sync_fail(&remote->object.sync, remote->home, -ETIMEDOUT);

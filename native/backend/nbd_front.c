@@ -119,6 +119,7 @@ int nv_remote_stats(nv_plane *plane, uint32_t number, nv_remote_stats_t *out)
         .read_bytes = atomic_load(&counters->read_bytes),
         .write_bytes = atomic_load(&counters->write_bytes),
         .owed = atomic_load(&counters->owed),
+        .unsure = atomic_load(&counters->unsure),
     };
     return 0;
 }

@@ -147,7 +147,8 @@ typedef struct {
     uint64_t write_bytes;
     uint64_t owed;                   /* 1: acknowledged changes wait for a FLUSH */
     uint64_t draining;               /* links given up whose changes may still be under way at the server */
-    uint64_t reserved[4];
+    uint64_t unsure;                 /* changes that the server never said anything about: it may still carry them out */
+    uint64_t reserved[3];
 } nv_remote_stats_t;
 
 int nv_remote_open(nv_plane *plane, const nv_remote_config *config, uint32_t *object); /* no link yet: I/O waits */

@@ -22,7 +22,8 @@ def clear_fault(
 ) -> None:
     """Let FLUSH succeed again after a failed sync: what was written since the last good one may be lost.
 
-    Until then it fails, whatever restarts, and VVols that were bound to that host move to no other."""
+    Until then it fails, whatever restarts, and VVols that were bound to that host move to no other. Where a server
+    timed out, restart it first: space that was waiting for that is freed."""
     from nbdvvol.cli.client import Client
     from nbdvvol.cli.output import follow
 

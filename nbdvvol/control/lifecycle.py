@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from nbdvvol.control.clock import moment
 from nbdvvol.control.older import check_older
-from nbdvvol.control.registry import bindings, faults, space, stores
+from nbdvvol.control.registry import bindings, faults, legs, space, stores
 from nbdvvol.control.registry.space import LegPlace, Placement
 from nbdvvol.control.registry.stores import Store
 from nbdvvol.control.tasks import Body, Context
@@ -267,7 +267,9 @@ async def delete(context: Context) -> None:
     async def released() -> str:
         await context.registry.run(bindings.unbind, uuid)
         hosts = await context.registry.run(bindings.unreleased, uuid)
-        return f"host {', '.join(hosts)} to release it" if hosts else ""
+        if hosts:
+            return f"host {', '.join(hosts)} to release it"
+        return await context.registry.run(legs.doubts, uuid)
 
     if await get_placement(context) is None:
         return

@@ -22,7 +22,7 @@ from nbdvvol.control.registry.orders import Order
 from nbdvvol.control.signal import Signals
 from nbdvvol.model import link
 from nbdvvol.model.errors import Code, NvError
-from nbdvvol.model.mirror import Leased, LegChange, MirrorReport, Renew
+from nbdvvol.model.mirror import Leased, LegChange, LegDoubt, MirrorReport, Renew
 
 log = structlog.get_logger()
 HELLO_TIMEOUT_S = 10.0
@@ -262,7 +262,7 @@ class Links:
                 await self.registry.run(bindings.released, me.host, message.uuid, message.epoch)
                 me.told.discard(message.uuid)
                 me.mirrors.pop(message.uuid, None)
-            case LegChange() | link.LegReleased() | Renew() | MirrorReport():
+            case LegChange() | LegDoubt() | link.LegReleased() | Renew() | MirrorReport():
                 await self._take_of_mirrors(me, message)
             case link.Notice():
                 await self._notice(me.host, message)
@@ -281,13 +281,15 @@ class Links:
             entry[2](message.progress)
 
     async def _take_of_mirrors(
-        self, me: HostLink, message: LegChange | link.LegReleased | Renew | MirrorReport
+        self, me: HostLink, message: LegChange | LegDoubt | link.LegReleased | Renew | MirrorReport
     ) -> None:
         match message:
+            case LegDoubt():
+                await self.registry.run(legs.leg_doubt, me.host, message)
             case LegChange():
                 await me.send(await self.registry.run(legs.leg_change, me.host, message))
             case link.LegReleased():
-                await self.registry.run(legs.leg_released, me.host, message.uuid, message.leg)
+                await self.registry.run(legs.leg_released, me.host, message.uuid, message.leg, message.doubt)
             case Renew():
                 given = await self.registry.run(leases.renew, me.host, message.vvols, moment())
                 await me.send(Leased(id=message.id, vvols=given))

@@ -120,7 +120,9 @@ async def free_leg(context: Context) -> None:
         if not await _leaving(context, number):
             return ""
         hosts = await context.registry.run(legs.leg_users, context.job.vvol, number)
-        return f"host {', '.join(hosts)} to let go of leg {number}" if hosts else ""
+        if hosts:
+            return f"host {', '.join(hosts)} to let go of leg {number}"
+        return await context.registry.run(legs.doubts, context.job.vvol, number)
 
     await context.until(0.1, let_go, cancellable=False)
     await context.settled(but_mine=True)

@@ -106,10 +106,22 @@ def _last(vvol: VVol, _: dict[str, Datastore]) -> Iterator[Problem]:
     )
 
 
+def _copies(leg: Leg) -> bool:
+    return leg.now is not None and leg.now.lane in COPIES
+
+
+def _is_lost(leg: Leg) -> bool:
+    """It misses something, nothing is copied to it, and that is not about to begin.
+
+    The registry may have it as `syncing`: its host asked for that, and then could not begin."""
+    begins = leg.state == "syncing" and leg.now is not None and not leg.now.why
+    return leg.state != "in-sync" and not _copies(leg) and not begins
+
+
 def _lost(vvol: VVol, known: dict[str, Datastore]) -> Iterator[Problem]:
     """Legs that miss something and are not copied to."""
     for leg in _live(vvol):
-        if leg.state == "stale" and not (leg.now is not None and leg.now.lane in COPIES):
+        if _is_lost(leg):
             since = f" since {leg.lost:%Y-%m-%dT%H:%M:%SZ}" if leg.lost is not None else ""
             why = leg.reason
             yield Problem(
@@ -127,7 +139,7 @@ def _bring_back(vvol: VVol, leg: Leg, store: Datastore | None) -> str:
         return f"it is left so by request; copy to it: {again}"
     if vvol.binding is None:
         return f"it is copied to when a host serves the VVol: nbdvvol bind {vvol.full_name}"
-    if "restart it" in why:
+    if leg.doubt and not leg.fences:
         return f"restart the server of datastore {leg.datastore}, then: {again}"
     if store is not None and store.state in ("missing", "reconnecting", "faulty"):
         return f"bring datastore {store.name} back; then it is copied to by itself"
@@ -188,9 +200,8 @@ def _spares(vvol: VVol, _: dict[str, Datastore]) -> Iterator[Problem]:
 
 def _copying(vvol: VVol, _: dict[str, Datastore]) -> Iterator[Problem]:
     for leg in _live(vvol):
-        copies = leg.now is not None and leg.now.lane in COPIES
-        if leg.state == "syncing" or (leg.state == "stale" and copies):
-            words = leg.now.copy_words() if leg.now is not None and copies else "it is to be copied to"
+        if leg.state != "in-sync" and not _is_lost(leg):
+            words = leg.now.copy_words() if leg.now is not None and _copies(leg) else "it is to be copied to"
             yield Problem(
                 code="LEG_SYNCING",
                 subject=vvol.full_name,

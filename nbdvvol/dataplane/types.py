@@ -399,6 +399,7 @@ class RemoteStats:
     write_bytes: int = 0
     owed: int = 0
     draining: int = 0
+    unsure: int = 0
 
 
 class Link(Protocol):

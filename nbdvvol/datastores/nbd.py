@@ -285,6 +285,11 @@ class RemoteExport:
         self._info = replace(self._info, size=max(size, self._info.size))
         return size
 
+    @property
+    def unsure(self) -> bool:
+        """The server may still carry out something that it was asked to change, although nobody waits for it."""
+        return self.timed_out or self.stats().unsure > 0
+
     def stats(self) -> RemoteStats:
         """The data plane's counters."""
         return self._plane.remote_stats(self.number)

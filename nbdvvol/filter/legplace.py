@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from uuid import UUID
@@ -52,8 +54,15 @@ class LegPlace:
     """When to try again, by the loop's clock."""
     hangs: asyncio.Task[HeldObject] | None = None
     """An opening that did not end in time; while it has not, there is no other."""
+    fenced: bool = False
+    """Its server knew claims when it was opened last."""
     doubted: bool = False
-    """A server that knows no claims may still have requests of ours: the operator's word is needed."""
+    """Its server may still have requests of ours. One that knows claims drops them when it is opened again; else the
+    operator's word is needed."""
+    told: bool = False
+    """What control was told last of `doubt`."""
+    at_attach: bool = False
+    """Doubted only because it was away when the mirror began: who served before may have had a write under way."""
 
     @property
     def id(self) -> int:
@@ -65,6 +74,16 @@ class LegPlace:
         self.why = why
         self.due_s = now_s + self.retry_s
         self.retry_s = min(2 * self.retry_s, RETRY_MAX_S)
+
+    @property
+    def doubt(self) -> bool:
+        """What control is to know: until everything that was submitted to it has ended, nobody can be sure."""
+        return self.doubted or (self.lost and self.held is not None and self.held.remote is not None)
+
+    @property
+    def waits_for_word(self) -> bool:
+        """Only a person can tell when nothing old can land there any more."""
+        return self.doubted and not (self.fenced or self.spec.fences)
 
     def again(self) -> None:
         """Try at once."""
@@ -78,13 +97,38 @@ class Storage:
         self._plane = plane
         self._objects = objects
         self._store_of = store_of
+        self._attempts: Counter[tuple[str, int]] = Counter()
+        """By VVol and leg: a server that has heard of one takes none before it, for as long as an epoch lasts."""
+        self._doubts: set[tuple[str, int]] = set()
+        """VVols and legs of which this process knows that their server may still work on old requests."""
+
+    def place(self, vvol: VVolSpec, leg: LegSpec) -> LegPlace:
+        """A leg that is not open yet, with what is known of it."""
+        return LegPlace(leg, doubted=leg.doubt or (vvol.uuid, leg.id) in self._doubts, told=leg.doubt)
+
+    def vouched(self, vvol: VVolSpec, place: LegPlace) -> None:
+        """The operator says that its server works on nothing old any more."""
+        self._doubts.discard((vvol.uuid, place.id))
+        place.doubted = False
+
+    def may_work_on(self, leg: LegSpec, error: BaseException) -> bool:
+        """Whether the server of a leg that cannot be opened may live, and have requests of whoever used it before.
+
+        One that refuses connections has ended; at a local leg nothing outlives the process that asked for it."""
+        store = self._store_of(leg.datastore)
+        if store is None or store.remote is None or not isinstance(error, NvError):
+            return False
+        cause = error.__cause__
+        silent = isinstance(cause, OSError) and cause.errno in (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH)
+        return error.code is Code.TIMEOUT or silent
 
     async def open(self, place: LegPlace, vvol: VVolSpec, outclaimed: Callable[[str], None]) -> None:
         """Open the leg and look at its label. Raises NvError, OSError; Outclaimed: another host has it."""
         assert place.held is None
         if place.hangs is not None and not place.hangs.done():
             raise NvError(Code.TIMEOUT, "its storage hangs: an earlier attempt to open it has not ended")
-        place.attempt += 1
+        self._attempts[vvol.uuid, place.id] += 1
+        place.attempt = self._attempts[vvol.uuid, place.id]
         task = asyncio.get_running_loop().create_task(self._acquire(place.spec, vvol, place.attempt))
         done, _ = await asyncio.wait({task}, timeout=OPEN_S)
         if not done:
@@ -103,9 +147,11 @@ class Storage:
             raise
         if held.remote is not None:
             held.remote.on_outclaimed = outclaimed
+            place.fenced = held.remote.fences
+            place.doubted &= not place.fenced  # it has let go of earlier attempts, and of earlier epochs
         place.held, place.lost = held, False
 
-    async def close(self, place: LegPlace) -> None:
+    async def close(self, vvol: VVolSpec, place: LegPlace) -> None:
         """Let go of the leg's storage; the data plane does not use it any more."""
         held, place.held, place.described = place.held, None, False
         place.look = ABSENT
@@ -113,7 +159,9 @@ class Storage:
             return
         if held.remote is not None:
             held.remote.on_outclaimed = None
-            place.doubted |= held.remote.timed_out and not held.remote.fences
+            if held.remote.unsure:
+                place.doubted = True
+                self._doubts.add((vvol.uuid, place.id))
         await self._objects.release(held)
 
     async def _acquire(self, leg: LegSpec, vvol: VVolSpec, attempt: int) -> HeldObject:

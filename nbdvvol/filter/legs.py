@@ -37,7 +37,7 @@ from nbdvvol.filter.legplace import ABSENT, LegPlace, Storage, quiet, words_of
 from nbdvvol.filter.legwords import describe_mirror, record_of, record_of_spec, report_of, shift_of
 from nbdvvol.model.errors import Code, NvError
 from nbdvvol.model.link import VVolSpec
-from nbdvvol.model.mirror import Lane, LegChange, LegRecord, MirrorReport, NotServed, Stamp
+from nbdvvol.model.mirror import Lane, LegChange, LegDoubt, LegRecord, MirrorReport, NotServed, Stamp
 from nbdvvol.nbd.client import Outclaimed
 
 _log = structlog.get_logger("legs")
@@ -46,6 +46,7 @@ NOBODYS = 0xFFFF_FFFF_FFFF_FFFF
 """Token of a call into the plane that the leg machine did not ask for."""
 ASK_AGAIN_S = 1.0
 """How long a refusal that brought nothing new rests before the question is asked again."""
+DOUBT = "its server timed out and may still work on old requests: restart it, then `nbdvvol mirror resync`"
 _ASKS: dict[int, Literal["stale", "syncing", "in-sync", "confirm"]] = {
     Ask.STALE: "stale",
     Ask.SYNCING: "syncing",
@@ -78,11 +79,14 @@ class LegLink(Protocol):
     def ask_leg(self, change: LegChange, answer: Callable[[LegRecord], None]) -> None:
         """Ask for a change of a leg; no answer comes when control is away."""
 
+    def doubt(self, said: LegDoubt) -> None:
+        """Whether a leg's server may still carry out what it was asked; dropped while control is away."""
+
     def mirror(self, report: MirrorReport) -> None:
         """How a mirror is; dropped while control is away."""
 
-    def leg_released(self, uuid: str, epoch: int, leg: int) -> None:
-        """A leg was taken from a VVol, and nothing of it is in flight."""
+    def leg_released(self, uuid: str, epoch: int, leg: int, doubt: bool) -> None:
+        """A leg was taken from a VVol, and nothing of it is in flight; `doubt`: but its server may have kept some."""
 
     def notice(self, event: str, subject: str, message: str) -> None:
         """For the event list."""
@@ -116,7 +120,7 @@ class Mirror:
         self.block_min = 1
         self.dead: MirrorError | None = None
         """Why it serves no more; it is to be closed."""
-        self.places = {leg.id: LegPlace(leg) for leg in spec.legs}
+        self.places = {leg.id: storage.place(spec, leg) for leg in spec.legs}
         self._plane = plane
         self._storage = storage
         self._link = link
@@ -173,7 +177,8 @@ class Mirror:
             await self._plane.close_volume(volume)
         self._begun = False
         for place in self.places.values():
-            await self._storage.close(place)
+            await self._storage.close(self.spec, place)
+            self._tell_doubt(place)
 
     def give_up(self, error: MirrorError) -> None:
         """Serve no more, from here on: another host has it, or nobody knows any more that we have it."""
@@ -195,13 +200,13 @@ class Mirror:
         old = {leg.id: leg for leg in self.spec.legs}
         self.spec = spec
         for leg in spec.legs:
-            place = self.places.setdefault(leg.id, LegPlace(leg))
+            place = self.places.setdefault(leg.id, self._storage.place(spec, leg))
             before = old.get(leg.id)
             place.spec = leg
             if before is None or (before.asked, before.tries, before.resync) != (leg.asked, leg.tries, leg.resync):
                 place.again()
-            if before is None or before.asked != leg.asked:
-                place.doubted = False
+            if before is not None and before.asked != leg.asked:
+                self._storage.vouched(spec, place)
             if leg.resync == "off" and place.lane == "syncing" and self.volume is not None:
                 self._plane.stop_leg(self.volume, leg.id)
         self._tell(record_of_spec(spec))
@@ -212,6 +217,9 @@ class Mirror:
         if self._begun:
             self._machine.ask_again()
             self._drive()
+            for place in self.places.values():
+                place.told = place.spec.doubt
+                self._tell_doubt(place)
             self.report()
 
     def event(self, event: MirrorEvent) -> None:
@@ -229,6 +237,7 @@ class Mirror:
                 leg.lane, leg.lost = "stale", event.result != -errno.ECANCELED
                 leg.why = "stopped" if not leg.lost else os.strerror(-event.result)
                 leg.failed(leg.why, self._loop.time())
+                self._tell_doubt(leg)
             case MirrorEventKind.RESYNC_DONE if leg is not None:
                 leg.lane = "promoting"
             case MirrorEventKind.LEG_CHANGED:
@@ -338,7 +347,16 @@ class Mirror:
             stamp=Stamp(epoch=action.stamp_epoch, generation=action.stamp_generation) if stamped else None,
             reason=place.why[:1000] if place is not None else "",
         )
+        if place is not None and action.ask == Ask.STALE:
+            change.doubt = place.told = place.doubt
         self._link.ask_leg(change, self._answered)
+
+    def _tell_doubt(self, place: LegPlace) -> None:
+        """What is new of it; of a leg that is in sync there is nothing to know."""
+        if place.doubt != place.told and place.lane not in ("in-sync", "promoting"):
+            place.told = place.doubt
+            epoch = self.spec.epoch
+            self._link.doubt(LegDoubt(vvol=self.spec.uuid, epoch=epoch, leg=place.id, doubt=place.doubt))
 
     def _answered(self, answer: LegRecord) -> None:
         if self.dead is not None or not self._begun:
@@ -378,8 +396,18 @@ class Mirror:
         for place in self.places.values():
             if place.described and place.lane == "stale" and states.get(place.id) == 0:
                 place.lane, place.why = "in-sync", ""
+        status = self.status()
+        if status is not None and status.intents == 0:
+            self._nothing_was_under_way()
         if not self._attached.done():
             self._attached.set_result(None)
+
+    def _nothing_was_under_way(self) -> None:
+        """No intent was found: who served it before had no write in flight to a leg that is away."""
+        for place in self.places.values():
+            if place.at_attach:
+                place.doubted = place.at_attach = False
+                self._tell_doubt(place)
 
     async def _change_volume(self) -> None:
         """Tell the plane of other legs, or of another policy; older I/O has ended on return."""
@@ -434,7 +462,8 @@ class Mirror:
             if place.lost and place.lane == "stale" and place.held is not None:
                 place.described = False
                 await self._change_volume()  # ends when everything that was submitted to it has
-                await self._storage.close(place)
+                await self._storage.close(self.spec, place)
+                self._tell_doubt(place)
             if place.lane == "stale" and self._may_come_back(place):
                 if place.due_s > self._loop.time():
                     due.append(place.due_s - self._loop.time())
@@ -455,10 +484,8 @@ class Mirror:
         if place.spec.resync == "off":
             place.why = place.why or "stopped by the operator"
             return False
-        if place.doubted:
-            place.why = (
-                "its server timed out and may still work on old requests: restart it, then `nbdvvol mirror resync`"
-            )
+        if place.waits_for_word:
+            place.why = DOUBT
             return False
         return True
 
@@ -478,7 +505,7 @@ class Mirror:
             return
         except (NvError, OSError) as error:
             place.described = False
-            await self._storage.close(place)
+            await self._storage.close(self.spec, place)
             place.failed(words_of(error), self._loop.time())
             return
         place.failed(place.why, self._loop.time())  # the next try, if this one leads to nothing
@@ -487,6 +514,8 @@ class Mirror:
 
     def _check_usable(self, place: LegPlace, full: bool) -> None:
         assert place.held is not None
+        if place.doubted:
+            raise NvError(Code.CONFLICT, DOUBT)  # its server knew claims when it was looked at, and does not now
         if place.look.look is Look.FOREIGN:
             raise NvError(Code.CONFLICT, "what lies there is another leg, or of another VVol; it is not touched")
         if place.look.look is Look.NO_LABEL and not full:
@@ -511,10 +540,13 @@ class Mirror:
             del self.places[place.id]
         await self._change_volume()
         for place in gone:
-            await self._storage.close(place)
-            self._link.leg_released(spec.uuid, spec.epoch, place.id)
+            await self._storage.close(self.spec, place)
+            self._link.leg_released(spec.uuid, spec.epoch, place.id, place.doubt)
 
     async def _try_open(self, place: LegPlace) -> None:
+        if place.waits_for_word:
+            place.why = DOUBT
+            return
         try:
             await self._storage.open(place, self.spec, self._outclaimed)
             if place.look.look is not Look.LABEL:
@@ -523,6 +555,9 @@ class Mirror:
             self._outclaimed(error.message)
         except (NvError, OSError) as error:
             place.failed(words_of(error), self._loop.time())
+            if place.spec.state != "stale" and self._storage.may_work_on(place.spec, error):
+                place.doubted = place.at_attach = True
+                self._tell_doubt(place)
             _log.warning("a leg is absent", uuid=self.spec.uuid, leg=place.id, reason=place.why)
 
     # ---- what is told ----

@@ -47,7 +47,7 @@ from nbdvvol.model.link import (
     Work,
     from_control,
 )
-from nbdvvol.model.mirror import Leased, LegChange, LegRecord, MirrorReport, Renew
+from nbdvvol.model.mirror import Leased, LegChange, LegDoubt, LegRecord, MirrorReport, Renew
 
 _log = structlog.get_logger("link")
 QUERY_S = 2.0
@@ -172,6 +172,10 @@ class ControlLink:
         """Ask for a change of a leg; no answer comes when control goes away first."""
         self._ask(change, answer)
 
+    def doubt(self, said: LegDoubt) -> None:
+        """Whether a leg's server may still carry out what it was asked; dropped while control is away."""
+        self.send(said)
+
     def renew(self, vvols: dict[str, int], answer: Callable[[Leased], None]) -> None:
         """Ask for leases; no answer comes when control goes away first."""
         self._ask(Renew(id=0, vvols=vvols), answer)
@@ -186,9 +190,9 @@ class ControlLink:
         """How a mirror is; dropped while control is away, and then said again."""
         self.send(report)
 
-    def leg_released(self, uuid: str, epoch: int, leg: int) -> None:
+    def leg_released(self, uuid: str, epoch: int, leg: int, doubt: bool) -> None:
         """A leg was let go; remembered and repeated at every connect."""
-        message = self._legs_released[uuid, epoch, leg] = LegReleased(uuid=uuid, epoch=epoch, leg=leg)
+        message = self._legs_released[uuid, epoch, leg] = LegReleased(uuid=uuid, epoch=epoch, leg=leg, doubt=doubt)
         self.send(message)
 
     def fault(self, fault: Fault) -> None:

@@ -17,7 +17,7 @@ Ordering rules:
 - `work` is at-least-once and idempotent by its id; the filter answers each with `work_done`.
 - `look` and `trace` are questions: asked once, answered once, forgotten with the connection.
 - `leg_change` and `renew` are the filter's questions, answered in the order of asking and forgotten with the
-  connection: it asks again when it is back. Their words are in `model/mirror.py`.
+  connection: it asks again when it is back. Their words, and those of `leg_doubt`, are in `model/mirror.py`.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ from nbdvvol.model.farm import (
 from nbdvvol.model.mirror import (
     Leased,
     LegChange,
+    LegDoubt,
     LegRecord,
     LegState,
     MirrorReport,
@@ -55,7 +56,7 @@ from nbdvvol.model.mirror import (
 )
 from nbdvvol.model.observe import HostCounters, TraceCount, TraceEvery, TraceReport, TraceSeconds
 
-PROTOCOL = 5
+PROTOCOL = 6
 MESSAGE_BYTES_MAX = 64 << 20
 
 
@@ -89,6 +90,10 @@ class LegSpec(Model):
     """Counts the operator's wishes: a change is a new one, to be tried at once, whatever its server did before."""
     tries: int = 0
     """Counts other causes to try at once, such as its datastore's return: they vouch for nothing."""
+    doubt: bool = False
+    """What its server was asked before, by this filter or another one, may still be carried out there (`LegDoubt`)."""
+    fences: bool = False
+    """At the last look, its server knew claims."""
 
 
 class RemoteSpec(Model):
@@ -249,6 +254,8 @@ class LegReleased(Model):
     uuid: str
     epoch: int
     leg: int
+    doubt: bool = False
+    """Its server may still carry out what it was asked (`LegDoubt`)."""
 
 
 class Stopped(Model):
@@ -341,6 +348,7 @@ FromFilter = Annotated[
     | Counters
     | Traced
     | LegChange
+    | LegDoubt
     | MirrorReport
     | Renew,
     Field(discriminator="kind"),

@@ -111,6 +111,22 @@ class LegChange(Model):
     """For `in-sync` and `confirm`."""
     reason: str = Field(default="", max_length=1000)
     """Why, for the event list: such as `write: Connection timed out`."""
+    doubt: bool = False
+    """For `stale`: as in `LegDoubt`, written down with it."""
+
+
+class LegDoubt(Model):
+    """Filter → control: whether what a leg's server was asked may still be carried out, late, over what is copied.
+
+    Of a leg that is not in sync, on a remote export. Said when it changes, and again at each connect where control has
+    it otherwise. It outlives the filter: a filter that has seen everything end takes it back, or has made the server
+    drop the rest by a new claim; else it is the operator's word that ends it."""
+
+    kind: Literal["leg_doubt"] = "leg_doubt"
+    vvol: str
+    epoch: Count
+    leg: int
+    doubt: bool
 
 
 class LegRecord(Model):

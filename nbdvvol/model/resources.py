@@ -102,6 +102,8 @@ class Leg(Model):
     """The leg whose place it takes, as a spare."""
     fences: bool = False
     """Its server keeps out hosts of older epochs by itself (datastores of kind nbd, of a mirror)."""
+    doubt: bool = False
+    """Its server may still carry out what it was asked before: it waits for the operator's word that it does not."""
     now: LegNow | None = None
     """As its host runs it; null: no host that answers does."""
     regions: list[Region] = Field(default_factory=list)

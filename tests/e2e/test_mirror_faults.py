@@ -146,6 +146,38 @@ def test_a_hanging_leg_that_cannot_fence_waits_for_the_operator(farms: MakeFarm,
     wait_until("all is well", lambda: "all is well" in farm.cli("status", "-x", check=False).stdout, 30)
 
 
+@pytest.mark.parametrize("lost", [True, False], ids=["after its loss", "before its loss"])
+def test_a_doubt_about_a_leg_outlives_the_filter(farms: MakeFarm, peers: list[Peer], lost: bool) -> None:
+    """The filter dies while a server that cannot fence has writes of it, which land when the next filter serves."""
+    peers.append(qemu_nbd(64 * MiB).start())
+    farm = farms(mirrored(local("one"), remote(peers[0])))
+    farm.start_split()
+    data = bytearray(pattern(39, 0, SIZE))
+    with farm.open("disk") as nbd:
+        nbd.write(0, data)
+        nbd.flush()
+        peers[0].freeze(True)
+        if lost:
+            overwrite(nbd, data)
+            assert states(farm) == {"one": "in-sync", "far": "stale"}
+        else:
+            nbd.send(w.CMD_WRITE, 0, 4096, payload=bytes([data[0] ^ 0xFF]) * 4096)
+            assert not select.select([nbd.stream.sock], [], [], 0.5)[0], "answered although a leg has not got it"
+        farm.filters["local"].kill_group()
+    farm.start_filter()
+    with farm.open("disk", wait_s=40) as nbd:
+        peers[0].freeze(False)
+        overwrite(nbd, data)
+        wait_until("the operator is asked", lambda: asks_the_operator(farm), 40)
+        time.sleep(2.0)
+        assert asks_the_operator(farm) and states(farm) == {"one": "in-sync", "far": "stale"}
+        peers[0].kill()
+        peers[0].start()
+        bring_back(farm)
+        assert difference(bytes(data), nbd.read(0, SIZE)) == ""
+    assert "alike" in verified(farm)
+
+
 def asks_the_operator(farm: Farm) -> bool:
     said = farm.cli("status", "-x", check=False).stdout
     return "LEG_STALE vm1/disk" in said and "nbdvvol mirror resync" in said

@@ -95,6 +95,8 @@ class FakeFilter:
         """Taken away by control but not drained yet."""
         self.hold_release = False
         self.hold_applied = False
+        self.unsure = False
+        """The servers of legs that it lets go may still work on something."""
         self.hold_work: set[str] = set()
         """Kinds of orders that are begun but not answered."""
         self.fail_work: dict[str, str] = {}
@@ -225,7 +227,7 @@ class FakeFilter:
     async def _let_go(self, before: link.VVolSpec | None, spec: link.VVolSpec) -> None:
         for leg in before.legs if before is not None else []:
             if leg.id not in [now.id for now in spec.legs]:
-                await self.say(link.LegReleased(uuid=spec.uuid, epoch=spec.epoch, leg=leg.id))
+                await self.say(link.LegReleased(uuid=spec.uuid, epoch=spec.epoch, leg=leg.id, doubt=self.unsure))
 
     async def release(self) -> None:
         """Drain what control took away, and say so."""

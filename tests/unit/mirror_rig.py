@@ -18,7 +18,17 @@ from nbdvvol.filter.exports import ExportTable
 from nbdvvol.filter.objects import ObjectTable
 from nbdvvol.filter.syncfaults import FaultBook
 from nbdvvol.model.link import DatastoreSpec, LegSpec, RunSpec, VVolSpec
-from nbdvvol.model.mirror import Leased, LegChange, LegRecord, MirrorReport, MirrorSpec, Record, RecordLeg, Stamp
+from nbdvvol.model.mirror import (
+    Leased,
+    LegChange,
+    LegDoubt,
+    LegRecord,
+    MirrorReport,
+    MirrorSpec,
+    Record,
+    RecordLeg,
+    Stamp,
+)
 from tests.lib.procs import wait_until
 from tests.unit.filter_words import MIB, Reports, file_store, host_state, uuid_of, vvol
 from tests.unit.plane_rig import Client, Rig
@@ -79,8 +89,11 @@ class Registry(Reports):
     def mirror(self, report: MirrorReport) -> None:
         self.reports_of_mirrors.append(report)
 
-    def leg_released(self, uuid: str, epoch: int, leg: int) -> None:
-        self.lines.append(f"leg_released {leg} epoch {epoch}")
+    def doubt(self, said: LegDoubt) -> None:
+        self.asked.append(f"doubt {said.leg}: {said.doubt}")
+
+    def leg_released(self, uuid: str, epoch: int, leg: int, doubt: bool) -> None:
+        self.lines.append(f"leg_released {leg} epoch {epoch}{' in doubt' if doubt else ''}")
 
     def state_of(self, leg: int) -> str:
         return next(one.state for one in self.record.legs if one.id == leg)

@@ -54,10 +54,10 @@ async def problems(api: Api) -> dict[str, dict[str, str]]:
     return {one["code"]: one for one in found}
 
 
-async def change(api: Api, wanted: Any, leg: int, reason: str = "") -> None:
+async def change(api: Api, wanted: Any, leg: int, reason: str = "", *, doubt: bool = False) -> None:
     """What the filter asks control for."""
     vvol = await api.farm.vvol()
-    values = {"epoch": vvol.epoch, "generation": vvol.generation, "leg": leg, "reason": reason}
+    values = {"epoch": vvol.epoch, "generation": vvol.generation, "leg": leg, "reason": reason, "doubt": doubt}
     asked = LegChange.model_validate({"id": 1, "vvol": vvol.uuid, "wanted": wanted, **values})
     assert not (await api.farm.control.registry.run(legs.leg_change, "one", asked)).refused
 
@@ -193,7 +193,6 @@ async def test_writes_that_wait_for_the_registry_are_told(api: Api, state: str, 
 @pytest.mark.parametrize(
     ("lane", "why", "advice"),
     [
-        ("stale", "its server timed out and may still work: restart it, then `nbdvvol mirror resync`", "restart the"),
         ("absent", "it has no valid label; `nbdvvol mirror resync --full` copies everything to it", "1 --full"),
         ("stale", "write: EIO", "tried again by itself, or at once: nbdvvol mirror resync vm1/root 1"),
     ],
@@ -206,6 +205,37 @@ async def test_what_brings_a_leg_back_depends_on_what_is_in_its_way(api: Api, la
     assert why in told["message"] and advice in told["action"]
     await api.client.post(f"{VVOL}/legs/1/resync", json={"stop": True})
     assert "left so by request" in (await problems(api))["LEG_STALE"]["action"]
+
+
+async def test_a_doubt_is_told_as_long_as_it_stands(api: Api) -> None:
+    fake = await served(api)
+    await change(api, "stale", 2, "write: Connection timed out", doubt=True)
+    await says(api, fake, "serving", LegProgress(id=2, lane="absent"))
+    found = (await problems(api))["LEG_STALE"]
+    assert "Connection timed out" in found["message"]
+    assert "restart the server of datastore b, then: nbdvvol mirror resync vm1/root 2" in found["action"]
+    assert (await legs_of(api))["b"]["doubt"]
+    await api.client.post(f"{VVOL}/legs/2/resync", json={})
+    assert not (await legs_of(api))["b"]["doubt"]
+    assert "restart the server" not in (await problems(api))["LEG_STALE"]["action"]
+
+
+@pytest.mark.parametrize("lane", ["stale", "absent"])
+async def test_a_copy_that_does_not_begin_is_told_with_its_cause(api: Api, lane: Any) -> None:
+    """The registry has the leg as copied to: its host asked for that, and then found something in its way."""
+    fake = await served(api)
+    await change(api, "stale", 2, "write: EIO")
+    await change(api, "syncing", 2)
+    await says(api, fake, "serving", LegProgress(id=2, lane=lane))
+    found = await problems(api)
+    assert "it is to be copied to" in found["LEG_SYNCING"]["message"] and "LEG_STALE" not in found
+    await says(api, fake, "serving", LegProgress(id=2, lane=lane, why="its resync does not begin: No space left"))
+    found = await problems(api)
+    assert "its resync does not begin: No space left" in found["LEG_STALE"]["message"]
+    assert "mirror resync vm1/root 2" in found["LEG_STALE"]["action"] and "LEG_SYNCING" not in found
+    await fake.disconnect()
+    found = await problems(api)
+    assert "filter of host one is connected" in found["LEG_STALE"]["action"] and "LEG_SYNCING" not in found
 
 
 async def advice_on_stale(api: Api, fake: FakeFilter) -> str:

@@ -10,12 +10,13 @@ import pytest
 from sqlalchemy import update
 
 from nbdvvol.control.clock import Moment
-from nbdvvol.control.registry import bindings, leases, legs, mirrors, schema, vvols
+from nbdvvol.control.registry import bindings, feed, leases, legs, mirrors, schema, stores, vvols
 from nbdvvol.control.registry.tx import Tx, transaction
 from nbdvvol.datastores import format as disk
 from nbdvvol.model.errors import Code, NvError
 from nbdvvol.model.farm import AdoptConfig
-from nbdvvol.model.mirror import LegChange, LegRecord, Stamp
+from nbdvvol.model.link import Snapshot
+from nbdvvol.model.mirror import LegChange, LegDoubt, LegRecord, Stamp
 from nbdvvol.model.rebuild import MapWords
 from nbdvvol.model.resources import AddLeg, BindVVol, CreateVVol, ResizeVVol, TaskState
 from tests.unit.control_farm import MIB, TestFarm, running_farm
@@ -140,6 +141,44 @@ async def test_only_a_person_vouches_for_what_a_server_was_asked_before(farm: Te
     await told((1, 2))
 
 
+@transaction
+def feed_of(tx: Tx, host: str) -> Snapshot:
+    """What a filter of this host that starts now is told."""
+    return feed.snapshot(tx, host)
+
+
+async def test_a_doubt_about_a_leg_outlives_filters_until_a_person_or_a_copy_ends_it(farm: TestFarm) -> None:
+    """Written down with the loss of the leg, before anything is acknowledged that it misses."""
+    await _mirror(farm)
+    vvol = await farm.vvol()
+    run = farm.control.registry.run
+    said = LegDoubt(vvol=vvol.uuid, epoch=vvol.epoch, leg=2, doubt=True)
+
+    async def doubt() -> tuple[bool, bool]:
+        spec = (await run(feed_of, "one")).state.vvols[vvol.uuid]
+        shown = (await farm.vvol()).legs[1].doubt
+        return spec.legs[1].doubt, shown
+
+    await run(legs.leg_doubt, "one", said)
+    assert await doubt() == (False, False), "a leg that is in sync is not doubted"
+    assert not (await _ask(farm, "stale", 2, doubt=True)).refused
+    assert await doubt() == (True, True)
+    await run(mirrors.store_is_back, "b")
+    assert await doubt() == (True, True), "that its server is there again says nothing of old requests"
+    for other in (("two", {}), ("one", {"epoch": vvol.epoch - 1}), ("one", {"leg": 3})):
+        await run(legs.leg_doubt, other[0], said.model_copy(update={"doubt": False, **other[1]}))
+    assert await doubt() == (True, True), "it is the holder's to say"
+    await run(mirrors.resync, "vm1", "root", "2")
+    assert await doubt() == (False, False), "a person's word"
+    await run(legs.leg_doubt, "one", said)
+    assert await doubt() == (True, True)
+    await run(legs.leg_doubt, "one", said.model_copy(update={"doubt": False}))
+    assert await doubt() == (False, False), "the filter has seen everything end"
+    await run(legs.leg_doubt, "one", said)
+    assert not (await _ask(farm, "syncing", 2)).refused
+    assert await doubt() == (False, False)
+
+
 async def test_a_host_from_which_it_was_taken_by_force_is_answered_with_the_newer_epoch(farm: TestFarm) -> None:
     fake = await _mirror(farm)
     before = await farm.vvol()
@@ -199,6 +238,44 @@ async def test_a_leg_that_may_be_in_use_is_not_freed(farm: TestFarm) -> None:
     await fake.connect(farm.control.links)
     assert (await farm.over(job.id)).state is TaskState.SUCCESS
     assert [leg.id for leg in (await farm.vvol()).legs] == [1]
+
+
+@pytest.mark.parametrize("told", ["before", "with its release"])
+async def test_space_of_a_leg_in_doubt_is_not_reused_without_the_operators_word(farm: TestFarm, told: str) -> None:
+    """An old write of its server would land in what somebody else has there by then."""
+    fake = await _mirror(farm)
+    vvol = await farm.vvol()
+    run = farm.control.registry.run
+    assert not (await _ask(farm, "stale", 2, doubt=told == "before")).refused
+    fake.unsure = told != "before"
+    ref = await run(mirrors.begin_remove_leg, "vm1", "root", "2")
+    assert (await farm.over(ref.task.id)).state is TaskState.SUCCESS
+    (job,) = await farm.live()
+
+    def scrubbed() -> int:
+        return sum(args["store"]["name"] == "b" for args in farm.begun("scrub"))
+
+    before = scrubbed()
+    await farm.until(lambda: _waits_for_word(farm, job.id))
+    ref = await run(stores.begin_clear_fault, "b")
+    assert (await farm.over(ref.task.id)).state is TaskState.SUCCESS
+    await run(legs.leg_released, "one", vvol.uuid, 2, fake.unsure)  # again, as at a connect: it counted once
+    assert (await farm.over(job.id)).state is TaskState.SUCCESS
+    assert scrubbed() == before + 1 and [leg.id for leg in (await farm.vvol()).legs] == [1]
+
+
+async def _waits_for_word(farm: TestFarm, task: int) -> bool:
+    return "clear-fault b" in (await farm.control.watch_task(task, 0.0)).detail
+
+
+async def test_a_vvol_with_a_leg_in_doubt_is_not_freed_without_the_operators_word(farm: TestFarm) -> None:
+    await _mirror(farm)
+    run = farm.control.registry.run
+    assert not (await _ask(farm, "stale", 2, doubt=True)).refused
+    ref = await run(vvols.begin_delete, "vm1", "root")
+    await farm.until(lambda: _waits_for_word(farm, ref.task.id))
+    await run(stores.begin_clear_fault, "b")
+    assert (await farm.over(ref.task.id)).state is TaskState.SUCCESS
 
 
 async def test_the_last_leg_in_sync_stays(farm: TestFarm) -> None:

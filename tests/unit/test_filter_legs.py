@@ -166,6 +166,31 @@ def test_only_the_operator_ends_a_doubt(rig: MirrorRig) -> None:
     comes_back(rig, 2)
 
 
+def test_a_doubt_that_control_has_written_down_keeps_a_leg_away(rig: MirrorRig) -> None:
+    """Another filter had it: nothing is opened, nothing copied, until a person says so, or its server fences."""
+    for leg in rig.registry.record.legs:
+        leg.state = "stale" if leg.id == 2 else "in-sync"
+
+    def wanted(**of_leg: object) -> None:
+        spec = rig.spec()
+        legs = [leg.model_copy(update=of_leg) if leg.id == 2 else leg for leg in spec.legs]
+        rig.want(spec.model_copy(update={"legs": legs}))
+
+    wanted(doubt=True)
+    eventually("it serves", lambda: rig._volume() is not None)
+    export = rig.table.get(UUID_OF)
+    assert export is not None and export.mirror is not None
+    place = export.mirror.places[2]
+    eventually("a person is asked", lambda: "restart it" in place.why)
+    wanted(doubt=True, tries=1)
+    eventually("it was told", lambda: place.spec.tries == 1)
+    assert place.held is None and place.attempt == 0 and "syncing 2" not in rig.registry.asked
+    rig.away(True)
+    rig.away(False)
+    wanted(doubt=False, tries=1, asked=1)
+    comes_back(rig, 2)
+
+
 def test_a_leg_that_is_absent_is_stale_before_anything_is_served(rig: MirrorRig) -> None:
     rig.serve()
     rig.client().write(0, b"both legs" * 512)
@@ -221,11 +246,24 @@ def test_without_a_lease_nothing_is_served(tmp_path: Path) -> None:
     rig.registry.leases[UUID_OF] = 1.0
     rig.serve()
     rig.client().write(0, b"with it." * 512)
+    rig.fail(2)
+    eventually("control knows", lambda: "stale 2" in rig.registry.asked)
+    comes_back(rig, 2)
+    follow(rig)
+    assert attempts(rig) == {1: 1, 2: 2}
     del rig.registry.leases[UUID_OF]
     eventually("it stops", lambda: rig._volume() is None)
     rig.registry.leases[UUID_OF] = 30.0
     eventually("it serves again", lambda: rig._volume() is not None)
+    assert attempts(rig) == {1: 2, 2: 3}, "a server that knows claims would refuse an attempt that is not newer"
     rig.close()
+
+
+def attempts(rig: MirrorRig) -> dict[int, int]:
+    """By leg, which opening of it in this epoch the present one is."""
+    export = rig.table.get(UUID_OF)
+    assert export is not None and export.mirror is not None
+    return {number: place.attempt for number, place in export.mirror.places.items()}
 
 
 def test_a_leg_that_is_to_be_removed_is_taken_out_of_use_but_never_the_last(tmp_path: Path) -> None:

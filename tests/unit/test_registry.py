@@ -203,9 +203,8 @@ async def test_a_registry_of_version_1_keeps_its_failed_syncs(tmp_path: Path) ->
         newest = set(other.execute(columns))
         other.execute("drop table faults")
         other.execute("alter table legs drop column fault_host")
-        added = [
-            line.split() for line in (*migrations.STEP_2.strip().split("\n"), migrations.STEP_3, migrations.STEP_4)
-        ]
+        later = migrations.STEP_3, migrations.STEP_4, migrations.STEP_5
+        added = [line.split() for line in (*migrations.STEP_2.strip().split("\n"), *later)]
         for _alter, _table, table, _add, _column, column, *_type in added:
             other.execute(f"alter table {table} drop column {column}")
         other.execute("update datastores set state = 'faulty', detail = 'sync failed: EIO on /fake/local.img'")

@@ -88,8 +88,10 @@ def accept(tx: Tx, uuid: str, name: str) -> None:
 
 @transaction
 def clear(tx: Tx, name: str) -> tuple[int, list[str]]:
-    """The operator accepts what failed syncs of a datastore may have lost. Returns the revision that says so and the
-    hosts that must hear of it."""
+    """The operator accepts what failed syncs of a datastore may have lost, and says that its server works on nothing
+    old: what legs had there that were taken away may be freed.
+
+    Returns the revision that says so and the hosts that must hear of it."""
     mine = s.faults.c.datastore == name
     hosts = sorted(set(tx.db.execute(select(s.faults.c.host).where(mine)).scalars()))
     tx.db.execute(delete(s.faults).where(mine))
@@ -98,6 +100,12 @@ def clear(tx: Tx, name: str) -> tuple[int, list[str]]:
     waiting = select(s.legs.c.vvol).where(s.legs.c.datastore == name, s.legs.c.fault_host != "")
     tx.about |= set(tx.db.execute(waiting).scalars())
     tx.db.execute(update(s.legs).where(s.legs.c.datastore == name).values(fault_host=""))
+    over = s.vvols.c.state == "deleting"
+    leaving = (s.legs.c.life == "leaving") | s.legs.c.vvol.in_(select(s.vvols.c.uuid).where(over))
+    doubted = s.legs.c.datastore == name, s.legs.c.doubt, leaving
+    tx.about |= set(tx.db.execute(select(s.legs.c.vvol).where(*doubted)).scalars())
+    if tx.db.execute(update(s.legs).where(*doubted).values(doubt=False)).rowcount:
+        tx.event("datastore.cleared", name, "by the operator's word its server works on nothing old: space is freed")
     if hosts:
         tx.event("datastore.cleared", name, f"sync faults of host {', '.join(hosts)} were cleared by the operator")
     return tx.revision, hosts

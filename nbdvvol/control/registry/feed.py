@@ -77,6 +77,8 @@ def _vvol_spec(row: Row[Any], found: LegRows, policy: ProfileConfig) -> VVolSpec
             resync=leg.resync,
             asked=leg.asked,
             tries=leg.tries,
+            doubt=leg.doubt,
+            fences=leg.fences,
         )
         for leg in found.legs[row.uuid]
         if leg.life == "live"

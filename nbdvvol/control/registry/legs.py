@@ -19,7 +19,7 @@ from nbdvvol.control.registry.tasks import add_task
 from nbdvvol.control.registry.tx import Tx, now, transaction
 from nbdvvol.control.registry.views import TOLD, vvol_row
 from nbdvvol.model.errors import Code, NvError
-from nbdvvol.model.mirror import LegChange, LegRecord, Record, RecordLeg, Stamp
+from nbdvvol.model.mirror import LegChange, LegDoubt, LegRecord, Record, RecordLeg, Stamp
 
 NOBODY = "*"
 """In `let_go`: no filter was ever told of the leg."""
@@ -76,9 +76,9 @@ def _history(tx: Tx, row: Row[Any], leg: RecordLeg, change: LegChange) -> dict[s
     if leg.state == "in-sync":
         return {"lost": "", "why": "", "resync": "auto", "fault_host": ""}
     if leg.state == "syncing":
-        return {}
+        return {"doubt": False}  # who asks has seen everything end, or has the operator's word
     query = select(s.legs.c.lost).where(s.legs.c.vvol == row.uuid, s.legs.c.id == leg.id)
-    return {"lost": tx.db.execute(query).scalar_one() or now(), "why": change.reason}
+    return {"lost": tx.db.execute(query).scalar_one() or now(), "why": change.reason, "doubt": change.doubt}
 
 
 def _say(tx: Tx, row: Row[Any], after: Record, leg: RecordLeg, change: LegChange) -> None:
@@ -91,6 +91,22 @@ def _say(tx: Tx, row: Row[Any], after: Record, leg: RecordLeg, change: LegChange
         "in-sync": f"{name} is in sync; {left}",
     }
     tx.event(f"mirror.{leg.state}", f"{row.vm}/{row.name}", f"{words[leg.state]}, generation {after.generation}")
+
+
+@transaction
+def leg_doubt(tx: Tx, host: str, said: LegDoubt) -> None:
+    """Whether a leg's server may still carry out what it was asked; a host that does not hold the VVol says nothing."""
+    query = select(s.legs, s.vvols.c.vm, s.vvols.c.name).join(s.vvols, s.vvols.c.uuid == s.legs.c.vvol)
+    query = query.join(s.holders, s.holders.c.vvol == s.vvols.c.uuid)
+    query = query.where(s.holders.c.host == host, s.holders.c.state != "forced", s.holders.c.epoch == said.epoch)
+    found = tx.db.execute(query.where(s.legs.c.vvol == said.vvol, s.legs.c.id == said.leg)).one_or_none()
+    if found is None or found.state == "in-sync" or found.doubt == said.doubt:
+        return
+    mine = update(s.legs).where(s.legs.c.vvol == said.vvol, s.legs.c.id == said.leg)
+    tx.db.execute(mine.values(doubt=said.doubt))
+    bindings.touch_holders(tx, said.vvol)
+    tx.about.add(said.vvol)
+    tx.changed = True
 
 
 # ---- a leg comes ----
@@ -213,12 +229,32 @@ def leg_users(tx: Tx, uuid: str, leg: int) -> list[str]:
 
 
 @transaction
-def leg_released(tx: Tx, host: str, uuid: str, leg: int) -> None:
-    """Nothing of a leg that was taken out is in flight on a host. Said of another leg, it means nothing."""
+def leg_released(tx: Tx, host: str, uuid: str, leg: int, doubt: bool = False) -> None:
+    """Nothing of a leg that was taken out is in flight on a host. Said of another leg, it means nothing.
+
+    `doubt`: but its server may have kept something of it."""
     mine = select(s.legs).where(s.legs.c.vvol == uuid, s.legs.c.id == leg, s.legs.c.life == "leaving")
     found = tx.db.execute(mine).one_or_none()
-    if found is not None:
-        bindings.let_go(tx, host, found)
+    if found is None:
+        return
+    if doubt and host not in found.let_go.split("\n"):  # it is repeated at every connect, after the operator's word too
+        this = (s.legs.c.vvol == uuid) & (s.legs.c.id == leg)
+        tx.db.execute(update(s.legs).where(this).values(doubt=True))
+    bindings.let_go(tx, host, found)
+
+
+@transaction
+def doubts(tx: Tx, uuid: str, leg: int | None = None) -> str:
+    """What giving back the space of a leg, or of all, waits for: old writes that may still land there; "": nothing."""
+    mine = select(s.legs.c.datastore).where(s.legs.c.vvol == uuid, s.legs.c.doubt, s.legs.c.state != "in-sync")
+    if leg is not None:
+        mine = mine.where(s.legs.c.id == leg)
+    names = sorted(set(tx.db.execute(mine).scalars()))
+    return "; ".join(
+        f"the operator's word that the server of datastore {name}, which timed out, was restarted and works on nothing "
+        f"old: nbdvvol datastore clear-fault {name}"
+        for name in names
+    )
 
 
 @transaction

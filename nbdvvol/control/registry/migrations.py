@@ -75,7 +75,15 @@ def _to_5(connection: Connection) -> None:
 
 
 STEP_4 = "ALTER TABLE legs ADD COLUMN tries INTEGER NOT NULL DEFAULT 0"
-STEPS: dict[int, Callable[[Connection], None]] = {1: _to_2, 2: _to_3, 3: _to_4, 4: _to_5}
+
+
+def _to_6(connection: Connection) -> None:
+    """Doubts about a leg outlive the filter that has them."""
+    connection.exec_driver_sql(STEP_5)
+
+
+STEP_5 = "ALTER TABLE legs ADD COLUMN doubt BOOLEAN NOT NULL DEFAULT 0"
+STEPS: dict[int, Callable[[Connection], None]] = {1: _to_2, 2: _to_3, 3: _to_4, 4: _to_5, 5: _to_6}
 """Version → the step that leads from it to the next."""
 
 

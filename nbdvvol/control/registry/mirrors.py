@@ -140,7 +140,7 @@ def wish(tx: Tx, row: Row[Any], leg: int, what: str, *, vouched: bool = False) -
     else can know that: a server that is back may yet have old requests in hand."""
     mine = (s.legs.c.vvol == row.uuid) & (s.legs.c.id == leg)
     before = legs.leg_row(tx, row.uuid, leg)
-    values = {"asked": before.asked + 1} if vouched else {"tries": before.tries + 1}
+    values: dict[str, object] = {"asked": before.asked + 1, "doubt": False} if vouched else {"tries": before.tries + 1}
     tx.db.execute(update(s.legs).where(mine).values(resync=what, **values))
     bindings.touch_holders(tx, row.uuid)
     tx.about.add(row.uuid)

@@ -24,7 +24,7 @@ from nbdvvol.control.registry.tx import Tx, now, transaction
 from nbdvvol.control.registry.views import vvol_row
 from nbdvvol.datastores import format as disk
 from nbdvvol.model.errors import NvError
-from nbdvvol.model.farm import Farm, VmConfig
+from nbdvvol.model.farm import DatastoreKind, Farm, VmConfig
 from nbdvvol.model.rebuild import Rebuilt, RebuiltLeg, RebuiltStore, RebuiltVVol
 
 
@@ -51,7 +51,8 @@ def write(tx: Tx, farm: Farm, rebuilt: Rebuilt) -> None:
     for vvol in rebuilt.vvols:
         _write_vvol(tx, vvol)
         for leg in vvol.legs:
-            _write_leg(tx, vvol, leg, _extent(rebuilt, leg))
+            remote = farm.datastores[leg.datastore].kind is DatastoreKind.NBD
+            _write_leg(tx, vvol, leg, _extent(rebuilt, leg), doubt=remote and leg.state != "in-sync")
     for vvol in rebuilt.vvols:
         _hold(tx, farm, vvol)
         _go_on(tx, vvol)
@@ -118,14 +119,17 @@ def _write_vvol(tx: Tx, vvol: RebuiltVVol) -> None:
     tx.db.execute(insert(s.vvols).values(**values))
 
 
-def _write_leg(tx: Tx, vvol: RebuiltVVol, leg: RebuiltLeg, extent: int) -> None:
-    """A leg that is not in sync is copied to as a whole: nobody knows which of its label's promises were kept."""
+def _write_leg(tx: Tx, vvol: RebuiltVVol, leg: RebuiltLeg, extent: int, *, doubt: bool) -> None:
+    """A leg that is not in sync is copied to as a whole: nobody knows which of its label's promises were kept.
+
+    `doubt`: nor what its server was asked, unless that fences."""
     keys = ("id", "datastore", "object", "life", "state", "slot", "meta_offset", "meta_length", "why", "map_written")
     values = {key: getattr(leg, key) for key in keys} | {
         "vvol": vvol.uuid,
         "stamp": leg.label_sequence,
         "epoch": leg.stamp.epoch,
         "generation": leg.stamp.generation,
+        "doubt": doubt,
     }
     if leg.state != "in-sync":
         values |= {"resync": "full", "lost": now()}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from sqlalchemy import Boolean, Column, ForeignKey, Index, Integer, MetaData, String, Table, Text, UniqueConstraint
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 APPLICATION_ID = 0x4E564256
 """Marks the SQLite file as ours (`NVBV`)."""
 
@@ -132,6 +132,7 @@ legs = Table(
     Column("replaces", Integer, nullable=True),
     Column("let_go", Text, nullable=False, default=""),
     Column("map_written", Integer, nullable=False, default=0),
+    Column("doubt", Boolean, nullable=False, default=False),
     UniqueConstraint("datastore", "slot"),
 )
 """`slot`: its directory entry; `stamp`: sequence of its last label; `fault_host`: a sync failed there, so that bytes
@@ -140,7 +141,8 @@ acknowledged there may be lost: another host serves it only once the operator ac
 `epoch`, `generation`: the confirmed stamp. `resync`, `asked`, `tries`: what is to become of it while it is not in sync,
 how often a person said so, and how often something else gave cause to try at once. `lost`, `why`: since when and why it
 is stale. `replaces`: the leg whose place it takes as a spare. `let_go`: of a leaving leg, the hosts that said that
-nothing of it is in flight there, one a line. `map_written`: the map version of its newest copy on disk."""
+nothing of it is in flight there, one a line. `map_written`: the map version of its newest copy on disk. `doubt`: its
+server, which cannot fence, may still carry out what it was asked before (`LegDoubt`)."""
 
 runs = Table(
     "runs",

@@ -147,6 +147,7 @@ def _vvol_view(row: Row[Any], found: LegRows, bound: tuple[Binding, str] | None,
             why=leg.why,
             replaces=leg.replaces,
             fences=row.mirror and leg.fences,
+            doubt=leg.doubt and leg.state != "in-sync",
             regions=[
                 Region(offset=o, length=n, object_offset=at, state=REGION_STATES[state])
                 for o, n, at, state in found.runs[row.uuid, leg.id]
