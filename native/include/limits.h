@@ -100,6 +100,9 @@
 #define NV_LOG_STREAMS 4u                      /* sequential writers that are told apart */
 #define NV_LOG_RETRY_MS 1000u                  /* after a destage that failed */
 #define NV_LOG_REST_MS 10u                     /* after a look that found nothing to destage */
+#define NV_LOGGED_SLOTS 384u                   /* requests of one volume in its log at once; others wait */
+#define NV_LOGGED_READ_SLOTS 128u              /* of them, for reads */
+#define NV_LOG_ALIKE_BLOCKS 1024u              /* that a block status looks at one by one */
 #define NV_LOG_ZERO_BLOCKS 256u                /* of one ZERO entry; a longer zero or trim goes below */
 
 /* limits and shares of a volume */

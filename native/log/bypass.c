@@ -8,6 +8,8 @@
  * (`blocked`) or leaves them out (nv_log_bypassing()). Nor does one begin while a read from below is under way there, which
  * was asked for before the blocks were covered: it would return the new bytes, and a later read the logged ones.
  */
+#include <errno.h>
+
 #include "log/state.h"
 
 static uint64_t first_of(const struct nv_log_request *request)
@@ -128,7 +130,10 @@ void nv_log_bypass(struct nv_log *log, struct nv_log_request *request)
         nv_log_hold(log, request);
     } else if (nv_log_carrying(log, first, blocks) || nv_log_reading(log, first, blocks) || !nv_log_tombstone_room(log)) {
         log->counts.blocked++;
-        nv_log_push(&log->blocked, request);
+        if (log->shut) /* what it waits for may never come */
+            nv_log_finish(log, request, -ESHUTDOWN);
+        else
+            nv_log_push(&log->blocked, request);
     } else {
         request->beside = log->active;
         log->active = request;

@@ -7,12 +7,16 @@
  * If not even that superblock can be written, control's word is needed (NV_LOG_NEEDS_WORD): it commits that this log is
  * never replayed, and nv_log_forget() says so.
  */
+#include <errno.h>
+
 #include "log/state.h"
 
 void nv_log_hold(struct nv_log *log, struct nv_log_request *request)
 {
     if (log->state == NV_LOG_VOID) /* a late completion: the others have gone already */
         nv_log_route(log, request);
+    else if (log->shut)
+        nv_log_finish(log, request, -ESHUTDOWN);
     else
         nv_log_push(&log->held, request);
 }
@@ -26,6 +30,23 @@ static void hold_all(struct nv_log *log, struct nv_log_list *list)
             nv_log_leave(log, request);
         nv_log_push(&log->held, request);
     }
+}
+
+bool nv_log_stuck(const struct nv_log *log)
+{
+    return log->needs_word || log->destager.failed;
+}
+
+void nv_log_shut(struct nv_log *log)
+{
+    struct nv_log_request *request;
+
+    log->stopped = log->shut = true;
+    hold_all(log, &log->waiting);
+    hold_all(log, &log->entombing);
+    hold_all(log, &log->blocked);
+    while ((request = nv_log_pop(&log->held)))
+        nv_log_finish(log, request, -ESHUTDOWN);
 }
 
 void nv_log_fail(struct nv_log *log, int error)

@@ -341,8 +341,10 @@ void nv_log_tick(struct nv_log *log)
 
 void nv_log_allow(struct nv_log *log)
 {
-    if (log->state == NV_LOG_THROUGH && !log->draining)
-        log->state = NV_LOG_SERVING;
+    if (log->state != NV_LOG_THROUGH || (log->draining && !log->drained))
+        return;
+    log->draining = log->drained = false;
+    log->state = NV_LOG_SERVING;
 }
 
 void nv_log_drain(struct nv_log *log)
@@ -357,7 +359,34 @@ void nv_log_stop(struct nv_log *log)
     log->stopped = true;
 }
 
+void nv_log_grow(struct nv_log *log, uint64_t size)
+{
+    if (size <= log->config.size)
+        return;
+    assert(log->config.size % NV_LOG_UNIT == 0);
+    log->config.size = size;
+}
+
 /* ---- looking on ---- */
+
+enum nv_log_state nv_log_state(const struct nv_log *log)
+{
+    return log->state;
+}
+
+uint64_t nv_log_alike(const struct nv_log *log, uint64_t offset, uint64_t length, bool *holds)
+{
+    const uint64_t first = offset / NV_LOG_UNIT, end = nv_log_units(offset + length);
+    uint64_t block = first;
+
+    *holds = log->state == NV_LOG_CLOSED || log->state == NV_LOG_RECOVERING;
+    if (*holds || log->indexed == 0)
+        return length;
+    *holds = nv_log_newest(log, first) != NV_LOG_NONE;
+    while (block < end && block - first < NV_LOG_ALIKE_BLOCKS && (nv_log_newest(log, block) != NV_LOG_NONE) == *holds)
+        block++;
+    return smaller(block * NV_LOG_UNIT - offset, length);
+}
 
 const struct nv_log_found *nv_log_found(const struct nv_log *log)
 {

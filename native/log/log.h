@@ -134,6 +134,12 @@ void nv_log_drain(struct nv_log *log);
 void nv_log_forget(struct nv_log *log);
 /* Destage nothing more (the VVol is fenced); what is under way ends. */
 void nv_log_stop(struct nv_log *log);
+/* What waits for the log to be void, or for its room, may wait for ever: what is below fails, or control's word is needed. */
+bool nv_log_stuck(const struct nv_log *log);
+/* Stop, and answer what waits so with -ESHUTDOWN, now and later. */
+void nv_log_shut(struct nv_log *log);
+/* The VVol has at least so many bytes; until now it had a multiple of 4096. */
+void nv_log_grow(struct nv_log *log, uint64_t size);
 
 void nv_log_start(struct nv_log *log, struct nv_log_request *request);
 void nv_log_pump(struct nv_log *log);
@@ -141,6 +147,12 @@ void nv_log_tick(struct nv_log *log);
 /* Nothing of the log's is under way in the port or below. */
 bool nv_log_idle(const struct nv_log *log);
 void nv_log_look(const struct nv_log *log, struct nv_log_look *out);
+enum nv_log_state nv_log_state(const struct nv_log *log);
+/*
+ * From `offset` on so many bytes, at most `length`, are alike: `holds`: the log has something of each of their blocks, or
+ * it is not known yet; else of none. Not all that are alike may be found.
+ */
+uint64_t nv_log_alike(const struct nv_log *log, uint64_t offset, uint64_t length, bool *holds);
 /* NULL, or which invariant does not hold. */
 const char *nv_log_check(const struct nv_log *log);
 

@@ -197,7 +197,7 @@ struct nv_log {
     uint64_t window, window_bytes;  /* of the ring, in runs[0].memory */
     uint8_t *copies;                /* two units: superblocks, BEGIN */
     bool opening;
-    bool draining, drained, stopped, forgotten, needs_word;
+    bool draining, drained, stopped, shut, forgotten, needs_word;
     struct nv_log_look counts;
     uint8_t *memory;
     uint64_t memory_bytes;
