@@ -33,6 +33,11 @@
 #define NV_EVENT_VERIFY_DONE 19      /* token, result; args = bytes compared, pieces that differed, pieces repaired */
 #define NV_EVENT_VOLUME_FENCED 20    /* a leg's label is newer: nothing is served any more; args[0] = its epoch */
 #define NV_EVENT_VOLUME_CACHE 21     /* the new cache policy is in force */
+#define NV_EVENT_LOG_OPENED 22       /* token; args = verdict, dirty bytes, records, id (2); result: -errno if unreadable */
+#define NV_EVENT_LOG_DRAINED 23      /* nothing is logged any more; token, or 0: nobody has asked */
+#define NV_EVENT_LOG_FAILED 24       /* result = why: what is logged is carried below, then the log is void */
+#define NV_EVENT_LOG_LOST 25         /* args = offset of a block that can be read nowhere, how many so far */
+#define NV_EVENT_LOG_NEEDS_WORD 26   /* it cannot be made void on its device: nv_volume_log_forget() */
 
 typedef struct {
     uint32_t kind;
@@ -310,6 +315,56 @@ typedef struct {
 int nv_volume_set_cache(nv_plane *plane, uint32_t volume, const nv_cache_policy *policy, uint64_t token);
 int nv_volume_cache(nv_plane *plane, uint32_t volume, nv_cache_status *out);
 int nv_plane_cache(nv_plane *plane, nv_cache_totals *out);
+
+/* ---- the write-back log (docs/cache.md, sections 7 to 10) ---- */
+typedef struct {
+    uint8_t id[16];                  /* with `dirty`: of the log that the registry means */
+    uint8_t fresh[16];               /* random: id of a log that is formatted */
+    uint8_t begin[16];               /* random: of this life */
+    uint32_t dirty;                  /* the registry says that a log holds data of the volume */
+    uint32_t discard;                /* format whatever is there */
+    uint32_t bypass_bytes;           /* writes of so many go below; 0: none for its length */
+    uint32_t stream_bytes;           /* ... and of who wrote so many in sequence; 0: no difference */
+    uint32_t age_ms;                 /* when the oldest logged write is to be carried below */
+    uint32_t deadline_ms;            /* a log write that takes longer counts as failed; 0: none does */
+    uint64_t reserved[4];
+} nv_log_policy;
+
+#define NV_LOG_STATE_CLOSED 0        /* refused: every request fails */
+#define NV_LOG_STATE_RECOVERING 1
+#define NV_LOG_STATE_THROUGH 2       /* nothing may be logged: not allowed yet, or it drains */
+#define NV_LOG_STATE_SERVING 3
+#define NV_LOG_STATE_FAILED 4
+#define NV_LOG_STATE_VOID 5
+
+typedef struct {
+    uint32_t state;                  /* NV_LOG_STATE_* */
+    uint32_t reserved0;
+    uint64_t ring_bytes;
+    uint64_t used_bytes;
+    uint64_t dirty_bytes;            /* not carried below yet */
+    uint64_t lost_bytes;
+    uint64_t oldest_age_ms;
+    uint64_t held;                   /* requests that wait for a failed log to be void */
+    uint64_t blocked;                /* bypasses that had to wait */
+    uint64_t logged;                 /* requests */
+    uint64_t groups;
+    uint64_t syncs;
+    uint64_t bypassed;               /* requests */
+    uint64_t tombstones;
+    uint64_t destaged_bytes;
+    uint64_t merged_bytes;           /* overwritten before they were carried */
+    uint64_t reserved[4];
+} nv_log_status;
+
+/* Before the volume's first connection; it stays until the volume is closed. LOG_OPENED tells what was found. */
+int nv_volume_log_open(nv_plane *plane, uint32_t volume, uint32_t object, uint64_t offset, uint64_t length,
+                       const nv_log_policy *policy, uint64_t token);
+int nv_volume_log_allow(nv_plane *plane, uint32_t volume);  /* the registry has it: write into it, again if it was drained */
+int nv_volume_log_drain(nv_plane *plane, uint32_t volume, uint64_t token);
+int nv_volume_log_forget(nv_plane *plane, uint32_t volume); /* the registry has that nothing in it is to be replayed */
+int nv_volume_log(nv_plane *plane, uint32_t volume, nv_log_status *out);
+const char *nv_log_verdict_word(uint32_t verdict);
 
 /* ---- a trace: records of single requests of one volume, while it runs; one trace at a time ---- */
 typedef struct {                     /* moments are of one monotonic clock, and in this order */

@@ -44,7 +44,7 @@ bool nv_resident_take(struct nv_request *request)
     const struct nv_conn *conn = request->conn;
     uint8_t *at;
 
-    if (request->length > NV_NOW_BYTES || conn->tls)
+    if (request->length > NV_NOW_BYTES || conn->tls || conn->volume->logged) /* what is logged stands elsewhere */
         return false;
     at = look(conn, request, conn->local->map);
     if (!at)

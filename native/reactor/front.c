@@ -17,6 +17,7 @@
 #include "reactor/job.h"
 #include "reactor/plane.h"
 #include "volume/desc.h"
+#include "volume/logged.h"
 #include "volume/mirror.h"
 
 /* --- objects --- */
@@ -270,6 +271,10 @@ int nv_volume_change(nv_plane *plane, uint32_t number, const void *desc, uint64_
             return error;
         }
     }
+    if ((error = nv_logged_check_change(volume, map))) {
+        nv_object_unuse(map);
+        return error;
+    }
     change = make_change(volume, map, token);
     if (!change) {
         nv_object_unuse(map);
@@ -341,6 +346,8 @@ static void volume_closes(struct nv_reactor *reactor, struct nv_message *message
         nv_conn_close(conn, -ESHUTDOWN);
     if (local->volume->mirror && nv_mirror_owner(local->volume->mirror) == reactor)
         nv_mirror_closes(local->volume->mirror);
+    if (local->volume->logged && nv_logged_owner(local->volume->logged) == reactor)
+        nv_logged_closes(local->volume->logged);
     nv_volume_local_close(reactor, local);
 }
 
@@ -513,15 +520,18 @@ void nv_connection_bind(struct nv_conn *conn, struct nv_volume *volume)
 {
     assert(!conn->bound);
     conn->bound = volume;
+    volume->served = true;
     conn->closed.event.volume = volume->id;
     conn->alone_at = atomic_fetch_add(&volume->bindings, 1) + 1;
     if (atomic_fetch_add(&volume->connections, 1) > 0)
         conn->alone_at = 0;
 }
 
-/* A mirror's connections live with it, where their requests need no message; of others the least loaded will do. */
+/* Connections live with a mirror or a log, where their requests need no message; of others the least loaded will do. */
 static struct nv_reactor *home_of(const nv_plane *plane, const struct nv_volume *volume)
 {
+    if (volume->logged && !plane->scattered)
+        return nv_logged_owner(volume->logged);
     return volume->mirror && !plane->scattered ? nv_mirror_owner(volume->mirror) : NULL;
 }
 

@@ -17,6 +17,7 @@
 #include "error.h"
 #include "reactor/job.h"
 #include "volume/desc.h"
+#include "volume/logged.h"
 #include "volume/mirror.h"
 
 #define EVENTS_AT_ONCE 64
@@ -271,6 +272,8 @@ void nv_volume_forget(nv_plane *plane, struct nv_volume *volume)
         return; /* events of another ring are still to come */
     if (volume->mirror)
         nv_mirror_free(volume->mirror);
+    if (volume->logged)
+        nv_logged_free(volume->logged);
     nv_cached_close(volume);
     nv_object_unuse(volume->latest);
     nv_range_table_free(&volume->ranges);
@@ -358,6 +361,9 @@ static void consume(nv_plane *plane, const struct nv_event_record *record)
         job = record->subject;
         job->object->users--;
         nv_job_free(job);
+        break;
+    case NV_EVENT_LOG_DRAINED:
+        nv_logged_drained(record->subject);
         break;
     case NV_EVENT_LEG_CHANGED:
     case NV_EVENT_VERIFY_DONE:
@@ -464,12 +470,12 @@ void nv_plane_drained(nv_plane *plane)
     }
 }
 
-/* Mirrors end by themselves, with nothing left to reconcile where that can be had. */
-static void close_mirrors(nv_plane *plane)
+/* Mirrors end by themselves, with nothing left to reconcile where that can be had; logs with nothing under way. */
+static void close_layered(nv_plane *plane)
 {
     for (uint32_t i = 1; i <= plane->volumes.capacity && plane->volumes.used; i++) {
         const struct nv_volume *volume = nv_table_get(&plane->volumes, i);
-        if (volume && volume->mirror && !volume->closing)
+        if (volume && (volume->mirror || volume->logged) && !volume->closing)
             (void)nv_volume_close(plane, i, 0);
     }
 }
@@ -478,7 +484,7 @@ void nv_plane_stop(nv_plane *plane)
 {
     if (!plane->reactors)
         return;
-    close_mirrors(plane);
+    close_layered(plane);
     for (uint32_t i = 0; i < plane->config.reactors; i++)
         plane->stopping += plane->reactors[i].io != NULL; /* before the first can have drained */
     for (uint32_t i = 0; i < plane->config.reactors; i++) {

@@ -49,7 +49,7 @@ int nv_reactor_setup(struct nv_reactor *reactor, const struct nv_io_config *conf
 void nv_reactor_teardown(struct nv_reactor *reactor)
 {
     assert(!reactor->connections && !reactor->jobs && !reactor->syncs && !reactor->mirrors && !reactor->late &&
-           !reactor->tickers);
+           !reactor->tickers && !reactor->turners);
     nv_io_destroy(reactor->io);
     nv_pool_destroy(reactor->pool);
 }
@@ -247,6 +247,30 @@ static void run_late(struct nv_reactor *reactor)
     }
 }
 
+void nv_reactor_add_turner(struct nv_reactor *reactor, struct nv_turner *turner)
+{
+    turner->next = reactor->turners;
+    turner->back = &reactor->turners;
+    if (turner->next)
+        turner->next->back = &turner->next;
+    reactor->turners = turner;
+}
+
+void nv_reactor_drop_turner(struct nv_turner *turner)
+{
+    *turner->back = turner->next;
+    if (turner->next)
+        turner->next->back = turner->back;
+}
+
+static void run_turners(struct nv_reactor *reactor)
+{
+    for (struct nv_turner *turner = reactor->turners, *next; turner; turner = next) {
+        next = turner->next;
+        turner->run(turner);
+    }
+}
+
 void nv_reactor_add_ticker(struct nv_reactor *reactor, struct nv_ticker *ticker)
 {
     ticker->next = reactor->tickers;
@@ -294,7 +318,7 @@ void nv_reactor_want_tick(struct nv_reactor *reactor)
 static void check_drained(struct nv_reactor *reactor)
 {
     if (!reactor->stopping || reactor->drained || reactor->connections || reactor->jobs || reactor->syncs ||
-        reactor->mirrors || reactor->fetches)
+        reactor->mirrors || reactor->turners || reactor->fetches)
         return;
     reactor->drained = true;
     nv_plane_drained(reactor->plane);
@@ -314,6 +338,8 @@ bool nv_reactor_turn(struct nv_reactor *reactor)
             break;
         any = true;
     }
+    if (any && reactor->turners)
+        run_turners(reactor);
     run_late(reactor);
     any |= run_senders(reactor);
     check_drained(reactor);

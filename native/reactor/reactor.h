@@ -33,6 +33,11 @@ struct nv_ticker {                  /* somebody who looks at the clock every NV_
     void (*tick)(struct nv_ticker *ticker, uint64_t now_ns);
 };
 
+struct nv_turner {                  /* somebody who goes on in each turn in which anything happened */
+    struct nv_turner *next, **back;
+    void (*run)(struct nv_turner *turner);
+};
+
 struct nv_reactor_counters {        /* one writer, the reactor; read by the front */
     _Atomic uint64_t enters, sleeps, requests, batches, submissions, copies_bytes, connections, pool_free_bytes,
         pool_waits, pinned;
@@ -65,6 +70,7 @@ struct nv_reactor {
     uint64_t want_max;                      /* bytes of one wish to fetch */
     struct nv_late *late, **late_tail;
     struct nv_ticker *tickers;
+    struct nv_turner *turners;
     struct nv_remote *remotes;              /* remote exports whose home this is */
     struct nv_op tick;                      /* coarse timer, armed while somebody has a deadline */
     bool tick_armed;
@@ -113,6 +119,9 @@ void nv_reactor_unstarve(struct nv_reactor *reactor, struct nv_conn *conn);
 /* Reactor: run it once before this turn ends (if it asks again while it runs, in the next turn). */
 void nv_reactor_late(struct nv_reactor *reactor, struct nv_late *late);
 void nv_reactor_drop_late(struct nv_reactor *reactor, struct nv_late *late);
+/* Reactor: who runs at the end of each turn from now on; and no longer. */
+void nv_reactor_add_turner(struct nv_reactor *reactor, struct nv_turner *turner);
+void nv_reactor_drop_turner(struct nv_turner *turner);
 /* Reactor: who ticks from now on; and no longer. */
 void nv_reactor_add_ticker(struct nv_reactor *reactor, struct nv_ticker *ticker);
 void nv_reactor_drop_ticker(struct nv_ticker *ticker);

@@ -47,6 +47,7 @@ void nv_cached_open(struct nv_volume *volume)
     cached->owner = volume->id;
     if (!cached->cache)
         return;
+    volume->layered = true;
     nv_cache_open(cached->cache, cached->owner);
     cached->no_mode = true;
     cached->bypassed = in_memory(volume->latest);

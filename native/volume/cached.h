@@ -86,6 +86,7 @@ struct nv_cached_request {
 #define NV_CACHED_WRITE 2u          /* begins was called */
 #define NV_CACHED_LONG 3u           /* holds the owner */
 #define NV_CACHED_SCAN 4u           /* READ, of a long stream */
+#define NV_CACHED_BELOW 5u          /* NV_REQUEST_BELOW: the cache does not see it */
 
 struct nv_cached_change {           /* a policy on its way to the reactors */
     struct nv_volume *volume;

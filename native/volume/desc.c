@@ -415,6 +415,7 @@ int nv_desc_compile(const void *record, uint64_t length, uint32_t reactors, nv_o
     map->size = in.header.size;
     map->version = in.header.map_to;
     map->epoch = in.header.epoch;
+    map->generation = in.header.generation;
     memcpy(map->uuid, in.header.uuid, sizeof map->uuid);
     map->flags = in.header.flags;
     map->block_min = in.header.block_min;

@@ -47,6 +47,7 @@ struct nv_map {
     uint64_t size;
     uint64_t version;
     uint64_t epoch;
+    uint64_t generation;
     uint8_t uuid[16];
     uint32_t flags;                 /* NV_VOLUME_* */
     uint32_t block_min;
@@ -61,7 +62,6 @@ struct nv_map {
     /* mirrors */
     struct nv_map_leg *legs;        /* NULL without NV_VOLUME_MIRROR */
     uint32_t leg_count;
-    uint64_t generation;
     nv_desc_mirror mirror;
     const struct nv_map_leg *by_lane[NV_LEGS_MAX];
     struct nv_run runs[];           /* of a mirror: NV_RUN_LEGS, then those of leg 0, of leg 1, ... */

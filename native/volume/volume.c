@@ -13,15 +13,20 @@
 #include "limits.h"
 #include "nbd/session.h"
 #include "reactor/reactor.h"
+#include "volume/logged.h"
 #include "volume/mirror.h"
 
 static void step(struct nv_vreq *request);
 static void sync_next(struct nv_vreq *request);
 static void flush(struct nv_vreq *request);
 
+_Static_assert(NV_REQUEST_READ == 0 && NV_REQUEST_WRITE == 1, "orders() looks at them first");
+
 static bool orders(const struct nv_vreq *request)
 {
-    return request->kind == NV_REQUEST_WRITE || request->kind == NV_REQUEST_TRIM || request->kind == NV_REQUEST_ZERO;
+    if (request->kind <= NV_REQUEST_WRITE) /* most are of these two */
+        return request->kind == NV_REQUEST_WRITE;
+    return request->kind == NV_REQUEST_TRIM || request->kind == NV_REQUEST_ZERO;
 }
 
 /* The trace's moment `submitted` (nbd/trace.h): the first time that the storage is asked. */
@@ -89,7 +94,6 @@ static void release_map(struct nv_vreq *request)
     request->map = NULL;
 }
 
-/* Its turn has come: past the cache, to the map. */
 /* How many syncs of the map's objects have failed so far, also where the operator has cleared the fault. */
 static uint64_t faults_of(const struct nv_map *map)
 {
@@ -106,18 +110,59 @@ static bool syncs_after(const struct nv_vreq *request)
     return (request->flags & NV_REQUEST_FUA) && (request->kind == NV_REQUEST_TRIM || request->kind == NV_REQUEST_ZERO);
 }
 
-static void run(struct nv_vreq *request)
+/* To the map. */
+static void run_below(struct nv_vreq *request)
 {
     if (syncs_after(request) && !request->map->legs)
         request->faults = faults_of(request->map);
+    step(request);
+}
+
+static void run_logged(struct nv_vreq *request)
+{
+    note_submitted(request);
+    nv_logged_run(request);
+}
+
+/* Past the cache, to the log, or to the map. */
+static void run_layered(struct nv_vreq *request)
+{
     if (request->volume->cached.cache)
         nv_cached_begins(request);
-    step(request);
+    if (request->volume->logged && request->kind != NV_REQUEST_CACHE && request->done < request->length)
+        run_logged(request);
+    else
+        run_below(request);
+}
+
+/* Its turn has come. */
+static void run(struct nv_vreq *request)
+{
+    if (__builtin_expect(request->volume->layered, 0))
+        run_layered(request);
+    else
+        run_below(request);
 }
 
 static void range_ready(struct nv_range *range)
 {
     run((struct nv_vreq *)((char *)range - offsetof(struct nv_vreq, range)));
+}
+
+/* A write-like request. */
+static void enter_layered(struct nv_vreq *request, struct nv_volume_local *local)
+{
+    local->cached.writes++;
+    request->cached.unhooked = !local->cached.hooks;
+    if (request->volume->logged) /* it knows whole blocks alone */
+        nv_logged_widen(&request->range.offset, &request->range.length);
+}
+
+static void leave_layered(struct nv_vreq *request, struct nv_volume_local *local)
+{
+    local->cached.writes--;
+    if (request->cached.unhooked && local->cached.hooks && --local->cached.unhooked == 0)
+        nv_cached_drained(request->reactor, local);
 }
 
 void nv_volume_enter(struct nv_vreq *request)
@@ -134,11 +179,11 @@ void nv_volume_enter(struct nv_vreq *request)
     nv_count(&local->counters.in_flight, 1);
     if (!orders(request) || request->length == 0)
         return;
-    local->cached.writes++;
-    request->cached.unhooked = !local->cached.hooks;
     assert(request->offset + request->length <= request->map->size);
     request->range.offset = request->offset;
     request->range.length = request->length;
+    if (request->volume->layered)
+        enter_layered(request, local);
     request->range.reactor = request->reactor;
     request->range.ready = range_ready;
     nv_range_enter(&request->volume->ranges, &request->range);
@@ -149,9 +194,8 @@ static void leave(struct nv_vreq *request, struct nv_volume_local *local)
     nv_count(&local->counters.in_flight, (uint64_t)-1);
     if (orders(request) && request->length > 0) {
         nv_range_leave(&request->volume->ranges, &request->range);
-        local->cached.writes--;
-        if (request->cached.unhooked && local->cached.hooks && --local->cached.unhooked == 0)
-            nv_cached_drained(request->reactor, local);
+        if (request->volume->layered)
+            leave_layered(request, local);
     }
     release_map(request);
 }
@@ -161,12 +205,20 @@ void nv_volume_abandon(struct nv_vreq *request)
     leave(request, local_of(request));
 }
 
+static void start_flush(struct nv_vreq *request)
+{
+    if (request->volume->logged)
+        run_logged(request);
+    else if (request->map->legs)
+        nv_mirror_run(request);
+    else
+        flush(request);
+}
+
 void nv_volume_start(struct nv_vreq *request)
 {
-    if (request->kind == NV_REQUEST_FLUSH && request->map->legs)
-        nv_mirror_run(request);
-    else if (request->kind == NV_REQUEST_FLUSH)
-        flush(request);
+    if (__builtin_expect(request->kind == NV_REQUEST_FLUSH, 0))
+        start_flush(request);
     else if (!orders(request) || request->length == 0 || nv_range_release(&request->volume->ranges, &request->range))
         run(request);
 }
@@ -244,8 +296,14 @@ void nv_volume_finish(struct nv_vreq *request, int error)
 
     assert(error <= 0);
     request->error = error;
-    if (request->cached.state)
+    if (__builtin_expect(request->cached.state, 0)) {
+        if (request->cached.state == NV_CACHED_BELOW) {
+            release_map(request);
+            request->finished(request);
+            return;
+        }
         nv_cached_ends(request);
+    }
     count(request, local);
     leave(request, local);
     request->finished(request);
@@ -456,6 +514,25 @@ static void step(struct nv_vreq *request)
     all_done(request);
 }
 
+/* --- below the log --- */
+
+void nv_volume_below(struct nv_vreq *request)
+{
+    assert(request->flags & NV_REQUEST_BELOW);
+    request->map = local_of(request)->map;
+    nv_map_hold(request->map, request->reactor);
+    request->cached.state = NV_CACHED_BELOW;
+    if (request->kind == NV_REQUEST_FLUSH)
+        flush(request);
+    else
+        run_below(request);
+}
+
+void nv_volume_past_log(struct nv_vreq *request)
+{
+    step(request);
+}
+
 /* --- the local half's changes --- */
 
 void nv_volume_local_change(struct nv_reactor *reactor, struct nv_message *message)
@@ -479,6 +556,7 @@ static void local_gone(struct nv_reactor *reactor, struct nv_volume_local *local
 {
     struct nv_volume *volume = local->volume;
     struct nv_mirror *mirror = volume->mirror; /* now: once this local is gone, another's end may free the volume */
+    struct nv_logged *logged = volume->logged;
     uint32_t left;
 
     if (!local->closing || local->connections || local->pace.armed || local->cached.fetches)
@@ -486,17 +564,29 @@ static void local_gone(struct nv_reactor *reactor, struct nv_volume_local *local
     left = atomic_fetch_sub(&volume->open_locals, 1) - 1;
     if (left == 0)
         nv_events_raise(&reactor->events, &volume->closed);
-    else if (left == 1 && mirror) /* which is what is left */
+    else if (left == 1 && logged) /* which is what is left */
+        nv_logged_send_end(logged);
+    else if (left == 1 && mirror)
         nv_mirror_send_end(mirror);
 }
 
-void nv_volume_mirror_ended(struct nv_volume *volume, struct nv_reactor *reactor)
+static void layer_ended(struct nv_volume *volume, struct nv_reactor *reactor)
 {
     uint32_t before = atomic_fetch_sub(&volume->open_locals, 1);
 
     assert(before == 1);
     (void)before;
     nv_events_raise(&reactor->events, &volume->closed);
+}
+
+void nv_volume_mirror_ended(struct nv_volume *volume, struct nv_reactor *reactor)
+{
+    layer_ended(volume, reactor);
+}
+
+void nv_volume_logged_ended(struct nv_volume *volume, struct nv_reactor *reactor)
+{
+    layer_ended(volume, reactor);
 }
 
 void nv_volume_local_close(struct nv_reactor *reactor, struct nv_volume_local *local)

@@ -1,8 +1,8 @@
 /*
  * A volume and one request on it. The stack is range order -> map -> backend, or range order -> mirror -> the map's legs ->
- * backend; a cache will sit before it. Limits hold a request back before it comes here (nbd/pace.c). A volume's
- * reactor-local half is touched by its reactor alone; what reactors share is the range table, the limits and the objects'
- * sync state.
+ * backend; behind the range order there may be a cache (cached.h), and then a write-back log (logged.h). Limits hold a
+ * request back before it comes here (nbd/pace.c). A volume's reactor-local half is touched by its reactor alone; what
+ * reactors share is the range table, the limits and the objects' sync state.
  */
 #ifndef NV_VOLUME_H
 #define NV_VOLUME_H
@@ -25,6 +25,7 @@
 struct nv_plane;
 struct nv_conn;
 struct nv_mirror;
+struct nv_logged;
 
 enum nv_request_kind {
     NV_REQUEST_READ,
@@ -79,10 +80,12 @@ struct nv_volume {
     struct nv_plane *plane;
     struct nv_range_table ranges;
     struct nv_mirror *mirror;       /* NULL: a plain volume */
+    struct nv_logged *logged;       /* its write-back log (volume/logged.h); NULL: none. Set before the first connection */
+    bool layered;                   /* it has a log, or the plane a cache: one look tells that there is neither */
     struct nv_cached cached;
     _Atomic uint32_t connections;   /* raised at open, lowered when the front saw the end */
     _Atomic uint64_t bindings;      /* connections that there have ever been */
-    _Atomic uint32_t open_locals;   /* reactors that have not finished the close; and the mirror, which is the last */
+    _Atomic uint32_t open_locals;   /* reactors that have not finished the close; and the log or the mirror, the last */
     struct nv_event_slot closed;
     /* the front thread's */
     struct nv_map *latest;          /* newest accepted map */
@@ -90,6 +93,7 @@ struct nv_volume {
     uint32_t changes;               /* under way, of map, limits or cache, and */
     uint32_t map_changes;           /* of the map alone */
     bool closing;
+    bool served;                    /* it has, or had, a connection */
     bool gone;                      /* VOLUME_CLOSED was seen */
     struct nv_volume_local locals[];
 };
@@ -124,6 +128,7 @@ struct nv_qos_change {              /* new limits on their way to the reactors *
 #define NV_REQUEST_FAST 4u
 #define NV_REQUEST_ONE 8u           /* STATUS: exactly one extent, not longer than asked */
 #define NV_REQUEST_OURS 16u         /* nobody has asked for it: it does not count */
+#define NV_REQUEST_BELOW 32u        /* the log's, to what is below it: it neither counts nor takes a place in the order */
 
 struct nv_vreq {
     struct nv_piece piece;          /* the one piece in flight */
@@ -147,7 +152,7 @@ struct nv_vreq {
     uint32_t extents_count;
     void (*finished)(struct nv_vreq *request);
     struct nv_stamps stamps;
-    /* mirrors */
+    /* mirrors and logs */
     struct nv_vreq *queue_next;
     uint8_t tried;                  /* READ: lanes that could not serve the present span */
     bool primary_only;              /* READ: a write began meanwhile */
@@ -177,6 +182,13 @@ void nv_volume_served(struct nv_vreq *request);
 /* The same for a READ whose bytes stand in the cache (nv_cached_pin): it needs its place no more once they are pinned. */
 void nv_volume_hit(struct nv_vreq *request);
 void nv_volume_remap(struct nv_vreq *request);
+
+/* The log's owner: start a request to what is below the log (NV_REQUEST_BELOW). `finished` may run inside. */
+void nv_volume_below(struct nv_vreq *request);
+/* Its own reactor: the log has nothing to say about this request, let it go on. */
+void nv_volume_past_log(struct nv_vreq *request);
+/* The log is over. */
+void nv_volume_logged_ended(struct nv_volume *volume, struct nv_reactor *reactor);
 
 /* For the layers between: the request is over, with 0 or -errno. On its own reactor. */
 void nv_volume_finish(struct nv_vreq *request, int error);

@@ -13,9 +13,11 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
+from nbdvvol.dataplane import logs
 from nbdvvol.dataplane.errors import PlaneError
 from nbdvvol.dataplane.ffi import check, ffi, last_error, lib
 from nbdvvol.dataplane.legs import Legs, decode_event, decode_status, encode_mirror
+from nbdvvol.dataplane.log import LogEvent, LogFound, LogPolicy, LogStats
 from nbdvvol.dataplane.mirror import LegMachine, MirrorEvent, MirrorStatus, Verified
 from nbdvvol.dataplane.remote import ClientContext, PlaneLink, encode_config
 from nbdvvol.dataplane.remote import encode_params as encode_link_params
@@ -145,6 +147,7 @@ class Plane:
         self._events = ffi.new("nv_event[]", _EVENTS_AT_ONCE)
         self.on_sync_failed: SyncFailedHandler | None = None
         self.on_mirror: Callable[[MirrorEvent], None] | None = None
+        self.on_log: Callable[[LogEvent], None] | None = None
         self._plane = self._create(config or PlaneConfig())
         self._fd = lib.nv_plane_event_fd(self._plane)
         self._loop.add_reader(self._fd, self._on_events)
@@ -212,13 +215,25 @@ class Plane:
             return
         if kind == lib.NV_EVENT_CONNECTION_CLOSED and (connection := self._tls.pop(token, None)):
             connection.on_closed()
-        if (mirror := decode_event(event)) is not None:
-            if self.on_mirror is not None:
-                self.on_mirror(mirror)
+        if self._tells(event):
             return
+        if kind == lib.NV_EVENT_LOG_OPENED and token in self._waiting:
+            self._buffers[token], result = logs.decode_found(event), 0
         if kind == lib.NV_EVENT_VERIFY_DONE and token in self._waiting:
             self._buffers[token] = Verified(event.args[0], event.args[1], event.args[2])
         self._finish(kind, token, result)
+
+    def _tells(self, event: Any) -> bool:
+        """True: a mirror or a log has told it by itself; nobody waits for it."""
+        if (mirror := decode_event(event)) is not None:
+            if self.on_mirror is not None:
+                self.on_mirror(mirror)
+            return True
+        if (log := logs.decode_event(event)) is not None:
+            if self.on_log is not None:
+                self.on_log(log)
+            return True
+        return False
 
     def _finish(self, kind: int, token: int, result: int) -> None:
         future = self._waiting.pop(token, None)
@@ -445,6 +460,39 @@ class Plane:
         out = ffi.new("nv_mirror_status *")
         check(lib.nv_volume_mirror(self._live, volume, out))
         return decode_status(out)
+
+    # --- write-back logs ---
+
+    async def open_log(self, volume: int, obj: int, offset: int, length: int, policy: LogPolicy) -> LogFound:
+        """Put a log before a volume that has had no connection yet; it stays until the volume is closed.
+
+        Requests wait until it is recovered. Unless the verdict is USABLE they all fail; nothing is logged before
+        allow_log(). Raises PlaneError where there can be none."""
+        encoded = logs.encode_policy(policy)
+        token, future = self._expect()
+        self._started(token, lib.nv_volume_log_open(self._live, volume, obj, offset, length, encoded, token))
+        found: LogFound = await future
+        return found
+
+    def allow_log(self, volume: int) -> None:
+        """The registry has that this log may hold data: write into it, also again after drain_log()."""
+        check(lib.nv_volume_log_allow(self._live, volume))
+
+    async def drain_log(self, volume: int) -> None:
+        """Log nothing more; returns when all is below, flushed, and the log says so. Never, while a block is lost."""
+        token, future = self._expect()
+        self._started(token, lib.nv_volume_log_drain(self._live, volume, token))
+        await future
+
+    def forget_log(self, volume: int) -> None:
+        """The registry has that nothing in this log is ever replayed (LogEventKind.NEEDS_WORD)."""
+        check(lib.nv_volume_log_forget(self._live, volume))
+
+    def log_stats(self, volume: int) -> LogStats:
+        """How a volume's log is."""
+        out = ffi.new("nv_log_status *")
+        check(lib.nv_volume_log(self._live, volume, out))
+        return logs.decode_status(out)
 
     # --- counters of volumes ---
 

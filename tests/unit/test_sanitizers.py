@@ -28,6 +28,7 @@ TESTS = [
     "remote_bad",
     "trace",
     "cache",
+    "log",
 ]
 # Not with the thread sanitizer: the slowest of a kind of which others remain, and what measures resident memory.
 NOT_TSAN = "not 65536 and not random_operations_on_one_run and not memory"

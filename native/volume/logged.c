@@ -1,0 +1,528 @@
+/*
+ * See logged.h. A request's way through the log: slots, parts, what goes below. The front's side is in logged_front.c.
+ *
+ * Invariants: a slot has one client's request and at most one request of the log under way; `done` of what is below never
+ * runs from inside nv_logged_below(): it lands in a list that the next pump takes; the log is pumped in each turn of the
+ * owner in which anything happened.
+ */
+#include <assert.h>
+#include <errno.h>
+#include <stddef.h>
+#include <string.h>
+
+#include "reactor/plane.h"
+#include "volume/logged_state.h"
+
+static void go_on(struct nv_logged_slot *slot);
+
+/* ---- below the log ---- */
+
+static void landed(struct nv_vreq *v)
+{
+    struct nv_logged_below *below = (struct nv_logged_below *)v;
+    struct nv_logged *logged = below->logged;
+
+    below->io->error = v->error;
+    below->io->next = NULL;
+    *logged->landed_last = below->io;
+    logged->landed_last = &below->io->next;
+    if (below->io->ours) {
+        below->next = logged->free_below;
+        logged->free_below = below;
+    }
+    nv_reactor_late(logged->reactor, &logged->late);
+}
+
+static struct nv_logged_slot *slot_of(struct nv_log_below *io)
+{
+    return (struct nv_logged_slot *)((char *)io - offsetof(struct nv_logged_slot, log.below));
+}
+
+static struct nv_logged_below *take_below(struct nv_logged *logged, struct nv_log_below *io)
+{
+    struct nv_logged_below *below = logged->free_below;
+
+    if (!io->ours)
+        return &slot_of(io)->below;
+    assert(below);
+    logged->free_below = below->next;
+    return below;
+}
+
+/* What a client said of its zeroing holds below, too; what is carried keeps the space: nobody knows any more who asked. */
+static uint8_t flags_of(struct nv_log_below *io)
+{
+    const uint32_t fua = io->flags & NV_LOG_FUA ? NV_REQUEST_FUA : 0;
+
+    if (io->ours)
+        return (uint8_t)(fua | NV_REQUEST_NO_HOLE);
+    return (uint8_t)(fua | (slot_of(io)->request->flags & (NV_REQUEST_NO_HOLE | NV_REQUEST_FAST)));
+}
+
+/*
+ * A trim over what is logged (which comes with FUA, and a tombstone behind it) has to be zeros: did the storage take it for
+ * the hint that it is, and do nothing, bytes would come back that are older than the logged ones.
+ */
+static uint8_t kind_of(const struct nv_log_below *io)
+{
+    static const uint8_t kinds[] = {[NV_LOG_READ] = NV_REQUEST_READ, [NV_LOG_WRITE] = NV_REQUEST_WRITE,
+                                    [NV_LOG_ZEROES] = NV_REQUEST_ZERO, [NV_LOG_TRIM] = NV_REQUEST_TRIM,
+                                    [NV_LOG_FLUSH] = NV_REQUEST_FLUSH};
+
+    return io->kind == NV_LOG_TRIM && (io->flags & NV_LOG_FUA) ? NV_REQUEST_ZERO : kinds[io->kind];
+}
+
+void nv_logged_below(void *context, struct nv_log_below *io)
+{
+    struct nv_logged *logged = context;
+    struct nv_logged_below *mine = take_below(logged, io);
+
+    memset(&mine->v, 0, sizeof mine->v);
+    mine->io = io;
+    mine->logged = logged;
+    mine->v.reactor = logged->reactor;
+    mine->v.volume = logged->volume;
+    mine->v.kind = kind_of(io);
+    mine->v.flags = (uint8_t)(flags_of(io) | NV_REQUEST_BELOW);
+    mine->v.offset = io->kind == NV_LOG_FLUSH ? 0 : io->offset;
+    mine->v.length = io->kind == NV_LOG_FLUSH ? 0 : io->length;
+    mine->v.data = io->data;
+    mine->v.finished = landed;
+    nv_volume_below(&mine->v);
+}
+
+/* ---- answers ---- */
+
+static void answer_arrives(struct nv_reactor *reactor, struct nv_message *message)
+{
+    struct nv_vreq *request = (struct nv_vreq *)((char *)message - offsetof(struct nv_vreq, wait.message));
+
+    assert(request->reactor == reactor);
+    (void)reactor;
+    nv_volume_finish(request, request->error);
+}
+
+static void answer(struct nv_logged *logged, struct nv_vreq *request, int error)
+{
+    if (request->reactor == logged->reactor) {
+        nv_volume_finish(request, error);
+        return;
+    }
+    request->error = error;
+    request->wait.message.run = answer_arrives;
+    nv_reactor_send(request->reactor, &request->wait.message);
+}
+
+/* ---- slots ---- */
+
+static struct nv_logged_slots *slots_for(struct nv_logged *logged, const struct nv_vreq *request)
+{
+    return &logged->slots[request->kind == NV_REQUEST_READ];
+}
+
+/* A trim of no whole block. */
+static bool does_nothing(const struct nv_vreq *request)
+{
+    const uint64_t end_at = request->offset + request->length;
+    const uint64_t first = (request->offset + NV_LOG_UNIT - 1) & ~(uint64_t)(NV_LOG_UNIT - 1);
+
+    return request->kind == NV_REQUEST_TRIM &&
+           first >= (end_at == request->map->size ? end_at : end_at & ~(uint64_t)(NV_LOG_UNIT - 1));
+}
+
+static void begin(struct nv_logged *logged, struct nv_vreq *request)
+{
+    struct nv_logged_slots *slots = slots_for(logged, request);
+    struct nv_logged_slot *slot = slots->free;
+
+    if (does_nothing(request)) { /* so whoever has a slot has something to wait for */
+        answer(logged, request, 0);
+        return;
+    }
+    if (!slot) { /* they come in turn */
+        request->queue_next = NULL;
+        *slots->waiting_last = request;
+        slots->waiting_last = &request->queue_next;
+        return;
+    }
+    slots->free = slot->next;
+    slot->request = request;
+    slot->at = request->offset + request->done;
+    slot->part = 0;
+    slot->merging = false;
+    go_on(slot);
+}
+
+static void end(struct nv_logged_slot *slot, int error)
+{
+    struct nv_logged *logged = slot->logged;
+    struct nv_vreq *request = slot->request, *next;
+    struct nv_logged_slots *slots = slots_for(logged, request);
+
+    slot->request = NULL;
+    slot->next = slots->free;
+    slots->free = slot;
+    next = slots->waiting;
+    if (next) {
+        slots->waiting = next->queue_next;
+        if (!slots->waiting)
+            slots->waiting_last = &slots->waiting;
+        begin(logged, next);
+    }
+    answer(logged, request, error);
+}
+
+/* ---- parts: whole blocks at once, a block that is touched in part by itself ---- */
+
+static void start(struct nv_logged_slot *slot, enum nv_log_kind kind, uint64_t offset, uint64_t length, uint8_t *data)
+{
+    slot->log.kind = (uint8_t)kind;
+    slot->log.flags = slot->request->flags & NV_REQUEST_FUA && kind != NV_LOG_READ ? NV_LOG_FUA : 0;
+    slot->log.offset = offset;
+    slot->log.length = length;
+    slot->log.data = data;
+    nv_log_start(slot->logged->log, &slot->log);
+}
+
+static uint64_t block_end(const struct nv_logged_slot *slot)
+{
+    const uint64_t size = slot->request->map->size, next = (slot->at & ~(uint64_t)(NV_LOG_UNIT - 1)) + NV_LOG_UNIT;
+
+    return next < size ? next : size;
+}
+
+/* The block at `at` has been read: put in what the request brings, and write it. */
+static void merge(struct nv_logged_slot *slot)
+{
+    const struct nv_vreq *request = slot->request;
+    const uint64_t into = slot->at & (NV_LOG_UNIT - 1), from = slot->at - into;
+
+    slot->merging = false;
+    if (request->kind == NV_REQUEST_WRITE)
+        memcpy(slot->block + into, request->data + (slot->at - request->offset), slot->part);
+    else
+        memset(slot->block + into, 0, slot->part);
+    start(slot, NV_LOG_WRITE, from, block_end(slot) - from, slot->block);
+}
+
+static void start_whole(struct nv_logged_slot *slot, uint64_t left)
+{
+    static const uint8_t kinds[] = {[NV_REQUEST_WRITE] = NV_LOG_WRITE, [NV_REQUEST_ZERO] = NV_LOG_ZEROES,
+                                    [NV_REQUEST_TRIM] = NV_LOG_TRIM};
+    const struct nv_vreq *request = slot->request;
+    const bool to_the_end = slot->at + left == request->map->size;
+
+    slot->part = to_the_end ? left : left & ~(uint64_t)(NV_LOG_UNIT - 1);
+    start(slot, kinds[request->kind], slot->at, slot->part,
+          request->data ? request->data + (slot->at - request->offset) : NULL);
+}
+
+static void change_on(struct nv_logged_slot *slot)
+{
+    const struct nv_vreq *request = slot->request;
+    const uint64_t end_at = request->offset + request->length;
+
+    while (slot->at < end_at) {
+        const uint64_t into = slot->at & (NV_LOG_UNIT - 1), left = end_at - slot->at, here = block_end(slot) - slot->at;
+        if (into == 0 && left >= here) {
+            start_whole(slot, left);
+            return;
+        }
+        slot->part = left < here ? left : here;
+        if (request->kind != NV_REQUEST_TRIM) {
+            slot->merging = true;
+            start(slot, NV_LOG_READ, slot->at - into, into + here, slot->block);
+            return;
+        }
+        slot->at += slot->part; /* a hint */
+    }
+    end(slot, 0);
+}
+
+static void go_on(struct nv_logged_slot *slot)
+{
+    struct nv_vreq *request = slot->request;
+
+    if (request->kind == NV_REQUEST_READ && slot->part == 0) {
+        slot->part = request->length - request->done;
+        start(slot, NV_LOG_READ, slot->at, slot->part, request->data + request->done);
+    } else if (request->kind == NV_REQUEST_FLUSH && slot->part == 0) {
+        slot->part = 1;
+        start(slot, NV_LOG_FLUSH, 0, 0, NULL);
+    } else if (request->kind == NV_REQUEST_READ || request->kind == NV_REQUEST_FLUSH) {
+        end(slot, 0);
+    } else {
+        change_on(slot);
+    }
+}
+
+void nv_logged_part_done(struct nv_log_request *log)
+{
+    struct nv_logged_slot *slot = (struct nv_logged_slot *)log;
+
+    if (log->error) {
+        end(slot, log->error);
+    } else if (slot->merging) {
+        merge(slot);
+    } else {
+        slot->at += slot->part;
+        go_on(slot);
+    }
+}
+
+/* ---- block status: what is logged is data, whatever is below ---- */
+
+static void past_the_log(struct nv_reactor *reactor, struct nv_message *message)
+{
+    (void)reactor;
+    nv_volume_past_log((struct nv_vreq *)((char *)message - offsetof(struct nv_vreq, wait.message)));
+}
+
+static void run_status(struct nv_logged *logged, struct nv_vreq *request)
+{
+    bool holds;
+    const uint64_t alike = nv_log_alike(logged->log, request->offset, request->length, &holds);
+
+    request->length = alike; /* an answer may be about less than was asked */
+    if (holds) {
+        nv_volume_extent(request, alike, 0);
+        answer(logged, request, 0);
+    } else if (request->reactor == logged->reactor) {
+        nv_volume_past_log(request);
+    } else {
+        request->wait.message.run = past_the_log;
+        nv_reactor_send(request->reactor, &request->wait.message);
+    }
+}
+
+/* ---- requests come ---- */
+
+static void run_arrives(struct nv_reactor *reactor, struct nv_message *message)
+{
+    struct nv_vreq *request = (struct nv_vreq *)((char *)message - offsetof(struct nv_vreq, wait.message));
+    struct nv_logged *logged = request->volume->logged;
+
+    assert(reactor == logged->reactor);
+    if (request->map->size > nv_volume_local(request->volume, reactor->index)->map->size) {
+        nv_reactor_send(reactor, message); /* its reactor has heard of the growth, the owner's word is on its way */
+        return;
+    }
+    nv_log_grow(logged->log, request->map->size);
+    if (request->kind == NV_REQUEST_STATUS)
+        run_status(logged, request);
+    else
+        begin(logged, request);
+    nv_reactor_want_tick(reactor);
+    nv_reactor_late(reactor, &logged->late);
+}
+
+void nv_logged_run(struct nv_vreq *request)
+{
+    struct nv_logged *logged = request->volume->logged;
+
+    request->wait.message.run = run_arrives;
+    if (request->reactor == logged->reactor)
+        run_arrives(logged->reactor, &request->wait.message);
+    else
+        nv_reactor_send(logged->reactor, &request->wait.message);
+}
+
+/* ---- turns ---- */
+
+static bool busy(const struct nv_logged *logged)
+{
+    return !nv_log_idle(logged->log) || logged->landed_first;
+}
+
+static void raise_drained(struct nv_logged *logged, int result)
+{
+    struct nv_event_slot *slot = &logged->drained;
+
+    if (slot->waiting && !logged->draining)
+        return; /* the same is being told already */
+    slot->event.token = logged->draining ? logged->drain.token : 0;
+    slot->event.result = result;
+    logged->draining = false;
+    if (!slot->waiting)
+        nv_events_raise(&logged->reactor->events, slot);
+}
+
+/* Nothing may touch it any more. */
+static void finish_end(struct nv_logged *logged)
+{
+    struct nv_volume *volume = logged->volume;
+    struct nv_reactor *reactor = logged->reactor;
+
+    for (uint32_t i = 0; i < 2; i++)
+        assert(!logged->slots[i].waiting);
+    nv_reactor_drop_ticker(&logged->ticker);
+    nv_reactor_drop_turner(&logged->turner);
+    nv_reactor_drop_late(reactor, &logged->late);
+    if (logged->draining)
+        raise_drained(logged, -ESHUTDOWN);
+    nv_volume_logged_ended(volume, reactor);
+}
+
+static void take_landed(struct nv_logged *logged)
+{
+    struct nv_log_below *io;
+
+    while ((io = logged->landed_first)) {
+        logged->landed_first = io->next;
+        if (!logged->landed_first)
+            logged->landed_last = &logged->landed_first;
+        io->done(io);
+    }
+}
+
+static void pump(struct nv_logged *logged)
+{
+    assert(!logged->pumping);
+    logged->pumping = true;
+    do {
+        take_landed(logged);
+        if (logged->closing && nv_log_stuck(logged->log))
+            nv_log_shut(logged->log);
+        nv_log_pump(logged->log);
+    } while (logged->landed_first);
+    logged->pumping = false;
+    logged->was_busy = busy(logged);
+    nv_logged_show(logged);
+    if (logged->end_wanted && !busy(logged))
+        finish_end(logged);
+}
+
+static void pump_late(struct nv_late *late)
+{
+    pump((struct nv_logged *)((char *)late - offsetof(struct nv_logged, late)));
+}
+
+/* What was under way may have ended. */
+static void pump_turn(struct nv_turner *turner)
+{
+    struct nv_logged *logged = (struct nv_logged *)((char *)turner - offsetof(struct nv_logged, turner));
+
+    if (logged->was_busy || busy(logged))
+        pump(logged);
+}
+
+static void ticked(struct nv_ticker *ticker, uint64_t now_ns)
+{
+    struct nv_logged *logged = (struct nv_logged *)((char *)ticker - offsetof(struct nv_logged, ticker));
+    struct nv_log_look look;
+
+    (void)now_ns;
+    nv_log_look(logged->log, &look);
+    if (look.state == NV_LOG_CLOSED ||
+        (look.used_bytes == 0 && look.held == 0 && look.state != NV_LOG_FAILED && !busy(logged)))
+        return;
+    nv_reactor_want_tick(logged->reactor);
+    nv_log_tick(logged->log);
+    nv_reactor_late(logged->reactor, &logged->late);
+}
+
+/* ---- the front's words ---- */
+
+static void opens(struct nv_reactor *reactor, struct nv_message *message)
+{
+    struct nv_logged *logged = (struct nv_logged *)((char *)message - offsetof(struct nv_logged, open_message));
+
+    nv_reactor_add_turner(reactor, &logged->turner);
+    nv_reactor_add_ticker(reactor, &logged->ticker);
+    nv_reactor_want_tick(reactor);
+    nv_log_open(logged->log);
+}
+
+static void ends(struct nv_reactor *reactor, struct nv_message *message)
+{
+    struct nv_logged *logged = (struct nv_logged *)((char *)message - offsetof(struct nv_logged, end_message));
+
+    nv_log_stop(logged->log);
+    logged->end_wanted = true;
+    nv_reactor_late(reactor, &logged->late);
+}
+
+void nv_logged_send_end(struct nv_logged *logged)
+{
+    logged->end_message.run = ends;
+    nv_reactor_send(logged->reactor, &logged->end_message);
+}
+
+void nv_logged_closes(struct nv_logged *logged)
+{
+    logged->closing = true;
+    nv_reactor_late(logged->reactor, &logged->late);
+}
+
+static void command_arrives(struct nv_reactor *reactor, struct nv_message *message)
+{
+    struct nv_logged_command *command = (struct nv_logged_command *)message;
+    struct nv_logged *logged = command->logged;
+
+    assert(!logged->end_wanted);
+    atomic_store(&command->sent, false);
+    switch (command->kind) {
+    case NV_LOGGED_ALLOW:
+        logged->is_drained &= nv_log_state(logged->log) == NV_LOG_VOID;
+        nv_log_allow(logged->log);
+        break;
+    case NV_LOGGED_FORGET:
+        nv_log_forget(logged->log);
+        break;
+    case NV_LOGGED_DRAIN:
+        logged->draining = true;
+        if (logged->is_drained)
+            raise_drained(logged, 0);
+        else
+            nv_log_drain(logged->log);
+        break;
+    }
+    nv_reactor_want_tick(reactor);
+    nv_reactor_late(reactor, &logged->late);
+}
+
+void nv_logged_send(struct nv_logged *logged, struct nv_logged_command *command)
+{
+    command->message.run = command_arrives;
+    nv_reactor_send(logged->reactor, &command->message);
+}
+
+void nv_logged_send_open(struct nv_logged *logged)
+{
+    logged->turner.run = pump_turn;
+    logged->late.run = pump_late;
+    logged->ticker.tick = ticked;
+    logged->open_message.run = opens;
+    nv_reactor_send(logged->reactor, &logged->open_message);
+}
+
+void nv_logged_event(void *context, enum nv_log_event event, int64_t value)
+{
+    struct nv_logged *logged = context;
+    struct nv_event_slot *slot = NULL;
+
+    switch (event) {
+    case NV_LOG_OPENED:
+        nv_logged_tell_opened(logged);
+        return;
+    case NV_LOG_DRAINED:
+        logged->is_drained = true;
+        raise_drained(logged, 0);
+        return;
+    case NV_LOG_FAILING:
+        slot = &logged->failed;
+        slot->event.result = (int32_t)value;
+        break;
+    case NV_LOG_LOST:
+        slot = &logged->lost;
+        slot->event.args[0] = (uint64_t)value * NV_LOG_UNIT;
+        slot->event.args[1]++;
+        break;
+    case NV_LOG_NEEDS_WORD:
+        slot = &logged->word;
+        slot->event.result = (int32_t)value;
+        break;
+    }
+    if (!slot->waiting) /* else the same is being told already */
+        nv_events_raise(&logged->reactor->events, slot);
+}

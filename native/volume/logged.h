@@ -1,0 +1,56 @@
+/*
+ * Where a volume meets its write-back log (docs/cache.md, sections 7 to 10): one log a volume, which lives on one reactor,
+ * its owner, and is opened before the volume's first connection. The log itself is in log/, which knows no volume.
+ *
+ * A request comes here when its turn in the range order has come, which is kept in whole blocks of 4096 bytes while a volume
+ * has a log; from other reactors it travels by message, and back. Blocks that a write or a zero touches in part are read,
+ * merged and written whole; a trim leaves them alone. What the log hands below runs on the owner, by the owner's map.
+ *
+ * Not here: mirrors. One may keep a request's memory past its answer, which what the log hands below could not bear.
+ */
+#ifndef NV_LOGGED_H
+#define NV_LOGGED_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "limits.h"
+
+struct nv_logged;
+struct nv_map;
+struct nv_reactor;
+struct nv_volume;
+struct nv_vreq;
+
+/* --- the front --- */
+
+/* VOLUME_CLOSED was seen, or no reactor runs any more. */
+void nv_logged_free(struct nv_logged *logged);
+/* 0, or -errno: a volume with a log cannot change over to this map. */
+int nv_logged_check_change(const struct nv_volume *volume, const struct nv_map *to);
+/* LOG_DRAINED is being taken. */
+void nv_logged_drained(struct nv_logged *logged);
+
+/* --- any thread --- */
+
+struct nv_reactor *nv_logged_owner(const struct nv_logged *logged);
+/* No connection of the volume is left: the log ends, then nv_volume_logged_ended() is called. */
+void nv_logged_send_end(struct nv_logged *logged);
+/* A request whose turn has come, on its own reactor. */
+void nv_logged_run(struct nv_vreq *request);
+
+/* --- the owner --- */
+
+/* The volume is being closed: what waits for something that does not come is answered. */
+void nv_logged_closes(struct nv_logged *logged);
+
+/* Widen a range to whole blocks. */
+static inline void nv_logged_widen(uint64_t *offset, uint64_t *length)
+{
+    const uint64_t end = (*offset + *length + NV_LOG_UNIT - 1) & ~(uint64_t)(NV_LOG_UNIT - 1);
+
+    *offset &= ~(uint64_t)(NV_LOG_UNIT - 1);
+    *length = end - *offset;
+}
+
+#endif

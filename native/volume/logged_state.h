@@ -1,0 +1,93 @@
+/*
+ * What logged.c and logged_front.c share. All of it is the owner's but for what is said to be the front's; the front looks
+ * at `shown`, under its lock.
+ */
+#ifndef NV_LOGGED_STATE_H
+#define NV_LOGGED_STATE_H
+
+#include <pthread.h>
+#include <stdatomic.h>
+
+#include "log/log.h"
+#include "nbdvvol.h"
+#include "reactor/events.h"
+#include "reactor/inbox.h"
+#include "reactor/reactor.h"
+#include "volume/logged.h"
+#include "volume/volume.h"
+
+struct nv_logged_below {            /* I/O below the log */
+    struct nv_vreq v;
+    struct nv_logged *logged;
+    struct nv_log_below *io;
+    struct nv_logged_below *next;   /* of the free ones */
+};
+
+struct nv_logged_slot {             /* a client's request in the log */
+    struct nv_log_request log;
+    struct nv_logged_below below;   /* of log.below */
+    struct nv_logged *logged;
+    struct nv_logged_slot *next;    /* of the free ones */
+    struct nv_vreq *request;
+    uint64_t at;                    /* offset in the volume of what is under way, or next */
+    uint64_t part;                  /* bytes of it */
+    bool merging;                   /* a block is being read that the request touches in part */
+    uint8_t *block;                 /* NV_LOG_UNIT bytes */
+};
+
+struct nv_logged_slots {
+    struct nv_logged_slot *free;
+    struct nv_vreq *waiting, **waiting_last; /* for one */
+};
+
+enum nv_logged_kind { NV_LOGGED_ALLOW, NV_LOGGED_DRAIN, NV_LOGGED_FORGET };
+
+struct nv_logged_command {
+    struct nv_message message;
+    struct nv_logged *logged;
+    enum nv_logged_kind kind;
+    uint64_t token;
+    _Atomic bool sent;              /* until it has arrived */
+};
+
+#define NV_LOGGED_OWN (NV_LOG_RUNS + 1u) /* I/O below of the log's own: destage writes, and a flush */
+
+struct nv_logged {
+    struct nv_volume *volume;
+    struct nv_reactor *reactor;
+    struct nv_object *object;
+    struct nv_log *log;
+    struct nv_turner turner;
+    struct nv_late late;
+    struct nv_ticker ticker;
+    struct nv_message open_message, end_message;
+    struct nv_logged_command allow, drain, forget;
+    struct nv_event_slot opened, drained, failed, lost, word;
+    struct nv_log_below *landed_first, **landed_last;
+    struct nv_logged_slots slots[2]; /* [1]: of reads, so that changes which wait for long hold up none */
+    struct nv_logged_slot *all;     /* NV_LOGGED_SLOTS */
+    struct nv_logged_below own[NV_LOGGED_OWN], *free_below;
+    bool pumping;
+    bool was_busy;                  /* after the last pump something was under way */
+    bool draining;                  /* LOG_DRAINED is owed */
+    bool is_drained;
+    bool closing;                   /* the volume is */
+    bool end_wanted;
+    bool asked_to_drain;            /* the front's: until LOG_DRAINED is taken */
+    pthread_mutex_t shown_lock;
+    nv_log_status shown;
+    uint8_t *memory;
+};
+
+/* logged.c */
+void nv_logged_send_open(struct nv_logged *logged);
+void nv_logged_send(struct nv_logged *logged, struct nv_logged_command *command);
+void nv_logged_below(void *context, struct nv_log_below *io);
+void nv_logged_event(void *context, enum nv_log_event event, int64_t value);
+void nv_logged_part_done(struct nv_log_request *log);
+
+/* logged_front.c */
+void nv_logged_tell_opened(struct nv_logged *logged);
+void nv_logged_show(struct nv_logged *logged);
+
+#endif
