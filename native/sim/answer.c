@@ -59,7 +59,7 @@ static bool fair_error(const struct client *client, const struct client_request 
     case EIO:
         return lacks_storage(client, request) ||
                (rules->io_errors && request->type != COMMAND_FLUSH && request->type != COMMAND_CACHE) ||
-               (rules->sync_errors && durable);
+               (rules->sync_errors && (durable || (rules->logged && changes)));
     case ENOSPC:
         return rules->io_errors && changes;
     case EOPNOTSUPP:

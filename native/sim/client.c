@@ -208,6 +208,8 @@ static bool must_fail(const struct client_rules *rules, const struct client_requ
 {
     bool changes = request->type == COMMAND_WRITE || request->type == COMMAND_TRIM || request->type == COMMAND_ZEROES;
 
+    if (rules->logged)
+        return false;
     if (request->type == COMMAND_FLUSH)
         return rules->latched;
     return rules->latched_all && changes && (request->flags & FLAG_FUA);

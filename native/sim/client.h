@@ -32,6 +32,7 @@ struct client_rules {           /* what the scenario allows, shared by its clien
     bool latched_all;           /* ... for every disk: so must FUA */
     uint32_t clears;            /* how often it was */
     bool closing;               /* ESHUTDOWN is a fair answer */
+    bool logged;                /* what is latched below a write-back log need not concern a FLUSH, but may any change */
     bool growing;               /* the end may have moved already */
     bool read_only;             /* make no changes, for the final look */
     bool trace;

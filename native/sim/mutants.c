@@ -16,14 +16,19 @@
  *  11  trims and zeroes drop nothing                       nv_cached_begins
  *  12  a write drops blocks at its end, not its beginning  nv_cache_write_begins, nv_cache_write_ends
  *  13  a frame is reused while a reply is sent from it     nv_cached_pin, nv_hit_release
+ *  14  reads do not look into the log                      nv_logged_run
+ *  15  blocks written in part are merged in any order      nv_range_enter
+ *  16  zeros under a tombstone are a mere hint             nv_volume_below
  */
 #include <stdatomic.h>
+#include <stddef.h>
 
 #include "cache/cache.h"
 #include "io/io.h"
 #include "nbd/session.h"
 #include "sim/mutant.h"
 #include "volume/flush.h"
+#include "volume/logged.h"
 #include "volume/range.h"
 
 bool __real_nv_sync_begin(struct nv_sync *sync, struct nv_reactor *reactor, struct nv_sync_wait *wait);
@@ -32,6 +37,10 @@ void __real_nv_io_submit(struct nv_io *io, struct nv_op *op);
 void __wrap_nv_io_submit(struct nv_io *io, struct nv_op *op);
 void __real_nv_range_enter(struct nv_range_table *table, struct nv_range *range);
 void __wrap_nv_range_enter(struct nv_range_table *table, struct nv_range *range);
+void __real_nv_logged_run(struct nv_vreq *request);
+void __wrap_nv_logged_run(struct nv_vreq *request);
+void __real_nv_volume_below(struct nv_vreq *request);
+void __wrap_nv_volume_below(struct nv_vreq *request);
 bool __real_nv_io_hung_up(nv_handle handle);
 bool __wrap_nv_io_hung_up(nv_handle handle);
 
@@ -93,6 +102,11 @@ void __wrap_nv_range_enter(struct nv_range_table *table, struct nv_range *range)
         range->offset = (1ull << 60) + ++unique; /* a place where nobody else is */
         range->length = 1;
     }
+    if (mutant(15)) {
+        const struct nv_vreq *request = (struct nv_vreq *)((char *)range - offsetof(struct nv_vreq, range));
+        range->offset = request->offset;
+        range->length = request->length;
+    }
     __real_nv_range_enter(table, range);
 }
 
@@ -105,6 +119,21 @@ void __wrap_nv_trace_note_parsed(struct nv_request *request)
 {
     if (!mutant(8) || request->cookie % 8)
         __real_nv_trace_note_parsed(request);
+}
+
+void __wrap_nv_logged_run(struct nv_vreq *request)
+{
+    if (mutant(14) && request->kind == NV_REQUEST_READ)
+        nv_volume_past_log(request);
+    else
+        __real_nv_logged_run(request);
+}
+
+void __wrap_nv_volume_below(struct nv_vreq *request)
+{
+    if (mutant(16) && request->kind == NV_REQUEST_ZERO && (request->flags & NV_REQUEST_FUA))
+        request->kind = NV_REQUEST_TRIM;
+    __real_nv_volume_below(request);
 }
 
 /* ---- the cache ---- */

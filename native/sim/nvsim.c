@@ -1,8 +1,8 @@
 /*
- * nvsim: the plane, its sessions, the plain volume and the file backend on the simulated port, driven by model clients
- * under a seed. A seed is a few lives of one volume: each life boots the plane on what the last one left, serves random
- * requests with faults and hang-ups, and ends in a power cut, a kill or a clean stop, at any step. The last life reads
- * everything. What must hold is written in check.h and client.h.
+ * nvsim: the plane, its sessions, the plain volume, in some worlds with a write-back log, and the file backend on the
+ * simulated port, driven by model clients under a seed. A seed is a few lives of one volume: each life boots the plane on
+ * what the last one left, serves random requests with faults and hang-ups, and ends in a power cut, a kill or a clean stop,
+ * at any step. The last life reads everything. What must hold is written in check.h and client.h.
  *
  * usage: nvsim --seeds A..B [--steps N] [--trace]
  */
@@ -35,6 +35,10 @@ struct life {
     bool changing;          /* a growth is under way */
     bool limiting;          /* new limits are */
     bool caching;           /* a new cache policy is */
+    int log_file;
+    uint32_t log_object;
+    bool log_opened;
+    bool draining;          /* the log is */
     bool volume_closed;
     bool over;              /* the images are taken: what still happens, happens to nobody */
     bool latched[SCENARIO_DISKS];
@@ -101,6 +105,97 @@ static void check_cache(struct life *life)
         nv_sim_violation("the cache: %s", wrong);
 }
 
+/* ---- the write-back log ---- */
+
+static bool settle_once(struct life *life);
+
+static bool log_chance(struct life *life, unsigned of_1024)
+{
+    return sim_random_chance(&life->scenario->log.random, of_1024);
+}
+
+/* The registry has it: write into it. */
+static void allow_log(struct life *life)
+{
+    nv_log_policy *policy = &life->scenario->log.policy;
+
+    policy->dirty = 1;
+    policy->discard = 0;
+    (void)nv_volume_log_allow(life->plane, life->volume); /* perhaps it has not heard the last one */
+}
+
+/* What is found is judged elsewhere (nvlog); here it opens without faults. */
+static void open_log(struct life *life)
+{
+    struct scenario_log *log = &life->scenario->log;
+    const uint32_t align = life->scenario->cell_bytes == SIM_SECTOR ? SIM_SECTOR : 1; /* transfers are cut short at cells */
+    const struct nv_sim_faults none = {.atom = life->scenario->faults.atom};
+
+    if (!log->size)
+        return;
+    for (uint32_t i = 0; i < sizeof log->policy.fresh; i++) {
+        log->policy.fresh[i] = (uint8_t)sim_random_next(&log->random);
+        log->policy.begin[i] = (uint8_t)sim_random_next(&log->random);
+    }
+    life->log_file = nv_sim_file(sim_disk_create(log->image, log->size), align, false);
+    life->plane->scattered = log_chance(life, 700);
+    nv_sim_set_faults(&none);
+    if (nv_object_open(life->plane, life->log_file, align > 1 ? NV_OBJECT_DIRECT : 0, align, log->size, &life->log_object) != 0 ||
+        nv_volume_log_open(life->plane, life->volume, life->log_object, 0, log->size, &log->policy, 1) != 0)
+        nv_sim_violation("the log does not open: %s", nv_last_error());
+    while (!life->log_opened)
+        if (!settle_once(life))
+            nv_sim_violation("the log is never open");
+    nv_sim_set_faults(&life->scenario->faults);
+    if (log_chance(life, 900))
+        allow_log(life);
+}
+
+/* Control may drain the log at any time, and have it written again. */
+static void drain_or_allow(struct life *life)
+{
+    if (!life->scenario->log.size || life->draining)
+        return;
+    if (log_chance(life, 512)) {
+        allow_log(life);
+        return;
+    }
+    life->draining = nv_volume_log_drain(life->plane, life->volume, 1) == 0;
+}
+
+static void take_log_opened(struct life *life, const nv_event *event)
+{
+    life->log_opened = true;
+    if (event->args[0] != 0 || event->result != 0)
+        nv_sim_violation("the log is refused: %s", nv_log_verdict_word((uint32_t)event->args[0]));
+    memcpy(life->scenario->log.policy.id, &event->args[3], sizeof life->scenario->log.policy.id);
+}
+
+static void take_log_event(struct life *life, const nv_event *event)
+{
+    switch (event->kind) {
+    case NV_EVENT_LOG_OPENED:
+        take_log_opened(life, event);
+        break;
+    case NV_EVENT_LOG_DRAINED:
+        life->draining = false;
+        break;
+    case NV_EVENT_LOG_FAILED:
+        if (!life->rules->sync_errors)
+            nv_sim_violation("the log is said to have failed, and nothing did");
+        break;
+    case NV_EVENT_LOG_NEEDS_WORD:
+        if (life->over)
+            break;
+        life->scenario->log.policy.dirty = 0; /* the registry has it */
+        life->scenario->log.policy.discard = 1;
+        (void)nv_volume_log_forget(life->plane, life->volume);
+        break;
+    default:
+        nv_sim_violation("event of kind %u", event->kind);
+    }
+}
+
 static void boot(struct life *life)
 {
     struct scenario *scenario = life->scenario;
@@ -122,6 +217,7 @@ static void boot(struct life *life)
     uint64_t length = scenario_describe(scenario, life->rules->cells, life->objects, 0, 1, record);
     if (nv_volume_open(life->plane, record, length, &life->volume) != 0)
         nv_sim_violation("the volume does not open: %s", nv_last_error());
+    open_log(life);
     onlooker_boot(life->rules->onlooker, life->plane, life->volume, scenario->reactors);
     cache(life);
 }
@@ -199,7 +295,7 @@ static void take_event(struct life *life, const nv_event *event)
         life->volume_closed = true;
         break;
     default:
-        nv_sim_violation("event of kind %u", event->kind);
+        take_log_event(life, event);
     }
 }
 
@@ -347,6 +443,8 @@ static void step(struct life *life)
         run_job(life);
     else if (chance(life, 400))
         cache(life);
+    else if (life->scenario->log.size && log_chance(life, 300))
+        drain_or_allow(life);
     else if (what < 999)
         limit(life);
     else
@@ -383,11 +481,13 @@ static void settle(struct life *life)
     calm.read_error = calm.write_error = calm.sync_error = calm.dsync_error = calm.punch_error = 0;
     nv_sim_set_faults(&calm);
     for (uint32_t i = 0; !all_answered(life); i++) {
+        if (life->scenario->log.size) /* what a failed log holds waits for a flush below, and that for the operator */
+            clear_fault(life);
         if (!settle_once(life) || i > PATIENCE)
             nv_sim_violation("requests are never answered");
     }
-    while (!onlooker_content(life->rules->onlooker))
-        if (!settle_once(life))
+    for (uint32_t i = 0; !onlooker_content(life->rules->onlooker); i++)
+        if (!settle_once(life) || i > PATIENCE)
             nv_sim_violation("a request that was traced and answered has left no record");
 }
 
@@ -419,6 +519,8 @@ static void take_images(struct life *life, bool cache_survives)
         nv_sim_crash(life->files[i], cache_survives, &life->scenario->random, life->scenario->image[i]);
         meta_check_image(&life->scenario->meta[i], life->scenario->image[i], cache_survives);
     }
+    if (life->scenario->log.size)
+        nv_sim_crash(life->log_file, cache_survives, &life->scenario->random, life->scenario->log.image);
     scenario_check_gaps(life->scenario);
     life->over = true;
 }
@@ -521,6 +623,7 @@ static uint64_t run_seed(uint64_t seed, bool trace)
         .zero_to = scenario.zero_to,
         .cells_max = 128,
         .longs = 100,
+        .logged = scenario.log.size > 0,
         .io_errors = scenario.faults.read_error || scenario.faults.write_error || scenario.faults.punch_error,
         .sync_errors = scenario.faults.sync_error || scenario.faults.dsync_error ||
                        scenario.faults.write_error, /* a FUA write that fails counts as a failed sync */

@@ -78,6 +78,35 @@ static void draw_runs(struct scenario *scenario)
     }
 }
 
+/*
+ * A log in a third of the worlds, where no read fails: what it then loses is another judge's business (log_model.h). All of
+ * the volume has storage, and it grows from a multiple of the log's block.
+ */
+static void draw_log(struct scenario *scenario)
+{
+    struct scenario_log *log = &scenario->log;
+    const uint64_t unit = NV_LOG_UNIT / scenario->cell_bytes;
+
+    log->random.state = scenario->seed ^ 0x6c6f67206c6f6721ull;
+    if (!sim_random_chance(&log->random, 420) || scenario->faults.read_error)
+        return;
+    log->size = NV_LOG_RING + NV_LOG_RING_MIN + sim_random_below(&log->random, 64) * NV_LOG_UNIT;
+    log->image = calloc(1, log->size);
+    assert(log->image);
+    log->policy.age_ms = (uint32_t)sim_random_below(&log->random, 400);
+    if (sim_random_chance(&log->random, 512))
+        log->policy.bypass_bytes = (1 + (uint32_t)sim_random_below(&log->random, 16)) * NV_LOG_UNIT;
+    if (sim_random_chance(&log->random, 300))
+        log->policy.stream_bytes = 16u << 10;
+    if (scenario->cells_first < scenario->cells_final)
+        scenario->cells_first = scenario->cells_first / unit * unit;
+    if (scenario->cells_first < 64)
+        scenario->cells_first = scenario->cells_final;
+    for (uint32_t i = 0; i < scenario->run_count; i++)
+        scenario->runs[i].state = NV_RUN_MAPPED;
+    scenario->zero_from = scenario->zero_to = 0;
+}
+
 static void make_images(struct scenario *scenario)
 {
     for (uint32_t i = 0; i < SCENARIO_DISKS; i++) {
@@ -116,6 +145,7 @@ void scenario_draw(struct scenario *scenario, uint64_t seed)
     scenario->limited = chance(scenario, 400);
     if (chance(scenario, 600)) /* from a fraction of the volume up to more than all of it */
         scenario->cache_frames = NV_CACHE_FRAMES_MIN << below(scenario, 2);
+    draw_log(scenario);
     make_images(scenario);
 }
 
@@ -123,6 +153,7 @@ void scenario_free(struct scenario *scenario)
 {
     for (uint32_t i = 0; i < SCENARIO_DISKS; i++)
         free(scenario->image[i]);
+    free(scenario->log.image);
 }
 
 uint64_t scenario_describe(const struct scenario *scenario, uint64_t cells, const uint32_t objects[SCENARIO_DISKS],

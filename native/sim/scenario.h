@@ -8,6 +8,7 @@
 #include <stdint.h>
 
 #include "io/io_sim.h"
+#include "nbdvvol.h"
 #include "sim/meta.h"
 #include "sim/random.h"
 
@@ -18,6 +19,13 @@ struct scenario_run {
     uint64_t offset, length, object_offset;
     uint32_t disk;
     uint32_t state;             /* NV_RUN_MAPPED or NV_RUN_ZERO, whose place on the disk nobody may touch */
+};
+
+struct scenario_log {           /* a write-back log; its chance is its own, so that worlds without one are what they were */
+    struct sim_random random;
+    uint64_t size;              /* of its disk; 0: there is none */
+    nv_log_policy policy;       /* as the next life will open it: what the registry has is in it */
+    uint8_t *image;
 };
 
 struct scenario {
@@ -33,6 +41,7 @@ struct scenario {
     bool in_memory[SCENARIO_DISKS]; /* the disk is a file in memory: reads may be sent from it */
     bool limited;               /* the volume's limits change now and then */
     uint32_t cache_frames;      /* 0: no cache */
+    struct scenario_log log;
     uint64_t cells_first, cells_final; /* before and after growing */
     struct scenario_run runs[SCENARIO_RUNS];
     uint32_t run_count;

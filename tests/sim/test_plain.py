@@ -27,6 +27,9 @@ MUTANTS = {
     11: "trims and zeroes drop nothing",
     12: "a write drops blocks at its end and not at its beginning",
     13: "a frame is reused while a reply is sent from it",
+    14: "reads do not look into the log",
+    15: "blocks written in part are merged in any order",
+    16: "zeros under a tombstone are a mere hint",
 }
 
 
