@@ -116,7 +116,7 @@ def test_a_client_that_hangs_up_while_it_waits_is_let_go(rig: Rig) -> None:
     send_reads(client, 50)
     eventually("it waits", lambda: rig.stats(volume).delayed >= 1)
     client.stream.close()
-    assert client.ended().errno == errno.ECONNRESET
+    assert client.ended().errno in (errno.ECONNRESET, errno.EPIPE), "whichever of reading and writing finds out first"
     other.flush()
 
 
