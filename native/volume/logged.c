@@ -17,12 +17,32 @@ static void go_on(struct nv_logged_slot *slot);
 
 /* ---- below the log ---- */
 
+/* A batch begins with its first write. */
+static void note_batch(struct nv_logged *logged, const struct nv_log_below *io)
+{
+    if (!io->ours || logged->carrying)
+        return;
+    logged->carrying = true;
+    logged->faults = nv_volume_faults(logged->volume, logged->reactor);
+}
+
+/*
+ * A batch ends with its flush. That succeeds also when a sync of somebody else has failed since the batch began, dropped
+ * what of it was written, and the operator has cleared the fault: then all of it has to be carried once more.
+ */
+static int end_batch(struct nv_logged *logged, const struct nv_vreq *v)
+{
+    logged->carrying = false;
+    return v->error || logged->faults == nv_volume_faults(logged->volume, logged->reactor) ? v->error : -EIO;
+}
+
 static void landed(struct nv_vreq *v)
 {
     struct nv_logged_below *below = (struct nv_logged_below *)v;
     struct nv_logged *logged = below->logged;
+    const bool ends_batch = below->io->ours && below->io->kind == NV_LOG_FLUSH;
 
-    below->io->error = v->error;
+    below->io->error = ends_batch ? end_batch(logged, v) : v->error;
     below->io->next = NULL;
     *logged->landed_last = below->io;
     logged->landed_last = &below->io->next;
@@ -77,6 +97,7 @@ void nv_logged_below(void *context, struct nv_log_below *io)
     struct nv_logged *logged = context;
     struct nv_logged_below *mine = take_below(logged, io);
 
+    note_batch(logged, io);
     memset(&mine->v, 0, sizeof mine->v);
     mine->io = io;
     mine->logged = logged;

@@ -67,6 +67,8 @@ struct nv_logged {
     struct nv_logged_slots slots[2]; /* [1]: of reads, so that changes which wait for long hold up none */
     struct nv_logged_slot *all;     /* NV_LOGGED_SLOTS */
     struct nv_logged_below own[NV_LOGGED_OWN], *free_below;
+    bool carrying;                  /* a batch is being destaged: */
+    uint64_t faults;                /* ... failed syncs below that were known when it began */
     bool pumping;
     bool was_busy;                  /* after the last pump something was under way */
     bool draining;                  /* LOG_DRAINED is owed */

@@ -528,6 +528,11 @@ void nv_volume_below(struct nv_vreq *request)
         run_below(request);
 }
 
+uint64_t nv_volume_faults(const struct nv_volume *volume, const struct nv_reactor *reactor)
+{
+    return faults_of(volume->locals[reactor->index].map);
+}
+
 void nv_volume_past_log(struct nv_vreq *request)
 {
     step(request);

@@ -185,6 +185,8 @@ void nv_volume_remap(struct nv_vreq *request);
 
 /* The log's owner: start a request to what is below the log (NV_REQUEST_BELOW). `finished` may run inside. */
 void nv_volume_below(struct nv_vreq *request);
+/* How many syncs have failed so far, of what holds the bytes; also where the operator has cleared the fault. */
+uint64_t nv_volume_faults(const struct nv_volume *volume, const struct nv_reactor *reactor);
 /* Its own reactor: the log has nothing to say about this request, let it go on. */
 void nv_volume_past_log(struct nv_vreq *request);
 /* The log is over. */

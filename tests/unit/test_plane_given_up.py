@@ -6,6 +6,7 @@ import errno
 
 import pytest
 
+from nbdvvol.dataplane.log import LogPolicy
 from nbdvvol.dataplane.types import Run
 from tests.lib import nbdwords as w
 from tests.lib.fakeserver import Asked, FakeServer, Wire
@@ -54,6 +55,45 @@ def test_fua_does_not_outlive_a_failed_sync(rig: Rig, servers: list[FakeServer],
     wire.send(wire.ok(asked))
     assert client.wait(cookie).error == errno.EIO
     assert server.durable[:4096] == b"A" * 4096 and len(flushes) == 2, "the server has said yes to the sync of nothing"
+
+
+def test_a_batch_of_the_log_does_not_outlive_a_failed_sync(rig: Rig, servers: list[FakeServer]) -> None:
+    """What is carried below is in the server's cache when another volume's FLUSH loses it, the operator clears that,
+    and the log's own flush succeeds with nothing to write: the log must not take it for durable.
+    """
+    kept: list[tuple[Wire, Asked]] = []
+    flushes: list[Asked] = []
+
+    def handler(server: FakeServer, wire: Wire, asked: Asked) -> list[bytes] | None:
+        if asked.command == w.CMD_WRITE and asked.offset == 0 and not kept:
+            server.bytes[: asked.length] = asked.payload
+            kept.append((wire, asked))
+            return []
+        if asked.command == w.CMD_FLUSH:
+            flushes.append(asked)
+        if asked.command != w.CMD_FLUSH or len(flushes) > 1:
+            return None
+        server.bytes[:] = server.durable  # the pages are dropped
+        return [wire.error(asked, errno.EIO, "writeback")]
+
+    server = served(servers, handler=handler)
+    remote = Remote(rig, server)
+    volume, others = remote.volume(), remote.volume()
+    log = rig.file_object(8 << 20, "log")
+    rig.wait(rig.plane.open_log(volume, log, 0, 8 << 20, LogPolicy(age_ms=3_600_000)))
+    rig.call(rig.plane.allow_log, volume)
+    client, neighbour = rig.connect(volume), rig.connect(others)
+    client.write(0, b"A" * 4096)
+    assert rig.call(rig.plane.log_stats, volume).logged == 1
+    drained = rig.start(rig.plane.drain_log(volume))
+    eventually("it is with the server", lambda: kept)
+    neighbour.write(8192, b"B" * 512)
+    fails(errno.EIO, neighbour.flush)
+    rig.call(rig.plane.clear_fault, remote.object)
+    wire, asked = kept[0]
+    wire.send(wire.ok(asked))
+    drained.result(20)
+    assert server.durable[:4096] == b"A" * 4096
 
 
 def test_a_write_that_was_given_up_stays_undone_behind_its_successor(rig: Rig, servers: list[FakeServer]) -> None:
