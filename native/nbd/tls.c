@@ -346,18 +346,38 @@ static size_t cursor_copy(struct cursor *at, unsigned char *out, size_t capacity
     return taken;
 }
 
+/* The next `size` bytes where they stand; NULL if they do not stand together. */
+static const unsigned char *cursor_take(struct cursor *at, size_t size)
+{
+    if (at->count == 0 || at->vector->iov_len - at->offset < size)
+        return NULL;
+    const unsigned char *taken = (const unsigned char *)at->vector->iov_base + at->offset;
+    at->offset += size;
+    if (at->offset == at->vector->iov_len) {
+        at->vector++;
+        at->count--;
+        at->offset = 0;
+    }
+    return taken;
+}
+
 ssize_t nv_tls_write(struct nv_tls *tls, const struct iovec *vector, int count)
 {
     assert(count >= 0);
     if (tls->broken || !tls->handshaken)
         return -EPROTO;
     struct cursor at = {.vector = vector, .count = count};
-    unsigned char record[RECORD_MAX]; /* headers and payloads gathered: a record each would cost more than the copy */
+    unsigned char gathered[RECORD_MAX]; /* headers and small payloads: a record each would cost more than the copy */
     size_t total = 0;
     /* Room for a whole record is asked for first (OpenSSL would keep half a record to itself and want the
      * very same bytes again), and some is left for alerts and key updates. */
     while (tls->output.limit - tls->output.size >= RECORD_MAX + NV_TLS_RESERVE) {
-        size_t size = cursor_copy(&at, record, sizeof record), put = 0;
+        size_t size = RECORD_MAX, put = 0;
+        const unsigned char *record = cursor_take(&at, size);
+        if (!record) {
+            record = gathered;
+            size = cursor_copy(&at, gathered, sizeof gathered);
+        }
         if (size == 0)
             break;
         ERR_clear_error();
