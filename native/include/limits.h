@@ -166,6 +166,7 @@
 #define NV_TRACE_EVERY_MAX 1000000u
 #define NV_RING_ENTRIES 1024u
 #define NV_RING_COMPLETIONS 8192u
+#define NV_STORAGE_BATCH 4u                    /* reads and writes that storage is given while a turn goes on */
 #define NV_TURN_ROUNDS 8u                      /* completion rounds before replies must go out */
 
 /* backend pieces: bound how long one operation runs, so that a drain is bounded too */

@@ -89,7 +89,7 @@ int nv_io_create(const struct nv_io_config *config, struct nv_io **io, struct nv
 /* All operations must have completed. */
 void nv_io_destroy(struct nv_io *io);
 
-/* Take an operation. Never fails: an operation that cannot start completes with an error. */
+/* Take an operation. Never fails: an operation that cannot start completes with an error. Storage may begin at once. */
 void nv_io_submit(struct nv_io *io, struct nv_op *op);
 /* Run `done` of everything that has completed so far; the number of completions run. */
 unsigned nv_io_run(struct nv_io *io);

@@ -227,6 +227,18 @@ static void prepare(struct io_uring_sqe *sqe, struct nv_op *op)
     io_uring_sqe_set_data(sqe, op);
 }
 
+/*
+ * A device begins as soon as it has some work: it does not wait until a whole batch of requests has been parsed, which
+ * takes as long as the device takes for several of them. A failure leaves the entries to the next enter.
+ */
+static void hand_over(struct nv_io *io, const struct nv_op *op)
+{
+    if ((op->kind != NV_OP_READ && op->kind != NV_OP_WRITE) || io_uring_sq_ready(&io->ring) < NV_STORAGE_BATCH)
+        return;
+    io->enters++;
+    io_uring_submit(&io->ring);
+}
+
 static void into_ring(struct nv_io *io, struct nv_op *op)
 {
     struct io_uring_sqe *sqe = io->backlog.head ? NULL : entry(io);
@@ -238,6 +250,7 @@ static void into_ring(struct nv_io *io, struct nv_op *op)
     prepare(sqe, op);
     io->in_ring++;
     io->submissions++;
+    hand_over(io, op);
 }
 
 /*
