@@ -37,6 +37,7 @@
 #define NV_COPY_LATE_US 2000u                  /* what such a resync may catch up with */
 #define NV_COPY_WAIT_MAX_MS 100u               /* its longest timer: what must end is not held up by one */
 #define NV_COPY_CHECKPOINT (1ull << 30)        /* bytes copied between two saved dirty maps */
+#define NV_COPY_CHECKPOINT_MS 5000u            /* ... and time: what a slow copy has to do again after a crash */
 #define NV_REPAIRS_MAX 16u                     /* places waiting to be rewritten after a read error */
 
 /* protocol */

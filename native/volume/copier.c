@@ -563,6 +563,15 @@ static bool begin_resync(struct nv_mirror *mirror)
     return false;
 }
 
+/* Enough has been copied since the last checkpoint, by bytes or by time; or all there is. */
+static bool wants_checkpoint(const struct nv_mirror *mirror)
+{
+    const struct nv_copier *copier = &mirror->copier;
+
+    return copier->since_checkpoint >= NV_COPY_CHECKPOINT || (copier->exhausted && copier->resyncing == 0) ||
+           (copier->since_checkpoint > 0 && mirror->now_ms - copier->checkpoint_ms >= NV_COPY_CHECKPOINT_MS);
+}
+
 bool nv_copier_pump(struct nv_mirror *mirror)
 {
     struct nv_copier *copier = &mirror->copier;
@@ -577,8 +586,7 @@ bool nv_copier_pump(struct nv_mirror *mirror)
     if (mirror->checkpoint_due || !mirror->syncing)
         return any;
     /* when a checkpoint is due no further region is begun; it runs when those under way are through */
-    mirror->checkpoint_due = copier->since_checkpoint >= NV_COPY_CHECKPOINT ||
-                             (copier->exhausted && copier->resyncing == 0);
+    mirror->checkpoint_due = wants_checkpoint(mirror);
     return any || mirror->checkpoint_due;
 }
 
@@ -632,5 +640,7 @@ void nv_copier_tick(struct nv_mirror *mirror)
     struct nv_copier *copier = &mirror->copier;
 
     copier->stuck = false;
+    if (copier->since_checkpoint == 0)
+        copier->checkpoint_ms = mirror->now_ms;
     copier->limited = mirror->requests_seen > 0; /* with nobody to stand behind, it goes as fast as it can */
 }

@@ -158,6 +158,7 @@ struct nv_copier {
     uint32_t busy, resyncing;       /* copies; those of a resync */
     uint32_t cursor;                /* region to look at next */
     uint64_t since_checkpoint, copied_bytes;
+    uint64_t checkpoint_ms;         /* when the last one began, or since when nothing is unsaved */
     bool limited;                   /* clients were served between the last two ticks */
     uint64_t due_ns;                /* ... when the next piece of a resync may begin */
     struct nv_op timer;             /* out exactly while a copy waits for that */

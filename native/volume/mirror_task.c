@@ -336,6 +336,7 @@ static void next_finish(struct nv_mirror *mirror)
     if (!task->lanes_left || task->error || nv_mirror_frozen(mirror)) {
         mirror->checkpoint_due = false;
         mirror->copier.since_checkpoint = 0;
+        mirror->copier.checkpoint_ms = mirror->now_ms;
         mirror->copier.exhausted = false;
         nv_task_end(mirror);
         return;

@@ -179,6 +179,22 @@ async def test_a_doubt_about_a_leg_outlives_filters_until_a_person_or_a_copy_end
     assert await doubt() == (False, False)
 
 
+async def test_a_whole_copy_that_has_begun_goes_on_where_it_was(farm: TestFarm) -> None:
+    """Its dirty map is durable with its label; a label from before says nothing of that."""
+    await _mirror(farm)
+    run = farm.control.registry.run
+    assert not (await _ask(farm, "stale", 2)).refused
+    await run(mirrors.resync, "vm1", "root", "2", full=True)
+    before = await farm.vvol()
+    assert not (await _ask(farm, "syncing", 2)).refused
+    old, new = (Stamp(epoch=before.epoch, generation=before.generation + more) for more in (0, 1))
+    for stamp, wish in ((old, "full"), (new, "auto")):
+        assert not (await _ask(farm, "confirm", 2, stamp=stamp)).refused
+        assert (await farm.vvol()).legs[1].resync == wish
+    assert not (await _ask(farm, "stale", 2, reason="write: EIO")).refused
+    assert (await farm.vvol()).legs[1].resync == "auto"
+
+
 async def test_a_host_from_which_it_was_taken_by_force_is_answered_with_the_newer_epoch(farm: TestFarm) -> None:
     fake = await _mirror(farm)
     before = await farm.vvol()

@@ -62,6 +62,8 @@ def _write(tx: Tx, row: Row[Any], before: Record, after: Record, change: LegChan
         raise NvError(Code.STALE, f"VVol {row.vm}/{row.name} moved on meanwhile", "ask again")
     leg = next(leg for leg in after.legs if leg.id == change.leg)
     values: dict[str, object] = {"epoch": leg.stamp.epoch, "generation": leg.stamp.generation}
+    if change.wanted == "confirm" and leg.state == "syncing" and _is_newest(change, after):
+        values["resync"] = "auto"  # its dirty map, of all there is or less, is durable: a copy goes on from there
     if moved:
         values |= {"state": leg.state, **_history(tx, row, leg, change)}
     tx.db.execute(update(s.legs).where(s.legs.c.vvol == row.uuid, s.legs.c.id == leg.id).values(**values))
@@ -69,6 +71,11 @@ def _write(tx: Tx, row: Row[Any], before: Record, after: Record, change: LegChan
         _say(tx, row, after, leg, change)
         bindings.touch_holders(tx, row.uuid)
         tx.about.add(row.uuid)
+
+
+def _is_newest(change: LegChange, record: Record) -> bool:
+    """The label was written since the registry called the leg `syncing`: an older one says nothing of its dirty map."""
+    return change.stamp == Stamp(epoch=record.epoch, generation=record.generation)
 
 
 def _history(tx: Tx, row: Row[Any], leg: RecordLeg, change: LegChange) -> dict[str, object]:
