@@ -1,6 +1,6 @@
 /*
- * A connection's bytes through TLS. Ciphertext is received into a small buffer of the connection, fed to the TLS object
- * and decrypted straight to where the bytes belong; replies are encrypted out of the requests' own memory, which is
+ * A connection's bytes through TLS. Ciphertext is received into a small buffer of the connection, read from there by the
+ * TLS object and decrypted straight to where the bytes belong; replies are encrypted out of the requests' own memory, which is
  * released as soon as TLS has taken it in. One send of ciphertext is in flight at most.
  */
 #include <assert.h>
@@ -17,53 +17,52 @@ static void broken(struct nv_conn *conn, int reason)
     nv_conn_stop_receiving(conn, reason);
 }
 
-/* Feed what was received; false: nothing left to feed, or no room until ciphertext has been sent. */
-static bool feed(struct nv_conn *conn)
+/* What was received is read where it stands. What TLS leaves of it (the plaintext's place is full, or TLS has no room for
+ * something of its own) stays there for the next call, and nothing is received meanwhile. */
+static void lend(struct nv_conn *conn)
 {
-    ssize_t taken;
+    nv_tls_lend(conn->tls, conn->cipher + conn->cipher_start, conn->cipher_end - conn->cipher_start);
+}
 
-    if (conn->cipher_start == conn->cipher_end)
-        return false;
-    taken = nv_tls_feed(conn->tls, conn->cipher + conn->cipher_start, conn->cipher_end - conn->cipher_start);
-    if (taken < 0) {
-        broken(conn, (int)taken);
-        return false;
-    }
-    conn->cipher_start += (uint32_t)taken;
-    assert(conn->cipher_start <= conn->cipher_end);
-    return taken > 0;
+static void take_back(struct nv_conn *conn)
+{
+    const size_t left = nv_tls_take_back(conn->tls);
+
+    assert(left <= conn->cipher_end - conn->cipher_start);
+    conn->cipher_start = conn->cipher_end - (uint32_t)left;
 }
 
 static bool handshake(struct nv_conn *conn)
 {
-    do {
-        int state = nv_tls_handshake(conn->tls);
-        nv_reactor_send_later(conn->reactor, conn);
-        if (state < 0)
-            broken(conn, state);
-        if (state != 0)
-            return state > 0;
-    } while (feed(conn));
-    return false;
+    int state;
+
+    lend(conn);
+    state = nv_tls_handshake(conn->tls);
+    take_back(conn);
+    nv_reactor_send_later(conn->reactor, conn);
+    if (state < 0)
+        broken(conn, state);
+    return state > 0;
 }
 
 size_t nv_secure_read(struct nv_conn *conn, void *to, size_t size)
 {
+    ssize_t got;
+
     assert(size > 0);
     if (conn->rx_done || (conn->haggle->state == NV_HAGGLE_HANDSHAKE && !handshake(conn)))
         return 0;
     if (conn->haggle->state == NV_HAGGLE_HANDSHAKE)
         return 1; /* the handshake is done: the caller moves on */
-    do {
-        ssize_t got = nv_tls_read(conn->tls, to, size);
-        if (got > 0)
-            return (size_t)got;
-        if (got < 0) {
-            broken(conn, got != -EPIPE ? (int)got : nv_conn_between_requests(conn) ? 0 : -ECONNRESET);
-            return 0;
-        }
-    } while (feed(conn));
-    nv_reactor_send_later(conn->reactor, conn); /* TLS may have something of its own to say */
+    lend(conn);
+    got = nv_tls_read(conn->tls, to, size);
+    take_back(conn);
+    if (got > 0)
+        return (size_t)got;
+    if (got < 0)
+        broken(conn, got != -EPIPE ? (int)got : nv_conn_between_requests(conn) ? 0 : -ECONNRESET);
+    else
+        nv_reactor_send_later(conn->reactor, conn); /* TLS may have something of its own to say */
     return 0;
 }
 

@@ -37,6 +37,8 @@ struct nv_tls {
     struct nv_tls_context *context;
     SSL *ssl;
     struct queue input, output;
+    const unsigned char *lent; /* NULL outside of nv_tls_lend() .. nv_tls_take_back() */
+    size_t lent_size;
     bool handshaken;
     bool broken;
     char psk_name[NV_PSK_NAME_MAX + 1]; /* the identity whose key was handed out last, proved only by a finished handshake */
@@ -120,6 +122,20 @@ static size_t queue_get(struct queue *queue, unsigned char *out, size_t capacity
     return taken;
 }
 
+/* From what is lent, once what was fed before is gone. */
+static size_t lent_get(struct nv_tls *tls, unsigned char *out, size_t capacity)
+{
+    size_t taken = tls->input.size ? 0 : tls->lent_size;
+    if (taken > capacity)
+        taken = capacity;
+    if (taken == 0)
+        return 0;
+    memcpy(out, tls->lent, taken);
+    tls->lent += taken;
+    tls->lent_size -= taken;
+    return taken;
+}
+
 /* ---- the BIO between OpenSSL and the queues ---- */
 
 static int bio_write(BIO *bio, const char *bytes, int size)
@@ -139,6 +155,8 @@ static int bio_read(BIO *bio, char *out, int capacity)
     struct nv_tls *tls = BIO_get_data(bio);
     BIO_clear_retry_flags(bio);
     size_t taken = capacity > 0 ? queue_get(&tls->input, (unsigned char *)out, (size_t)capacity) : 0;
+    if (taken == 0 && capacity > 0)
+        taken = lent_get(tls, (unsigned char *)out, (size_t)capacity);
     if (taken == 0) {
         BIO_set_retry_read(bio);
         return -1;
@@ -245,6 +263,22 @@ void nv_tls_free(struct nv_tls *tls)
 ssize_t nv_tls_feed(struct nv_tls *tls, const void *cipher, size_t size)
 {
     return queue_put(&tls->input, cipher, size);
+}
+
+void nv_tls_lend(struct nv_tls *tls, const void *cipher, size_t size)
+{
+    assert(!tls->lent);
+    tls->lent = cipher;
+    tls->lent_size = size;
+}
+
+size_t nv_tls_take_back(struct nv_tls *tls)
+{
+    const size_t left = tls->lent_size;
+
+    tls->lent = NULL;
+    tls->lent_size = 0;
+    return left;
 }
 
 size_t nv_tls_pending(struct nv_tls *tls, const void **cipher)

@@ -39,6 +39,11 @@ void nv_tls_free(struct nv_tls *tls);
  * bytes wait to be read as plaintext; -ENOMEM when memory is short. */
 ssize_t nv_tls_feed(struct nv_tls *tls, const void *cipher, size_t size);
 
+/* Let the next calls read received ciphertext where it stands, behind all that was fed. nv_tls_take_back() ends that, and
+ * tells how many bytes at its end were not read: they are to be lent, or fed, again. */
+void nv_tls_lend(struct nv_tls *tls, const void *cipher, size_t size);
+size_t nv_tls_take_back(struct nv_tls *tls);
+
 /* Go on with the handshake: 1 done, 0 wants more bytes, -EPROTO failed (nv_tls_error() says why).
  * Whatever the result, what nv_tls_pending() then holds (also an alert) is to be sent. */
 int nv_tls_handshake(struct nv_tls *tls);
