@@ -12,14 +12,19 @@ from perf.peers import (
     CEILING,
     CEILING_FILE,
     NBDKIT_CACHE,
+    NBDKIT_LOG,
     OURS,
     OURS_CACHE,
     OURS_HALF,
+    OURS_LOG,
+    OURS_LOG_FULL,
     OURS_MILLION_RUNS,
     OURS_MIRROR,
     OURS_NULL,
     OURS_ONE_RUN,
+    OURS_SLOW,
     OURS_TWO,
+    QEMU_LOG,
     QEMU_NBD,
     QUORUM,
     RIVALS,
@@ -113,6 +118,16 @@ _RESYNC = "resync of a whole leg"
 _DISK, _TLS = "O_DIRECT on the real disk", "TLS on TCP, per core"
 
 
+def _large(suite: str, where: str) -> Iterator[Bar]:
+    """Large blocks against the best peer, and how far the socket's ceiling is ahead of it: no server gets further."""
+    for work, point in ((_SEQ_READ, "seqread-256k-qd8"), (_SEQ_WRITE, "seqwrite-256k-qd8")):
+        yield Bar(work + where, _BEST_CPU, suite, point, _PER_CPU, RIVALS, ">=", 1.5)
+        yield Bar(
+            work + where, "the same of the socket ceiling, without storage", suite, point, _PER_CPU, RIVALS, ">=", None,
+            ours=CEILING,
+        )  # fmt: skip
+
+
 def _against_peers(suite: str, where: str) -> list[Bar]:
     """The bars that compare with other servers: the same ones on every transport without TLS."""
     costs = [
@@ -135,8 +150,7 @@ def _against_peers(suite: str, where: str) -> list[Bar]:
             (_KIT, _IOPS, _NBDKIT, ">=", 1), (_KIT_CPU, _PER_CPU, _NBDKIT, ">=", 1.5),
             (_QEMU, _IOPS, QEMU_NBD, ">=", 5),
         ),
-        *_ratios(_SEQ_READ + where, suite, "seqread-256k-qd8", (_BEST_CPU, _PER_CPU, RIVALS, ">=", 1.5)),
-        *_ratios(_SEQ_WRITE + where, suite, "seqwrite-256k-qd8", (_BEST_CPU, _PER_CPU, RIVALS, ">=", 1.5)),
+        *_large(suite, where),
         *_ratios(
             _ONE + where, suite, "randread-4k-qd1",
             ("mean latency / best peer", _MEAN, RIVALS, "<=", 0.75), ("p99 latency / best peer", _P99, RIVALS, "<=", 1),
@@ -178,6 +192,20 @@ def _cache_bars() -> Iterator[Bar]:
     yield Bar(hits, kit, "cache", point, _IOPS, (NBDKIT_CACHE,), ">=", None, ours=OURS_CACHE)
     for work in (point, "randrw-4k-qd32", "randwrite-4k-qd32", "seqread-256k-qd8"):
         yield Bar(half, f"{work}: IOPS / no cache", "cache", work, _IOPS, (OURS,), ">=", 0.95, ours=OURS_HALF)
+
+
+def _log_bars() -> Iterator[Bar]:
+    """The write-back log over storage that takes 2 ms more, beside the same without a log."""
+    for depth, factor in ((1, 10), (16, 5)):
+        work, point = f"write-back log, slow storage, 4 KiB random write, depth {depth}", f"randwrite-4k-qd{depth}"
+        yield Bar(work, "IOPS / write-through", "writeback", point, _IOPS, (OURS_SLOW,), ">=", factor, ours=OURS_LOG)
+        own = "IOPS / the log device's own, in records as large"
+        yield Bar(work, own, "writeback", point, _IOPS, _STORAGE, ">=", 0.7, ours=OURS_LOG)
+        for label, other in (("nbdkit's cache filter, write-back", NBDKIT_LOG), ("qemu-nbd, write-back", QEMU_LOG)):
+            yield Bar(work, f"IOPS / {label}", "writeback", point, _IOPS, (other,), ">=", None, ours=OURS_LOG)
+    work = "write-back log that is full, 4 KiB random write, depth 16"
+    point = "sustained-4k-qd16"
+    yield Bar(work, "IOPS / no log", "writeback", point, _IOPS, (OURS_SLOW,), ">=", 0.9, ours=OURS_LOG_FULL)
 
 
 BARS: tuple[Bar, ...] = (
@@ -224,7 +252,7 @@ BARS: tuple[Bar, ...] = (
     *_mirror_bars("mirror", ""),
     *_mirror_bars("mirror-disk", ", O_DIRECT on the real disk"),
 )  # fmt: skip
-OWN_BARS: tuple[Bar, ...] = (*_cache_bars(),)
+OWN_BARS: tuple[Bar, ...] = (*_cache_bars(), *_log_bars())
 """Of suites that are run by themselves: judged where a run has them."""
 
 IDLE_EXPORTS = 1000

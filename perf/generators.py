@@ -70,7 +70,7 @@ def serving(peer: Peer, place: Place) -> Iterator[Running]:
 
 def loadgen(tool: Path, running: Running, load: Load, peer: str, turn: int, seconds: float) -> Sample:
     """One sample by our load generator."""
-    length = ["--seconds", str(seconds), "--warmup", str(WARM_UP_S)]
+    length = ["--seconds", str(seconds), "--warmup", str(WARM_UP_S if load.warmup is None else load.warmup)]
     out = loadgen_json(tool, running, [*load.arguments(), *length], seconds + EXTRA_LIMIT_S)
     latency, server, requests = out["latency"]["all"], out["server"], int(out["requests"])
     if requests == 0:
@@ -183,8 +183,34 @@ def storage_arguments(load: Load, file: Path, size: int, direct: bool, seconds: 
     return [*arguments, f"--rwmixread={mix['read']}"] if len(mix) == 2 else arguments
 
 
+GROUPS_MAX = 4
+"""Records of a write-back log that are under way at once (native/include/limits.h)."""
+
+
+def log_arguments(load: Load, file: Path, size: int, seconds: float) -> list[str]:
+    """fio writing what a write-back log writes for a point, and nothing else: records in sequence, past the cache."""
+    assert load.group is not None
+    depth = min(GROUPS_MAX, max(1, load.depth // load.group))
+    return [
+        "--name=storage", "--ioengine=io_uring", f"--filename={file}", f"--size={size}", "--rw=write",
+        f"--bs={(load.group + 1) * load.block_bytes}", f"--iodepth={depth}", "--direct=1", "--time_based",
+        f"--runtime={round(seconds * 1000)}ms", "--percentile_list=50:90:99:99.9",
+    ]  # fmt: skip
+
+
+def committed(load: Load, file: Path, size: int, turn: int, seconds: float) -> Sample:
+    """The log device's own rate of blocks, as many a record as the point says."""
+    assert load.group is not None
+    report = run_fio(log_arguments(load, file, size, seconds), {}, seconds + EXTRA_LIMIT_S)
+    sample = fio_sample(report, STORAGE, turn, None)
+    blocks = sample.requests * load.group
+    return sample.model_copy(update={"iops": sample.iops * load.group, "requests": blocks})
+
+
 def storage(load: Load, file: Path, size: int, direct: bool, turn: int, seconds: float) -> Sample | None:
-    """The storage's ceiling: the same work without any server."""
+    """The storage's ceiling: the same work without any server, or what a log makes of it."""
+    if load.group is not None:
+        return committed(load, file, size, turn, seconds)
     arguments = storage_arguments(load, file, size, direct, seconds)
     if arguments is None:
         return None

@@ -17,6 +17,7 @@ from pathlib import Path
 from perf.mirrored import meta_bytes
 from perf.model import Backend, Transport
 from perf.servers import PSK_IDENTITY, Place, Plan, ServerError
+from perf.slow import delayed
 from perf.usage import children
 
 ROOT = Path(__file__).parent.parent
@@ -30,12 +31,21 @@ OURS_CACHE = "nbdvvol-cache"
 OURS_HALF = "nbdvvol-cache-half"
 OURS_NULL = "nbdvvol-null"
 NBDKIT_CACHE = "nbdkit-cache"
+OURS_SLOW = "nbdvvol-slow"
+OURS_LOG = "nbdvvol-writeback"
+OURS_LOG_FULL = "nbdvvol-writeback-full"
+NBDKIT_LOG = "nbdkit-writeback"
+QEMU_LOG = "qemu-writeback"
+LOG_TIMES, LOG_PART = 8, 4
+"""So many times the volume a log never fills up in its suite; a volume's fourth is full within a point's warm-up."""
 MILLION = 1_000_000
 CEILING = "ceiling"
 CEILING_FILE = "ceiling-file"
 STORAGE = "storage"
 """Not a server: fio's io_uring engine on the same kind of file."""
 CLIENTS_MAX = 1100
+LOG_LIMIT_S = 60.0
+"""A log's file is written from end to end before it is formatted."""
 
 
 @dataclass(frozen=True)
@@ -222,6 +232,38 @@ def _quorum(place: Place) -> Plan:
     return Plan(command, export="disk", prefill=True, legs=legs)
 
 
+def _slow(place: Place, command: list[str], environment: dict[str, str] | None = None) -> Plan:
+    """A server over the place's file behind nbdkit's delay filter; its URI is in the command already."""
+    first = [sys.executable, "-m", "perf.slow", "--socket", str(_slow_socket(place)), "--file", str(place.file), "--"]
+    return Plan([*first, *command], environment={"PYTHONPATH": str(ROOT), **(environment or {})})
+
+
+def _slow_socket(place: Place) -> Path:
+    return place.folder / "slow"
+
+
+def _ours_slow(place: Place, log_bytes: int = 0) -> Plan:
+    """Our data plane over the slow export, with a write-back log of that size on the same disk as the file, or none."""
+    command = [sys.executable, "-m", "perf.logged", "--unix", str(place.socket), "--size", str(place.size)]
+    command += ["--uri", f"nbd+unix:///?socket={_slow_socket(place)}", "--spin-us", str(place.spin_us)]
+    if log_bytes:
+        command += ["--log", str(place.file.with_suffix(".log")), "--log-bytes", str(log_bytes)]
+    return replace(_slow(place, command), limit_s=LOG_LIMIT_S)
+
+
+def _nbdkit_log(place: Place) -> Plan:
+    """Its cache filter in front of the delay, with its cache on the same disk; nothing of it survives a crash."""
+    words = ["--filter=cache", *delayed(["file", str(place.file)]), "cache=writeback"]
+    return replace(_nbdkit(place, words), environment={"TMPDIR": str(place.file.parent)})
+
+
+def _qemu_log(place: Place) -> Plan:
+    """qemu-nbd over the slow export in its write-back mode, which is about flushes: it has no cache of its own."""
+    source = f"nbd+unix:///?socket={_slow_socket(place)}"
+    server = ["qemu-nbd", "-t", "-e", str(CLIENTS_MAX), "-k", str(place.socket), "-f", "raw", "--cache=writeback"]
+    return _slow(place, [*server, source])
+
+
 def filter_of(pid: int) -> int:
     """`up` runs control and a filter as children."""
     for child in children(pid):
@@ -249,6 +291,11 @@ PEERS: tuple[Peer, ...] = (
     Peer(OURS_CACHE, _DISK, _UNIX, lambda p: _ours(p, 2 * p.size, "writethrough"), _US, variant=True),
     Peer(OURS_HALF, _DISK, _UNIX, lambda p: _ours(p, p.size // 2), _US, variant=True),
     Peer(OURS_NULL, _DISK, _UNIX, _plane, _US, variant=True),
+    Peer(OURS_SLOW, _DISK, _UNIX, _ours_slow, "nbdkit", variant=True),
+    Peer(OURS_LOG, _DISK, _UNIX, lambda p: _ours_slow(p, LOG_TIMES * p.size), "nbdkit", variant=True),
+    Peer(OURS_LOG_FULL, _DISK, _UNIX, lambda p: _ours_slow(p, p.size // LOG_PART), "nbdkit", variant=True),
+    Peer(NBDKIT_LOG, _DISK, _UNIX, _nbdkit_log, "nbdkit", variant=True),
+    Peer(QEMU_LOG, _DISK, _UNIX, _qemu_log, "qemu-nbd", variant=True),
     Peer(CEILING, _ALL, _PLAIN, _ceiling, "cc"),
     Peer(CEILING_FILE, _PAGE_CACHE, _UNIX, _ceiling_file, "cc", variant=True),
     Peer("nbdkit-file", _FILES, _EVERYWHERE, _nbdkit_file, "nbdkit"),
@@ -262,8 +309,11 @@ PEERS: tuple[Peer, ...] = (
     Peer("nbd-server", _PAGE_CACHE, _PLAIN, _nbd_server, "nbd-server"),
 )
 BY_NAME = {peer.name: peer for peer in PEERS}
-OUR_FORMS = (OURS, OURS_TWO, OURS_ONE_RUN, OURS_MILLION_RUNS, OURS_MIRROR, OURS_CACHE, OURS_HALF, OURS_NULL)
-OTHERS = (CEILING, CEILING_FILE, QUORUM, NBDKIT_CACHE)
+OUR_FORMS = (
+    OURS, OURS_TWO, OURS_ONE_RUN, OURS_MILLION_RUNS, OURS_MIRROR, OURS_CACHE, OURS_HALF, OURS_NULL, OURS_SLOW, OURS_LOG,
+    OURS_LOG_FULL,
+)  # fmt: skip
+OTHERS = (CEILING, CEILING_FILE, QUORUM, NBDKIT_CACHE, NBDKIT_LOG, QEMU_LOG)
 """Limits, and what is compared with forms of ours alone."""
 RIVALS = tuple(peer.name for peer in PEERS if peer.name not in (*OUR_FORMS, *OTHERS))
 QEMU_NBD = ("qemu-nbd-uring", "qemu-nbd-threads")

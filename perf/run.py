@@ -158,6 +158,8 @@ def _one(options: Options, suite: Suite, point: str, peer: str, server: Running,
     if suite.resync and point == RESYNC:
         return resync.measure(server, peer, turn) if server.resyncs else []
     load = suite.points[point]
+    if load.only and peer not in load.only:
+        return []
     if not load.resyncing:
         return [generators.loadgen(tool, server, load, peer, turn, options.seconds)]
     if server.resyncs is None:
@@ -168,7 +170,9 @@ def _one(options: Options, suite: Suite, point: str, peer: str, server: Running,
 
 def _storage(options: Options, suite: Suite, point: str, file: Path, size: int, turn: int) -> Sample | None:
     load, direct = suite.points.get(point), suite.backend == "disk"
-    return generators.storage(load, file, size, direct, turn, options.seconds) if load else None
+    if load is None or (load.only and STORAGE not in load.only):
+        return None
+    return generators.storage(load, file, size, direct, turn, options.seconds)
 
 
 def measure(options: Options, suite: Suite, point: str, turn: int, servers: _Field, say: Say) -> list[Sample]:

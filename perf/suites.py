@@ -16,6 +16,10 @@ SPIN_US = 50
 """Server and load generator spin that long before they sleep, in points that measure rate and not latency."""
 
 
+_NOT_ITS = {"resyncing", "warmup", "only", "group"}
+"""Of a point, what the load generator is not told."""
+
+
 class SuiteError(Exception):
     """A suite file that cannot be used, with the reason."""
 
@@ -37,13 +41,19 @@ class Load(BaseModel):
     lockstep: bool = False
     batch: int | None = None
     spin_us: int = SPIN_US
+    warmup: float | None = Field(default=None, ge=0)
+    """Seconds of it before what is measured, where that has to be longer than a moment."""
+    only: tuple[str, ...] = ()
+    """Only these of the suite's servers take part."""
+    group: int | None = Field(default=None, ge=1, le=160)
+    """What fio's storage ceiling does instead: a log's records of so many blocks and a head each, in sequence."""
     resyncing: bool = False
     """A mirror copies a whole leg meanwhile; servers that are none, or cannot be told to, do not take part."""
 
     def arguments(self) -> list[str]:
         """For perf/native/loadgen."""
         out: list[str] = []
-        for name, value in self.model_dump(exclude_none=True, exclude={"resyncing"}).items():
+        for name, value in self.model_dump(exclude_none=True, exclude=_NOT_ITS).items():
             flag = f"--{name.replace('_', '-')}"
             if value is True:
                 out.append(flag)
