@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import select
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from tests.lib.nbdwords import MiB
 from tests.lib.netfarm import all_in_sync, bring_back, states
 from tests.lib.pattern import difference, pattern
 from tests.lib.peers import Peer, closed_peers, nbdkit, our_farm, qemu_nbd
-from tests.lib.procs import wait_until
+from tests.lib.procs import need, run, short_dir, wait_until
 from tests.lib.rawio import Transmission
 
 __all__ = ["closed_peers", "lun"]
@@ -83,8 +85,8 @@ def test_a_leg_without_space(lun: Lun, farms: MakeFarm, kind: str) -> None:
     farm = farms(spec).start()
     data = pattern(34, 0, 8 * MiB)
     with farm.open("disk") as nbd:
-        run = farm.vvol("vm1/disk")["legs"][1]["regions"][0]
-        lun.fill_up(run["object_offset"], run["length"])
+        region = farm.vvol("vm1/disk")["legs"][1]["regions"][0]
+        lun.fill_up(region["object_offset"], region["length"])
         nbd.write(0, data)
         nbd.flush()
         wait_until("the registry knows of the loss", lambda: "mirror.stale" in farm.events())
@@ -119,6 +121,67 @@ def test_a_hanging_leg_fails_at_its_deadline_and_comes_back_by_itself(farms: Mak
         wait_until("it is told what the leg waits for", lambda: waits in farm.vvol("vm1/disk")["legs"][1]["now"]["why"])
         assert waits in farm.cli("describe", "vvol", "vm1/disk").stdout
         peers[0].freeze(False)
+        bring_back(farm)
+        assert difference(bytes(data), nbd.read(0, SIZE)) == ""
+    assert "alike" in verified(farm)
+
+
+@pytest.fixture
+def icy() -> Iterator[Path]:
+    """A file system that a test may freeze (`fsfreeze`): what is written there then hangs in the kernel."""
+    folder = short_dir()
+    with (folder / "fs.img").open("wb") as file:
+        file.truncate(160 * MiB)
+    run([need("mkfs.ext4", "e2fsprogs"), "-q", folder / "fs.img"])
+    (folder / "fs").mkdir()
+    run([need("mount", "mount"), "-o", "loop", folder / "fs.img", folder / "fs"])
+    try:
+        yield folder / "fs"
+    finally:
+        run([need("umount", "mount"), folder / "fs"])
+        shutil.rmtree(folder)
+
+
+@contextmanager
+def frozen(folder: Path) -> Iterator[None]:
+    freeze = need("fsfreeze", "util-linux")
+    run([freeze, "--freeze", folder])
+    try:
+        yield
+    finally:
+        run([freeze, "--unfreeze", folder])
+
+
+@pytest.mark.parametrize("kind", ["file", "block"])
+def test_a_local_leg_that_hangs_in_the_kernel(icy: Path, farms: MakeFarm, kind: str) -> None:
+    """It fails at its deadline, nothing is copied to it until all it was asked has ended, and then it comes back."""
+    file = icy / "leg.img"
+    with file.open("wb") as out:
+        out.truncate(64 * MiB)
+    with ExitStack() as stack:
+        path = file
+        if kind == "block":
+            path = Path(run([need("losetup", "mount"), "--show", "--find", file]).stdout.strip())
+            stack.callback(run, [need("losetup", "mount"), "--detach", path])
+        spec = mirrored(local("one"), ("slow", {"kind": kind, "path": str(path)}), **{"write-deadline": "1s"})
+        with farms(spec) as farm:
+            hangs(farm.start(), icy)
+
+
+def hangs(farm: Farm, icy: Path) -> None:
+    data = bytearray(pattern(40, 0, SIZE))
+    with farm.open("disk") as nbd:
+        nbd.write(0, data)
+        nbd.flush()
+        with frozen(icy):
+            overwrite(nbd, data)
+            assert states(farm) == {"one": "in-sync", "slow": "stale"}
+            waits = "old operations have not ended"
+            told = lambda: farm.vvol("vm1/disk")["legs"][1]["now"]["why"]  # noqa: E731
+            wait_until("it is told what the leg waits for", lambda: waits in told())
+            overwrite(nbd, data)
+            assert difference(bytes(data), nbd.read(0, SIZE)) == ""
+            assert states(farm) == {"one": "in-sync", "slow": "stale"} and waits in told()
         bring_back(farm)
         assert difference(bytes(data), nbd.read(0, SIZE)) == ""
     assert "alike" in verified(farm)

@@ -118,5 +118,8 @@ def play(storm: Storm) -> None:
     storm.fio.stop()
     with storm.farm.open("disk") as nbd:
         storm.ledger.verify(nbd)
+    answer = storm.farm.api("POST", "/v1/vvols/vm1/disk/verify", {"repair": False})
+    told = str(storm.farm.task(answer, timeout_s=60)["detail"])
+    assert "alike" in told, f"each leg has every acknowledged write, whichever is read: {told}"
     assert storm.kills >= KILLS and storm.cuts >= KILLS // 40 and storm.ledger.answered > 10 * KILLS
     assert storm.fio.runs > 1, storm.fio.runs

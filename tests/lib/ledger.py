@@ -19,6 +19,8 @@ from tests.lib.rawnbd import Closed
 BLOCK = 4096
 SECTOR = 512
 ZERO = 0
+FOUND = -1
+"""The version of a block that a killed write has half written: what was read of it then is what stays."""
 DEPTH = 16
 
 
@@ -31,6 +33,7 @@ class Ledger:
         self.base = base
         self.acked = [ZERO] * blocks
         self.pending: list[set[int]] = [set() for _ in range(blocks)]
+        self._found: dict[int, bytes] = {}
         self.answered = 0
         self.last_answer = time.monotonic()
         self.shutdowns = 0
@@ -43,6 +46,8 @@ class Ledger:
         """A block's bytes at a version."""
         if version == ZERO:
             return bytes(BLOCK)
+        if version == FOUND:
+            return self._found[block]
         return b"".join(struct.pack(">QQQQ", self.seed, block, version, sector) * 16 for sector in range(8))
 
     def work(self, nbd: Transmission, stop: threading.Event) -> None:
@@ -114,7 +119,9 @@ class Ledger:
                     f"block {block}, byte {start}: holds {describe(piece)}, allowed are versions {sorted(allowed)} "
                     f"(acknowledged {self.acked[block]}) of seed {self.seed}"
                 )
-        self.pending[block] = allowed
+        self.pending[block].clear()
+        self.acked[block] = FOUND
+        self._found[block] = data
 
 
 def describe(sector: bytes) -> str:

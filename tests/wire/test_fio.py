@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.lib.procs import need, run
+from tests.lib.fioload import BLOCK_BYTES, FioLoad
+from tests.lib.peers import Peer, closed_peers, qemu_nbd
+from tests.lib.procs import need, run, wait_until
 from tests.lib.shared import SharedFarm
 
+__all__ = ["closed_peers"]
 pytestmark = pytest.mark.timeout(120)
 
 
@@ -42,3 +45,24 @@ def test_several_connections(shared: SharedFarm, tmp_path: Path) -> None:
 
 def test_trims(shared: SharedFarm, tmp_path: Path) -> None:
     fio(tmp_path, shared.uri("root"), rw="randtrimwrite", bs="64k", iodepth=8, size="4M")
+
+
+def test_the_load_that_runs_beside_kills_sees_one_lost_write(peers: list[Peer], tmp_path: Path) -> None:
+    """A block is as the run before has left it."""
+    peers.append(qemu_nbd(1 << 20).start())
+    assert isinstance(peers[0].address, Path)
+    load = FioLoad(tmp_path, peers[0].address, "e", 0, 1 << 20, iops=5000)
+    try:
+        wait_until("it has written everything twice", lambda: load.runs > 1, 60)
+        load.end()
+        newest, older = (number.to_bytes(4, "big") for number in (load.runs, load.runs - 1))
+        with peers[0].file.open("r+b") as file:
+            file.seek(7 * BLOCK_BYTES)
+            block = file.read(BLOCK_BYTES)
+            assert block.count(newest) > 100
+            file.seek(7 * BLOCK_BYTES)
+            file.write(block.replace(newest, older))
+        with pytest.raises(AssertionError):
+            load.stop()
+    finally:
+        load.close()
