@@ -369,10 +369,10 @@ def _resolve_paths(farm: Farm, base: Path, tree: _Tree) -> None:
     if farm.tls is not None:
         farm.tls.certs, farm.tls.psk = absolute(farm.tls.certs), absolute(farm.tls.psk)
     for host in farm.hosts.values():
-        host.token_file = absolute(host.token_file)
+        host.token_file, host.logs = absolute(host.token_file), absolute(host.logs)
     for profile in farm.profiles.values():
         if profile.cache is not None and profile.cache.log is not None:
-            profile.cache.log.path = absolute(profile.cache.log.path) or ""
+            profile.cache.log.path = absolute(profile.cache.log.path)
     for datastore in farm.datastores.values():
         datastore.path = absolute(datastore.path)
         datastore.uri = _resolve_socket(datastore.uri, base)

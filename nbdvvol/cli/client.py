@@ -169,6 +169,14 @@ class Client:
         """Write out what a VVol's host alone has of it."""
         return TaskRef.model_validate(self._call("POST", f"/v1/vvols/{self.resolve(name)}/cache/drain"))
 
+    def discard_log(self, name: str) -> VVol:
+        """Give up what any write-back log holds of a VVol."""
+        return VVol.model_validate(self._call("POST", f"/v1/vvols/{self.resolve(name)}/cache/discard"))
+
+    def recover_log(self, name: str) -> VVol:
+        """Have the log replayed that the VVol's host has found."""
+        return VVol.model_validate(self._call("POST", f"/v1/vvols/{self.resolve(name)}/cache/recover"))
+
     def risks(self, name: str) -> ForceRisks:
         """What taking a VVol by force would put at risk."""
         return ForceRisks.model_validate(self._call("GET", f"/v1/vvols/{self.resolve(name)}/risks"))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from nbdvvol.cli.output import amount, number
+from nbdvvol.model.units import about_time
 
 if TYPE_CHECKING:
     from nbdvvol.model.base import Model
@@ -42,7 +43,7 @@ class _Look:
 def tables(now: Sequence[HostCounters], before: Sequence[HostCounters] | None) -> list[Table]:
     """VVols, caches, datastores, reactors: totals, or with an earlier look rates. VVols need clients to be there."""
     live = before is not None
-    parts = (_vvols, _caches, _host_caches, _datastores, _reactors)
+    parts = (_vvols, _caches, _logs, _host_caches, _datastores, _reactors)
     found = (part(now, before or (), live) for part in parts)
     return [table for table in found if table[1]]
 
@@ -89,6 +90,25 @@ def _caches(now: Sequence[HostCounters], before: Sequence[HostCounters], live: b
             )
         )
     return _per_second((*heads, *counts), len(heads)) if live else (*heads, *counts), rows
+
+
+def _logs(now: Sequence[HostCounters], before: Sequence[HostCounters], live: bool) -> Table:
+    """Write-back logs."""
+    levels = ("logged", "state", "dirty", "oldest", "used", "size", "destage/s")
+    counts = ("logged", "groups", "syncs", "bypassed")
+    heads = (*levels, "requests", *counts[1:], "destaged_bytes", "merged_bytes")
+    rows: list[tuple[object, ...]] = []
+    for look in _looks(now, before, "exports", ("vvol", "uuid", "epoch")):
+        log, old = getattr(look.now, "log", None), getattr(look.before, "log", None)
+        if log is None:
+            continue
+        inner = _Look(look.name, look.host, log, old, look.seconds)
+        oldest = about_time(log.oldest_age_ms / 1000) if log.dirty_bytes else "-"
+        sizes = (amount(log.used_bytes), amount(log.ring_bytes), amount(log.destage_rate))
+        columns = _counts(inner, live, *((name,) for name in counts))
+        merged = _amounts(inner, live, "destaged_bytes", "merged_bytes")
+        rows.append((look.name, log.state, amount(log.dirty_bytes), oldest, *sizes, *columns, *merged))
+    return _per_second(heads, len(levels)) if live else heads, rows
 
 
 def floor_words(cache: CacheCounters) -> str:

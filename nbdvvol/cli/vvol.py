@@ -192,6 +192,7 @@ def describe(name: VVolArgument, output: OutputOption = Output.TABLE, run: RunOp
 
 
 def _describe(vvol: VVol, counters: list[ExportCounters]) -> None:
+    from nbdvvol.cli.cache import log_words, lost_words
     from nbdvvol.cli.mirror import leg_words, mirror_words
     from nbdvvol.cli.output import pairs
     from nbdvvol.model.units import format_size
@@ -218,6 +219,8 @@ def _describe(vvol: VVol, counters: list[ExportCounters]) -> None:
             *((f"leg {leg.id}", _leg(leg) if vvol.mirror is None else leg_words(leg)) for leg in vvol.legs),
             *(("since opened", _done(one)) for one in counters),
             *(("of the cache", _cached(one.cache)) for one in counters if one.cache is not None),
+            ("log holds", lost_words(vvol) if vvol.log is not None and not counters else ""),
+            *(("write-back log", log_words(one.log)) for one in counters if one.log is not None),
             ("uri", vvol.uri),
         ]
     )

@@ -132,7 +132,7 @@ def compare(have: Have, farm: Farm) -> Plan:
     plan = Plan()
     refused: list[NvError] = []
     _try(refused, _compare_settings, plan, have, farm)
-    _compare_hosts(plan, have, farm)
+    _try(refused, _compare_hosts, plan, have, farm)
     for name, store in farm.datastores.items():
         _try(refused, _compare_datastore, plan, have, name, store)
     _try(refused, _check_paths, have, farm)
@@ -182,6 +182,9 @@ def _compare_hosts(plan: Plan, have: Have, farm: Farm) -> None:
         if old == host:
             plan.say("host", name, "keep")
             continue
+        if host.logs is not None and not host.logs.startswith("/"):
+            text = f"host {name}: the folder for logs {host.logs!r} is not absolute"
+            raise NvError(Code.CONFIG, text, "write the whole path; the farm file reader resolves relative ones")
         plan.hosts[name] = host
         plan.say("host", name, "update" if old else "create", _host_words(old, host) if old else "")
 

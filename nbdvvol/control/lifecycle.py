@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from nbdvvol.control.clock import moment
 from nbdvvol.control.older import check_older
-from nbdvvol.control.registry import bindings, faults, legs, space, stores
+from nbdvvol.control.registry import bindings, faults, legs, logs, orders, space, stores
 from nbdvvol.control.registry.space import LegPlace, Placement
 from nbdvvol.control.registry.stores import Store
 from nbdvvol.control.tasks import Body, Context
@@ -274,8 +274,22 @@ async def delete(context: Context) -> None:
     if await get_placement(context) is None:
         return
     await context.until(0.1, released, cancellable=False)
+    await _remove_log(context)
     await _give_back(context)
     await context.registry.run(space.finish_delete, uuid)
+
+
+async def _remove_log(context: Context) -> None:
+    """What a log holds of a VVol that is deleted goes with it; on a host that is away its file is left behind."""
+    job = context.job
+    host, file = await context.registry.run(logs.left_behind, job.vvol)
+    if host not in context.links.connected:
+        return
+    order = await context.registry.run(orders.outstanding, job.id, "log.remove")
+    if order is None:
+        args = {"vvol": job.vvol, "file": file}
+        order = await context.registry.run(orders.give, job.id, job.vvol, "log.remove", host, "log_remove", args)
+    await context.carry_out(order, (0.1, 0.2))
 
 
 async def _give_back(context: Context) -> None:
@@ -319,6 +333,12 @@ async def clear_fault(context: Context) -> None:
     await context.until(0.5, heard, cancellable=False)
 
 
+async def undo_bind(context: Context, error: str) -> None:
+    """It stays where it is: what was to be drained for the move is logged again."""
+    del error
+    await context.registry.run(logs.resume, context.job.vvol)
+
+
 async def undo_create(context: Context, error: str) -> None:
     """A VVol whose creation failed stays visible, with the reason, until it is deleted or tried again."""
     await context.registry.run(space.failed, context.job.vvol, error)
@@ -339,4 +359,4 @@ BODIES: dict[str, Body] = {
     "probe": probe,
     "clear-fault": clear_fault,
 }
-UNDO = {"create": undo_create, "resize": undo_resize}
+UNDO = {"create": undo_create, "bind": undo_bind, "resize": undo_resize}

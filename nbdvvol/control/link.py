@@ -17,16 +17,19 @@ from pydantic import ValidationError
 
 from nbdvvol.control import queries
 from nbdvvol.control.clock import moment
-from nbdvvol.control.registry import Registry, bindings, faults, feed, leases, legs, mirrors, orders, stores
+from nbdvvol.control.registry import Registry, bindings, faults, feed, leases, legs, logs, mirrors, orders, stores
 from nbdvvol.control.registry.orders import Order
 from nbdvvol.control.signal import Signals
 from nbdvvol.model import link
 from nbdvvol.model.errors import Code, NvError
+from nbdvvol.model.log import LogChange, LogReport
 from nbdvvol.model.mirror import Leased, LegChange, LegDoubt, MirrorReport, Renew
 
 log = structlog.get_logger()
 HELLO_TIMEOUT_S = 10.0
 EPHEMERAL = 1 << 52
+LOG_WRITTEN_S = 5.0
+"""How often at most what a host says of a log is written down."""
 EPOCH_ANY = (1 << 63) - 1
 
 Progress = Callable[[float], None]
@@ -75,6 +78,10 @@ class HostLink:
         """Asked and not answered yet: the kind of answer, and who waits for it."""
         self.mirrors: dict[str, MirrorReport] = {}
         """What it said last of each mirror that it runs."""
+        self.logs: dict[str, LogReport] = {}
+        """... and of each write-back log ..."""
+        self.written: dict[str, float] = {}
+        """... and when that was written down last, by the loop's clock."""
 
     def answered(self, answer: link.Counters | link.Traced) -> None:
         """Hand an answer to whoever waits for it; one of the wrong kind, or to nobody, is ignored."""
@@ -107,6 +114,11 @@ class Links:
         """What a host said last of a mirror that it runs; None when it is away or said nothing."""
         me = self.connected.get(host)
         return me.mirrors.get(uuid) if me is not None else None
+
+    def log(self, host: str, uuid: str) -> LogReport | None:
+        """What a host said last of a VVol's write-back log; None when it is away or said nothing."""
+        me = self.connected.get(host)
+        return me.logs.get(uuid) if me is not None else None
 
     def runs(self, host: str, revision: int) -> bool:
         """Whether the host's filter runs everything up to a revision, or is away and will hear of it first."""
@@ -156,6 +168,7 @@ class Links:
                 helper.cancel()
             if self.connected.get(host) is me:
                 del self.connected[host]
+            await self._write_logs(me, list(me.logs.values()))
             for _, future in me.questions.values():
                 if not future.done():
                     future.set_exception(_away(host))
@@ -262,8 +275,9 @@ class Links:
                 await self.registry.run(bindings.released, me.host, message.uuid, message.epoch)
                 me.told.discard(message.uuid)
                 me.mirrors.pop(message.uuid, None)
-            case LegChange() | LegDoubt() | link.LegReleased() | Renew() | MirrorReport():
-                await self._take_of_mirrors(me, message)
+                me.logs.pop(message.uuid, None)
+            case LegChange() | LegDoubt() | link.LegReleased() | Renew() | MirrorReport() | LogChange() | LogReport():
+                await self._take_of_layers(me, message)
             case link.Notice():
                 await self._notice(me.host, message)
             case link.WorkProgress():
@@ -280,10 +294,17 @@ class Links:
         if entry is not None and entry[2] is not None:
             entry[2](message.progress)
 
-    async def _take_of_mirrors(
-        self, me: HostLink, message: LegChange | LegDoubt | link.LegReleased | Renew | MirrorReport
+    async def _take_of_layers(
+        self,
+        me: HostLink,
+        message: LegChange | LegDoubt | link.LegReleased | Renew | MirrorReport | LogChange | LogReport,
     ) -> None:
+        """Mirrors and write-back logs."""
         match message:
+            case LogChange():
+                await me.send(await self.registry.run(logs.log_change, me.host, message))
+            case LogReport():
+                await self._take_log(me, message)
             case LegDoubt():
                 await self.registry.run(legs.leg_doubt, me.host, message)
             case LegChange():
@@ -295,6 +316,25 @@ class Links:
                 await me.send(Leased(id=message.id, vvols=given))
             case MirrorReport():
                 me.mirrors[message.uuid] = message
+
+    async def _take_log(self, me: HostLink, message: LogReport) -> None:
+        """Keep what a host says of a log; write it down now and then, for when the host is gone."""
+        before = me.logs.get(message.uuid)
+        me.logs[message.uuid] = message
+        now = asyncio.get_running_loop().time()
+        if now - me.written.get(message.uuid, -LOG_WRITTEN_S) >= LOG_WRITTEN_S:
+            me.written[message.uuid] = now
+            await self._write_logs(me, [message])
+        if before is None or (before.state, before.dirty_bytes) != (message.state, message.dirty_bytes):
+            self.changed.fire([message.uuid])
+
+    async def _write_logs(self, me: HostLink, reports: list[LogReport]) -> None:
+        if not reports:
+            return
+        try:
+            await self.registry.run(logs.reported, me.host, reports)
+        except NvError as error:
+            log.warning("what a host said of its logs is not written down", host=me.host, error=str(error))
 
     async def _notice(self, host: str, message: link.Notice) -> None:
         await self.registry.run(bindings.notice, host, message.event, message.subject, message.message)

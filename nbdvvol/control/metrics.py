@@ -22,6 +22,7 @@ from nbdvvol.model.observe import (
     ExportCounters,
     HostCache,
     HostCounters,
+    LogCounters,
     ReactorCounters,
 )
 from nbdvvol.model.resources import Datastore, Status, TaskState, VVol
@@ -52,6 +53,21 @@ _CACHE_TYPES = {
     "written": "written",
     "ahead": "ahead",
     "ahead_used": "ahead_used",
+}
+_LOG_LEVELS = {
+    "ring_bytes": ("size_bytes", "Its size."),
+    "used_bytes": ("used_bytes", "Of it, in use."),
+    "dirty_bytes": ("dirty_bytes", "What the storage has not yet."),
+    "lost_bytes": ("lost_bytes", "What can be read nowhere any more."),
+    "destage_rate": ("destage_bytes_per_second", "How fast it is carried to the storage now."),
+}
+_LOG_COUNTERS = {
+    "logged": ("logged_requests", "Requests that were logged."),
+    "bypassed": ("bypassed_requests", "Requests that went to the storage at once."),
+    "groups": ("groups", "Writes to the log, each of one request or more."),
+    "syncs": ("syncs", "Syncs of the log."),
+    "destaged_bytes": ("destaged_bytes", "Carried to the storage."),
+    "merged_bytes": ("merged_bytes", "Overwritten before they were carried."),
 }
 _REACTOR_COUNTERS = {
     "requests": ("requests", "Requests received."),
@@ -90,6 +106,7 @@ class FarmCollector(Collector):
             _datastores(status.datastores),
             _exports(status.counters),
             _caches(status.counters),
+            _logs(status.counters),
             _reactors(status.counters),
             _storage(status.counters),
         )
@@ -221,6 +238,25 @@ def _caches(hosts: Sequence[HostCounters]) -> Iterator[Metric]:
     yield _gauge("host_cache_used_bytes", "Holding something.", ["host"], _one(caches, "used_bytes"))
     yield _gauge("host_cache_pinned_bytes", "Being sent.", ["host"], _one(caches, "pinned_bytes"))
     yield _counter("host_cache_evictions", "Blocks that had to leave.", ["host"], _one(caches, "evictions"))
+
+
+def _logs(hosts: Sequence[HostCounters]) -> Iterator[Metric]:
+    """Write-back logs."""
+    labels = ["vvol", "vm", "host"]
+    found: list[tuple[Labels, LogCounters]] = [
+        ((export.vvol, export.vvol.split("/")[0], host.host), export.log)
+        for host in hosts
+        for export in host.exports
+        if export.log is not None
+    ]
+    for field, (name, text) in _LOG_LEVELS.items():
+        yield _gauge(f"vvol_log_{name}", text, labels, _one(found, field))
+    ages = [(names, log.oldest_age_ms / 1000) for names, log in found]
+    yield _gauge("vvol_log_oldest_age_seconds", "Since the oldest write not in the storage was logged.", labels, ages)
+    serving = [(names, float(log.state == "serving")) for names, log in found]
+    yield _gauge("vvol_log_serving", "1: writes are logged; 0: they go to the storage.", labels, serving)
+    for field, (name, text) in _LOG_COUNTERS.items():
+        yield _counter(f"vvol_log_{name}", text, labels, _one(found, field))
 
 
 def _reactors(hosts: Sequence[HostCounters]) -> Iterator[Metric]:

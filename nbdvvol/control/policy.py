@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nbdvvol.model.check import CACHE_BUILT, remote_findings
+from nbdvvol.model.check import log_findings, remote_findings
 from nbdvvol.model.errors import Code, NvError
 from nbdvvol.model.farm import DatastoreConfig, DatastoreKind, IoMode, ProfileConfig
 from nbdvvol.model.units import format_size
@@ -22,9 +22,16 @@ def check_profile(name: str, profile: ProfileConfig) -> None:
                 f"profile {name}: datastore {twice[0]} is named twice in its mirror: copies on one are lost together",
                 "name each once",
             )
-    if profile.cache is not None and profile.cache.mode not in CACHE_BUILT:
-        what = f"profile {name}: cache mode {profile.cache.mode} is not built yet"
-        raise NvError(Code.UNSUPPORTED, what, f"choose another cache mode: {', '.join(CACHE_BUILT)}")
+    for keys, sentence, unsupported in log_findings(profile):
+        code = Code.UNSUPPORTED if unsupported else Code.CONFIG
+        raise NvError(code, f"profile {name}: {sentence}", f"correct cache.{'.'.join(keys)}")
+    path = profile.logging.path if profile.logging is not None else None
+    if path is not None and not path.startswith("/"):
+        raise NvError(
+            Code.CONFIG,
+            f"profile {name}: the log's path {path!r} is not absolute",
+            "write the whole path; the farm file reader resolves relative ones",
+        )
 
 
 def check_datastore(name: str, config: DatastoreConfig) -> None:

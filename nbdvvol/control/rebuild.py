@@ -26,7 +26,7 @@ from uuid import UUID
 from pydantic import ValidationError
 
 from nbdvvol.control.lifecycle import file_name
-from nbdvvol.control.registry.rebuilt import pieces
+from nbdvvol.control.registry.rebuilt import hosts_of, logs_writes, pieces
 from nbdvvol.control.registry.space import FIRST_LEG
 from nbdvvol.datastores import format as disk
 from nbdvvol.model.farm import DatastoreConfig, DatastoreKind, Farm, VVolConfig
@@ -161,6 +161,7 @@ def decide(stores: Iterable[Found], farm: Farm, without: Iterable[str] = (), flo
     for store in found:
         _overlaps(work, store)
     _undeclared(work)
+    _logged(work)
     work.result.vvols.sort(key=lambda vvol: (vvol.vm, vvol.name))
     for name in sorted(work.without - work.used):
         work.block("NOT_GIVEN_UP", name, "nothing is given up by it", "say the name of a datastore, or UUID:LEG")
@@ -553,6 +554,19 @@ def _overlaps(work: _Work, store: Found) -> None:
             other = claims[index - 1]
             text = f"{name} and {other[3]} both claim bytes {start}..{min(end, other[1])}"
             work.block("CLAIMED_TWICE", store.name, text, "restore the registry; these map copies cannot both be right")
+
+
+def _logged(work: _Work) -> None:
+    """VVols that may have data in a write-back log, of which no datastore tells."""
+    for vvol in work.result.vvols:
+        hosts = hosts_of(work.farm, vvol)
+        if vvol.state == "ready" and logs_writes(work.farm, vvol):
+            text = f"it has a write-back log, which may hold data that no datastore has, on host {', '.join(hosts)}"
+            if len(hosts) == 1:
+                action = f"that host is asked: if its log holds data, decide by nbdvvol cache recover {vvol.full_name}"
+            else:
+                action = f"name the host that served it last: nbdvvol bind {vvol.full_name} --host HOST --force"
+            work.note("LOG_UNCHECKED", vvol.full_name, text, action)
 
 
 def _undeclared(work: _Work) -> None:

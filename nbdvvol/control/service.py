@@ -14,13 +14,14 @@ from nbdvvol.control import caches, lifecycle, mirrors, observe
 from nbdvvol.control.clock import moment
 from nbdvvol.control.credentials import HostTokens, read_tokens
 from nbdvvol.control.link import Links
+from nbdvvol.control.logview import log_problems, with_log
 from nbdvvol.control.mirrorview import mirror_problems, with_report
-from nbdvvol.control.registry import Committed, Registry, farm, risks, stores, upkeep, views
+from nbdvvol.control.registry import Committed, Registry, farm, logs, risks, stores, upkeep, views
 from nbdvvol.control.registry import mirrors as tending
 from nbdvvol.control.signal import Signal, Signals
 from nbdvvol.control.status import cache_problems, host_view, problems
 from nbdvvol.control.tasks import Tasks
-from nbdvvol.model.errors import NvError
+from nbdvvol.model.errors import Code, NvError
 from nbdvvol.model.farm import ControlConfig
 from nbdvvol.model.observe import HostCounters, Trace
 from nbdvvol.model.resources import Event, ForceRisks, Host, Reactor, Status, Task, TaskState, VVol
@@ -33,7 +34,7 @@ TEND_S = 5.0
 LOOK_FOR_S = 30.0
 """How often it looks for a datastore that is missing and that stale legs lie on."""
 BODIES = lifecycle.BODIES | mirrors.BODIES | caches.BODIES
-UNDO = lifecycle.UNDO | mirrors.UNDO
+UNDO = lifecycle.UNDO | mirrors.UNDO | caches.UNDO
 
 
 class Control:
@@ -131,21 +132,46 @@ class Control:
         return [host_view(row, row.name in self.links.connected) for row in rows]
 
     async def vvols(self) -> list[VVol]:
-        """Every VVol, with what hosts say of their mirrors."""
-        return [with_report(vvol, self.links.mirror) for vvol in await self.registry.run(views.vvols)]
+        """Every VVol, with what hosts say of their mirrors and logs."""
+        return [self._reported(vvol) for vvol in await self.registry.run(views.vvols)]
+
+    def _reported(self, vvol: VVol) -> VVol:
+        """With what its host says of it."""
+        return with_log(with_report(vvol, self.links.mirror), self.links.log)
 
     async def vvol(self, vm: str, name: str) -> VVol:
         """One VVol. Raises NOT_FOUND."""
-        return with_report(await self.registry.run(views.vvol, vm, name), self.links.mirror)
+        return self._reported(await self.registry.run(views.vvol, vm, name))
 
     async def resolve(self, name: str) -> VVol:
         """A VVol by its full name, UUID or unique short name. Raises NOT_FOUND or CONFLICT."""
-        return with_report(await self.registry.run(views.resolve, name), self.links.mirror)
+        return self._reported(await self.registry.run(views.resolve, name))
 
     async def risks(self, vm: str, name: str) -> ForceRisks:
         """What taking a VVol by force from its host puts at risk now. Raises NOT_FOUND."""
         connected = frozenset(self.links.connected)
         return await self.registry.run(risks.force_risks, vm, name, moment(), connected)
+
+    async def may_move(self, vm: str, name: str, host: str | None) -> None:
+        """Raise CONFLICT where a VVol would leave behind what the log of a host that is away holds of it."""
+        await self.registry.run(logs.refuse_elsewhere, vm, name, host, frozenset(self.links.connected))
+
+    async def discard_log(self, vm: str, name: str) -> VVol:
+        """Give up what any log holds of a VVol. Raises NOT_FOUND, CONFLICT."""
+        await self.registry.run(logs.discard, vm, name)
+        return await self.vvol(vm, name)
+
+    async def recover_log(self, vm: str, name: str) -> VVol:
+        """Take the log that its host has found as the VVol's own. Raises NOT_FOUND, UNAVAILABLE, CONFLICT."""
+        now = (await self.vvol(vm, name)).log_now
+        if now is None or now.state != "refused" or not now.found:
+            raise NvError(
+                Code.UNAVAILABLE,
+                f"no host tells of a log that holds data of VVol {vm}/{name} and is unknown to the registry",
+                f"bind it to the host that served it last: nbdvvol bind {vm}/{name} --host HOST",
+            )
+        await self.registry.run(logs.recover, vm, name, now.host, now.found, now.file)
+        return await self.vvol(vm, name)
 
     async def status(self) -> Status:
         """The farm at a glance."""
@@ -154,6 +180,7 @@ class Control:
         hosts, stores, vvols = await self.hosts(), await run(views.datastores), await self.vvols()
         tasks = await run(views.tasks)
         found = mirror_problems(vvols, stores) + problems(hosts, stores, vvols, tasks)
+        found += log_problems(vvols, frozenset(self.links.connected))
         found += cache_problems(vvols, counters)
         live = [task for task in tasks if task.state in (TaskState.QUEUED, TaskState.RUNNING)]
         return Status(

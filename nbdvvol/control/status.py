@@ -21,6 +21,14 @@ _NOT_SERVED: dict[NotServed, tuple[str, str]] = {
         "LEASE_OVER",
         "look at that host's link to control; it is served again as soon as control renews the lease",
     ),
+    "log-missing": (
+        "LOG_MISSING",
+        "bring it back, and its filter goes on by itself; if it is gone for good: nbdvvol cache discard {vvol}",
+    ),
+    "log-unknown": (
+        "LOG_UNKNOWN",
+        "replay it if this host served it last: nbdvvol cache recover {vvol}; else: nbdvvol cache discard {vvol}",
+    ),
 }
 """Code and advice of each reason not to serve a VVol."""
 
@@ -101,6 +109,7 @@ def _vvol_problems(vvol: VVol) -> list[Problem]:
     if binding is not None and binding.state in HELD and binding.error:
         again = f"mend the cause; the filter of host {binding.host} tries again by itself"
         code, action = _NOT_SERVED.get(binding.why, ("EXPORT_FAILED", again))
+        action = action.replace("{vvol}", vvol.full_name)
         message = f"host {binding.host} cannot serve it: {binding.error}"
         return [Problem(code=code, subject=vvol.full_name, message=message, action=action)]
     return []

@@ -63,7 +63,7 @@ class Context:
 
     async def until(
         self,
-        fraction: float,
+        fraction: float | Callable[[], float],
         waits_for: Callable[[], Awaitable[str]],
         *,
         cancellable: bool = True,
@@ -79,7 +79,7 @@ class Context:
             missing = await waits_for()
             if not missing:
                 return
-            await self.say(fraction, f"waits for {missing}")
+            await self.say(fraction() if callable(fraction) else fraction, f"waits for {missing}")
             await self._changed.after(ticket, again_s)
 
     async def check_cancel(self) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from nbdvvol.dataplane.log import LogEvent, LogFound, LogPolicy, LogStats
     from nbdvvol.dataplane.mirror import LegMachine, MirrorDescription, MirrorEvent, MirrorStatus, Verified
 
 
@@ -433,6 +434,8 @@ class DataPlane(Protocol):
     on_sync_failed: SyncFailedHandler | None
     on_mirror: Callable[[MirrorEvent], None] | None
     """Called with each event of a mirror."""
+    on_log: Callable[[LogEvent], None] | None
+    """Called with what a write-back log tells by itself."""
 
     def open_object(self, fd: int, *, size: int, direct: bool, block: bool, read_only: bool, align: int) -> int:
         """Give the plane a duplicate of `fd`; return the object's number."""
@@ -498,6 +501,21 @@ class DataPlane(Protocol):
 
     def cache_totals(self) -> CacheTotals:
         """The whole cache; all zero without one."""
+
+    async def open_log(self, volume: int, obj: int, offset: int, length: int, policy: LogPolicy) -> LogFound:
+        """Put a write-back log before a volume; returns once it is recovered. Unless it is USABLE all requests fail."""
+
+    def allow_log(self, volume: int) -> None:
+        """The registry has that this log may hold data: write into it, also again after drain_log()."""
+
+    async def drain_log(self, volume: int) -> None:
+        """Log nothing more; returns when all is below, flushed, and the log says so."""
+
+    def forget_log(self, volume: int) -> None:
+        """The registry has that nothing in this log is ever replayed."""
+
+    def log_stats(self, volume: int) -> LogStats:
+        """How a volume's log is."""
 
     async def close_volume(self, volume: int) -> None:
         """End its connections (ESHUTDOWN to new requests), drain, forget it."""

@@ -88,6 +88,7 @@ class Filter:
         self._reports: asyncio.Queue[tuple[int, list[Export]]] = asyncio.Queue()
         plane.on_sync_failed = self._table.sync_failed
         plane.on_mirror = self._table.mirror_event
+        plane.on_log = self._table.log_event
         self._objects.on_remote = self._remote_told
 
     async def run(self, stop: asyncio.Event) -> None:

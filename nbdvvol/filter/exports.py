@@ -13,8 +13,9 @@ from typing import Protocol
 
 import structlog
 
+from nbdvvol.dataplane.log import LogEvent
 from nbdvvol.dataplane.mirror import MirrorEvent, Verified
-from nbdvvol.dataplane.types import DataPlane
+from nbdvvol.dataplane.types import DataPlane, VolumeDescription
 from nbdvvol.filter.claims import ClaimBook, ExportGate
 from nbdvvol.filter.lease import LeaseLink, Leases
 from nbdvvol.filter.legplace import Storage
@@ -29,6 +30,7 @@ from nbdvvol.filter.reconcile import (
     touched,
     transmission_flags,
 )
+from nbdvvol.filter.writelog import NOTHING_KEPT, Kept, LogLink, WriteLog
 from nbdvvol.model.errors import Code, NvError
 from nbdvvol.model.link import DatastoreSpec, ExportReport, Fault, Held, HostState, VVolSpec
 from nbdvvol.model.mirror import NotServed
@@ -38,9 +40,11 @@ from nbdvvol.nbd.provider import Facts
 _log = structlog.get_logger("exports")
 RETRY_MIN_S = 1.0
 RETRY_MAX_S = 30.0
+SETTLE_S = 5.0
+"""How long a clean stop waits for what is logged to reach the storage; what is left, the log keeps."""
 
 
-class Reporter(LegLink, LeaseLink, Protocol):
+class Reporter(LegLink, LogLink, LeaseLink, Protocol):
     """Where news go: the link to control."""
 
     def export(self, report: ExportReport) -> None:
@@ -63,6 +67,7 @@ class _Running:
     objects: dict[tuple[str, str], HeldObject]
     """None of a mirror: it has its own."""
     block_min: int
+    log: WriteLog
     mirror: Mirror | None = None
 
 
@@ -79,6 +84,8 @@ class Export:
     error: str = ""
     why: NotServed = ""
     highest_epoch: int = 0
+    log_kept: Kept = NOTHING_KEPT
+    """What its log holds, when it is closed and opened anew."""
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     settled: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -199,6 +206,22 @@ class ExportTable:
         """Control is there again: mirrors ask what they still want to know."""
         for mirror in self._mirrors():
             mirror.linked()
+        for running in self._running():
+            running.log.linked()
+
+    def _running(self) -> list[_Running]:
+        return [export.running for export in self._exports.values() if export.running is not None]
+
+    def log_of(self, uuid: str) -> WriteLog | None:
+        """The write-back log of a VVol that runs here."""
+        export = self._exports.get(uuid)
+        return export.running.log if export is not None and export.running is not None else None
+
+    def log_event(self, event: LogEvent) -> None:
+        """A volume's log tells something by itself."""
+        for running in self._running():
+            if running.log.volume == event.volume:
+                running.log.event(event)
 
     def mirror_event(self, event: MirrorEvent) -> None:
         """Something happened to a mirror's volume."""
@@ -235,6 +258,7 @@ class ExportTable:
         """At a clean stop: drain every volume and release it, so that another host may take it at once.
 
         False: something did not end as it should, and may still be under way."""
+        await asyncio.gather(*(running.log.settle(SETTLE_S) for running in self._running()))
         closing = (self._close(export) for export in self._exports.values())
         failures = [end for end in await asyncio.gather(*closing, return_exceptions=True) if end is not None]
         for failure in failures:
@@ -368,6 +392,24 @@ class ExportTable:
                 if running.mirror is not None:
                     running.mirror.follow(wanted)
                 self._tell(export)
+        await self._begin_log(export)
+
+    async def _begin_log(self, export: Export) -> None:
+        """A log that was asked for begins, if no client is in the way."""
+        running = export.running
+        if running is not None and running.mirror is None and running.log.due:
+            await self._reopen(export, running)
+
+    async def _reopen(self, export: Export, running: _Running) -> None:
+        """Close its volume and open it anew, under its epoch: it stays this host's."""
+        export.running = None
+        try:
+            await self._plane.close_volume(running.volume)
+            await running.log.close()
+            export.log_kept = running.log.kept
+        finally:
+            await self._release(running.objects)
+        await self._open(export)
 
     def _tell(self, export: Export) -> None:
         report = export.report()
@@ -387,16 +429,67 @@ class ExportTable:
             await self._drop_caches(spec, objects)
             block_min = _block_min(objects)
             desc = describe(spec, _numbers(objects), block_min=block_min, map_from=0)
-            volume = self._plane.open_volume(desc, limits(spec))
+            volume, log = await self._open_volume(export, spec, desc)
         except BaseException:
             await self._release(objects)
             raise
-        export.running = _Running(spec, volume, objects, block_min)
+        export.running = _Running(spec, volume, objects, block_min, log)
+        log.start(volume)
         await self._cache(volume, None, spec)
         _log.info("serving", vvol=f"{spec.vm}/{spec.name}", epoch=spec.epoch, size=spec.size)
         self._tell(export)
 
+    async def _open_volume(self, export: Export, spec: VVolSpec, desc: VolumeDescription) -> tuple[int, WriteLog]:
+        """A volume with its log before it, or without where that cannot be used and is not missed."""
+        log = self._write_log(export, spec)
+        while True:
+            volume = self._plane.open_volume(desc, limits(spec))
+            try:
+                if await log.open(volume):
+                    return volume, log
+                await self._plane.close_volume(volume)
+            except BaseException:
+                await self._plane.close_volume(volume)
+                await log.close()
+                export.log_kept = log.kept
+                raise
+            if not await log.make_anew():
+                return self._plane.open_volume(desc, limits(spec)), log
+
+    def _write_log(self, export: Export, spec: VVolSpec) -> WriteLog:
+        def wake() -> None:
+            export.settled.clear()
+            export.changed.set()
+
+        return WriteLog(self._plane, self._reporter, spec, wake, export.log_kept)
+
     async def _open_mirror(self, export: Export, spec: VVolSpec) -> None:
+        log = self._write_log(export, spec)
+        usable = True
+        while True:
+            mirror = await self._attach(export, spec)
+            assert mirror.volume is not None
+            try:
+                if not usable or await log.open(mirror.volume):
+                    break
+                await mirror.close()
+            except BaseException:
+                self._leases.drop(spec.uuid)
+                await mirror.close()
+                await log.close()
+                export.log_kept = log.kept
+                raise
+            usable = await log.make_anew()
+        export.running = _Running(mirror.spec, mirror.volume, {}, mirror.block_min, log, mirror)
+        log.start(mirror.volume)
+        await self._cache(mirror.volume, None, mirror.spec)
+        _log.info("serving a mirror", vvol=f"{spec.vm}/{spec.name}", epoch=spec.epoch, legs=len(spec.legs))
+        self._tell(export)
+        mirror.report()
+
+    async def _attach(self, export: Export, spec: VVolSpec) -> Mirror:
+        """A mirror that can be served. Raises NvError, OSError."""
+
         def lost() -> None:
             if export.opening is not None:
                 return  # its opening fails, and is tried again after a while as any other
@@ -423,17 +516,14 @@ class ExportTable:
         if mirror.dead is not None or mirror.volume is None:
             await mirror.close()
             raise mirror.dead or MirrorError(Code.INTERNAL, "it opened and is not there")
-        export.running = _Running(mirror.spec, mirror.volume, {}, mirror.block_min, mirror)
-        await self._cache(mirror.volume, None, mirror.spec)
-        _log.info("serving a mirror", vvol=f"{spec.vm}/{spec.name}", epoch=spec.epoch, legs=len(spec.legs))
-        self._tell(export)
-        mirror.report()
+        return mirror
 
     async def _limit(self, running: _Running, wanted: VVolSpec) -> None:
         """Put limits, shares and the cache's policy in force: no request waits for that."""
         if wanted.qos != running.spec.qos:
             await self._plane.limit_volume(running.volume, limits(wanted))
         await self._cache(running.volume, running.spec, wanted)
+        running.log.follow(wanted)
 
     async def _cache(self, volume: int, running: VVolSpec | None, wanted: VVolSpec) -> None:
         """Put another cache policy in force. Where that cannot be, the VVol is served without: it is only slower."""
@@ -462,6 +552,12 @@ class ExportTable:
             export.running = replace(running, spec=spec)
             self._tell(export)
             return
+        if spec.read_only and running.log.usable:
+            running.log.follow(spec)
+            if not running.log.clean:
+                raise NvError(Code.BUSY, "it becomes read-only once its write-back log is drained")
+            await self._reopen(export, running)
+            return
         objects = await self._acquire(spec, running.objects)
         fresh = {key: held for key, held in objects.items() if running.objects.get(key) is not held}
         try:
@@ -473,7 +569,7 @@ class ExportTable:
         except BaseException:
             await self._release(fresh)
             raise
-        export.running = _Running(spec, running.volume, objects, block_min)
+        export.running = _Running(spec, running.volume, objects, block_min, running.log)
         self._tell(export)
         await self._release({key: held for key, held in running.objects.items() if key not in objects})
 
@@ -488,7 +584,9 @@ class ExportTable:
             await running.mirror.close()
         else:
             await self._plane.close_volume(running.volume)
-            await self._make_durable(running)
+        await running.log.close(remove=export.wanted is None)
+        export.log_kept = running.log.kept
+        await self._make_durable(running)
         export.running = None
         self._reporter.released(export.uuid, export.highest_epoch if export.wanted is None else running.spec.epoch)
         await self._release(running.objects)

@@ -47,6 +47,7 @@ from nbdvvol.model.link import (
     Work,
     from_control,
 )
+from nbdvvol.model.log import LogChange, LogRecord, LogReport
 from nbdvvol.model.mirror import Leased, LegChange, LegDoubt, LegRecord, MirrorReport, Renew
 
 _log = structlog.get_logger("link")
@@ -125,7 +126,7 @@ class ControlLink:
     _queries: dict[int, asyncio.Future[Answer]] = field(default_factory=dict, init=False)
     _query_id: int = field(default=0, init=False)
     _asked: dict[int, Callable[[Any], None]] = field(default_factory=dict, init=False)
-    """Who waits for the answer to a `leg_change` or `renew` of this connection."""
+    """Who waits for the answer to a `leg_change`, `log_change` or `renew` of this connection."""
     _legs_released: dict[tuple[str, int, int], LegReleased] = field(default_factory=dict, init=False)
     _leaving: bool = field(default=False, init=False)
     _left: asyncio.Event = field(default_factory=asyncio.Event, init=False)
@@ -176,11 +177,19 @@ class ControlLink:
         """Whether a leg's server may still carry out what it was asked; dropped while control is away."""
         self.send(said)
 
+    def ask_log(self, change: LogChange, answer: Callable[[LogRecord], None]) -> None:
+        """Ask for a change of what is known of a log; no answer comes when control goes away first."""
+        self._ask(change, answer)
+
+    def log(self, report: LogReport) -> None:
+        """How a log is; dropped while control is away, and then said again."""
+        self.send(report)
+
     def renew(self, vvols: dict[str, int], answer: Callable[[Leased], None]) -> None:
         """Ask for leases; no answer comes when control goes away first."""
         self._ask(Renew(id=0, vvols=vvols), answer)
 
-    def _ask(self, question: LegChange | Renew, answer: Callable[[Any], None]) -> None:
+    def _ask(self, question: LegChange | LogChange | Renew, answer: Callable[[Any], None]) -> None:
         if self.up:
             self._query_id += 1
             self._asked[self._query_id] = answer
@@ -346,7 +355,7 @@ class ControlLink:
                 self.handler.work(message)
             case Look() | TraceOrder() | Forget():
                 self.handler.question(message)
-            case LegRecord() | Leased():
+            case LegRecord() | LogRecord() | Leased():
                 if (answered := self._asked.pop(message.id, None)) is not None:
                     answered(message)
             case Answer():

@@ -26,6 +26,7 @@ from nbdvvol.model.observe import (
     ExportCounters,
     HostCache,
     HostCounters,
+    LogCounters,
     ReactorCounters,
     TracedRequest,
     TraceReport,
@@ -36,7 +37,8 @@ _log = structlog.get_logger("observe")
 READ_EVERY_S = 0.02
 READ_AT_ONCE = 4096
 
-_CACHE_MODES: dict[CacheMode, Literal["none", "read", "writethrough"]] = {
+Mode = Literal["none", "read", "writethrough", "writeback"]
+_CACHE_MODES: dict[CacheMode, Mode] = {
     CacheMode.NONE: "none",
     CacheMode.READ: "read",
     CacheMode.WRITETHROUGH: "writethrough",
@@ -106,19 +108,29 @@ class Observer:
         for spec, volume in self._exports.serving():
             try:
                 stats = self._plane.volume_stats(volume)
-                cache = self._cache_counters(spec, volume)
+                cache, log = self._cache_counters(spec, volume), self._log_counters(spec)
             except OSError:  # closed a moment ago, and its task does not know yet
                 continue
             yield ExportCounters(
-                vvol=f"{spec.vm}/{spec.name}", uuid=spec.uuid, epoch=spec.epoch, **asdict(stats), cache=cache
+                vvol=f"{spec.vm}/{spec.name}", uuid=spec.uuid, epoch=spec.epoch, **asdict(stats), cache=cache, log=log
             )
+
+    def _log_counters(self, spec: VVolSpec) -> LogCounters | None:
+        log = self._exports.log_of(spec.uuid)
+        if log is None or log.phase is None:
+            return None
+        stats = log.stats()
+        counted = asdict(stats) if stats is not None else {}
+        return LogCounters(**counted | {"state": log.phase}, destage_rate=log.rate)
 
     def _cache_counters(self, spec: VVolSpec, volume: int) -> CacheCounters | None:
         if spec.cache is None:
             return None
         found = self._plane.cache_stats(volume)
         asked = found.hits + found.misses
-        mode: Literal["none", "read", "writethrough"] = _CACHE_MODES[CacheMode(found.mode)]
+        mode: Mode = _CACHE_MODES[CacheMode(found.mode)]
+        if spec.cache.mode == "writeback" and mode == "writethrough":
+            mode = "writeback"
         ratio = found.hits / asked if asked else None
         counted = asdict(found) | {"mode": mode, "bypassed": bool(found.bypassed)}
         return CacheCounters(**counted, hit_ratio=ratio, ram_bytes=spec.cache.ram)

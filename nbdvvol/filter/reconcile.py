@@ -37,7 +37,7 @@ class Step(enum.Enum):
     RENAME = "rename"
     """Only words changed (name, description): no I/O is touched."""
     LIMIT = "limit"
-    """Only limits, shares or the cache's policy changed: no I/O waits for the change."""
+    """Only limits, shares, the cache's policy or the log's changed: no I/O waits for the change."""
     CHANGE = "change"
     REPLACE = "replace"
     """Drain and release the old epoch, then open under the new one."""
@@ -60,11 +60,12 @@ def decide(running: VVolSpec | None, wanted: VVolSpec | None, highest_epoch: int
         return Step.NOTHING
     if _runs_differ(running, wanted):
         return Step.CHANGE
-    return Step.LIMIT if (running.qos, running.cache) != (wanted.qos, wanted.cache) else Step.RENAME
+    policies = (running.qos, running.cache, running.log), (wanted.qos, wanted.cache, wanted.log)
+    return Step.LIMIT if policies[0] != policies[1] else Step.RENAME
 
 
 def _runs_differ(running: VVolSpec, wanted: VVolSpec) -> bool:
-    words = {"name": "", "vm": "", "description": "", "type": running.type, "qos": None, "cache": None}
+    words = {"name": "", "vm": "", "description": "", "type": running.type, "qos": None, "cache": None, "log": None}
     return running.model_copy(update=words) != wanted.model_copy(update=words)
 
 
@@ -143,7 +144,11 @@ def cache_policy(spec: VVolSpec) -> CachePolicy:
     cache = spec.cache
     if cache is None:
         return CachePolicy()
-    modes = {"read": CacheMode.READ, "writethrough": CacheMode.WRITETHROUGH}
+    modes = {
+        "read": CacheMode.READ,
+        "writethrough": CacheMode.WRITETHROUGH,
+        "writeback": CacheMode.WRITETHROUGH,  # in RAM, before the log
+    }
     return CachePolicy(modes[cache.mode], ahead_bytes=cache.read_ahead, floor_bytes=cache.ram)
 
 

@@ -17,6 +17,7 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
 from nbdvvol.dataplane.mirror import Verified
 from nbdvvol.dataplane.types import DataPlane
+from nbdvvol.filter.logfile import remove_log_file
 from nbdvvol.filter.objects import HeldObject, ObjectTable
 from nbdvvol.model.base import Model
 from nbdvvol.model.errors import Code, NvError
@@ -64,6 +65,11 @@ class _Scrub(_Args):
     ranges: list[tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(gt=0)]]]
 
 
+class _LogRemove(Model):
+    vvol: str
+    file: str
+
+
 class _Verify(Model):
     vvol: str
     epoch: int
@@ -106,6 +112,7 @@ class WorkShop:
             "file_remove": (_Args, self._file_remove),
             "file_stat": (_Args, self._file_stat),
             "dir_list": (_Args, self._dir_list),
+            "log_remove": (_LogRemove, self._log_remove),
             "verify": (_Verify, self._verify),
         }
 
@@ -258,7 +265,11 @@ class WorkShop:
         found = await self._objects.blocking(args.store, lambda store: store.list())
         return {"files": [{"name": name, "size": size} for name, size in found]}
 
-    # ---- mirrors ----
+    # ---- logs and mirrors ----
+
+    async def _log_remove(self, _: int, args: _LogRemove) -> Result:
+        await asyncio.to_thread(remove_log_file, args.file, args.vvol)
+        return {}
 
     async def _verify(self, _: int, args: _Verify) -> Result:
         found = await self._verify_legs(args.vvol, args.epoch, repair=args.repair)

@@ -16,12 +16,14 @@ from pathlib import PurePath
 
 from nbdvvol.model.errors import Code, NvError
 from nbdvvol.model.farm import (
+    LOG_UNIT,
     TIMEOUT_MAX_S,
     AdoptConfig,
     CacheConfig,
     DatastoreConfig,
     DatastoreKind,
     Farm,
+    HostConfig,
     HostListen,
     IoMode,
     MirrorConfig,
@@ -39,8 +41,6 @@ EXTENT_SIZE_MIN = 64 << 10
 EXTENT_SIZE_MAX = 1 << 30
 SECTOR_SIZE = 512
 VVOL_SIZE_MAX = 1 << 60
-CACHE_BUILT = ("none", "read", "writethrough")
-"""Modes of a cache; the others are refused by name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +95,6 @@ def _unknown(loc: Loc, section: str, name: str, known: object) -> Finding:
     kind = section.removesuffix("s")
     names = ", ".join(sorted(map(str, known))) if isinstance(known, dict) and known else "none"
     return Finding(loc, f"{kind} {name} is not declared; {section} in this file: {names}", missing=(section, name))
-
-
-def _not_built(loc: Loc, what: str) -> Finding:
-    return Finding(loc, f"{what} is not built yet; leave it out", unsupported=True)
 
 
 def _control(farm: Farm) -> Iterator[Finding]:
@@ -234,20 +230,40 @@ def _profile(loc: Loc, name: str, profile: ProfileConfig, farm: Farm) -> Iterato
     if profile.mirror is not None:
         yield from _mirror((*loc, "mirror"), profile.mirror, farm)
     if profile.cache is not None:
-        yield from _cache((*loc, "cache"), name, profile.cache)
+        yield from _cache((*loc, "cache"), name, profile.cache, profile)
     if profile.mirror is not None and profile.datastore is not None:
         yield Finding((*loc, "datastore"), "a profile has either a datastore or a mirror")
     if profile.datastore is not None and profile.datastore not in farm.datastores:
         yield _unknown((*loc, "datastore"), "datastores", profile.datastore, farm.datastores)
 
 
-def _cache(loc: Loc, name: str, cache: CacheConfig) -> Iterator[Finding]:
-    if cache.mode not in CACHE_BUILT:
-        yield _not_built((*loc, "mode"), f"profile {name}: cache mode {cache.mode}")
-    elif cache.log is not None:
-        yield Finding((*loc, "log"), f"mode {cache.mode} writes no log: leave it out, it is for mode writeback")
+def _cache(loc: Loc, name: str, cache: CacheConfig, profile: ProfileConfig) -> Iterator[Finding]:
+    for key, sentence, unsupported in log_findings(profile):
+        yield Finding((*loc, *key), f"profile {name}: {sentence}", unsupported=unsupported)
     if cache.mode == "none" and cache.ram:
         yield Finding((*loc, "ram"), "mode none keeps nothing in RAM: leave it out, or choose mode read")
+
+
+def has_log_folder(profile: ProfileConfig, host: HostConfig) -> bool:
+    """Whether it is said where the write-back logs of a profile's VVols lie on a host, if they have any."""
+    return profile.logging is None or profile.logging.path is not None or host.logs is not None
+
+
+def log_findings(profile: ProfileConfig) -> Iterator[tuple[tuple[str, ...], str, bool]]:
+    """What is wrong with a profile's write-back log: (keys below `cache`, sentence, whether it is only not built)."""
+    cache = profile.cache
+    if cache is None:
+        return
+    if cache.mode != "writeback":
+        if cache.log is not None:
+            yield ("log",), f"mode {cache.mode} writes no log: leave it out, it is for mode writeback", False
+        return
+    if profile.mirror is not None:
+        yield ("mode",), "cache mode writeback over a mirror is not built yet; choose writethrough or read", True
+    if cache.log is None:
+        yield ("log",), "mode writeback needs a log: say how large, such as `log: {size: 1GiB}`", False
+    elif cache.log.size % LOG_UNIT:
+        yield ("log", "size"), f"{cache.log.size} bytes are not a multiple of {LOG_UNIT}, the log's unit", False
 
 
 def _mirror(loc: Loc, mirror: MirrorConfig, farm: Farm) -> Iterator[Finding]:
@@ -295,6 +311,12 @@ def _vvol_place(loc: Loc, vm: VmConfig, vvol: VVolConfig, farm: Farm) -> Iterato
             (*loc, "profile"),
             f"profile {vvol.profile} has a cache, and host {host} has `cache: 0`, no memory for one; "
             "give it some, such as 256MiB, or choose a profile without",
+        )
+    if profile is not None and host in farm.hosts and not has_log_folder(profile, farm.hosts[host]):
+        yield Finding(
+            (*loc, "profile"),
+            f"profile {vvol.profile} has a write-back log without a path, and host {host} names no folder for logs; "
+            f"say hosts.{host}.logs, such as /var/lib/nbdvvol/logs, or cache.log.path in the profile",
         )
     if profile is not None and profile.mirror is not None:
         return

@@ -93,6 +93,8 @@ class HostConfig(Model):
     """Pin reactor i to CPU `first_cpu` + i: for machines with cores to spare."""
     cache: Size = HOST_CACHE_DEFAULT
     """RAM for the caches of all its VVols, resident as it is used; 0: none. Fixed while its filter runs."""
+    logs: str | None = None
+    """A folder for the write-back logs of its VVols, where a profile names none."""
 
     @field_validator("cache", mode="after")
     @classmethod
@@ -206,15 +208,38 @@ class MirrorConfig(Model):
     """A filter without control's word for so long stops serving, so that another host may take over."""
 
 
-class CacheLog(Model):
-    """The write-back log of a cache."""
+LOG_UNIT = 4096
+LOG_SIZE_MIN, LOG_SIZE_MAX = 1 << 20, 4 << 40
+LOG_BYPASS_MAX = 512 << 10
 
-    path: str
-    size: PositiveSize
+
+class CacheLog(Model):
+    """The write-back log of each VVol of a profile, on the host that serves it."""
+
+    path: str | None = None
+    """A folder, where each VVol has a file of its own, or a device, for one VVol; left out, the host's `logs`."""
+    size: Annotated[PositiveSize, Field(ge=LOG_SIZE_MIN, le=LOG_SIZE_MAX)]
+    """Of each VVol's log."""
+    bypass: Annotated[Size, Field(le=LOG_BYPASS_MAX)] = 128 << 10
+    """Writes of so many bytes go to the storage at once; 0: none does for its length."""
+    stream: Annotated[Size, Field(le=1 << 30)] = 0
+    """... and those of who has written so many in sequence; 0: it makes no difference."""
+    age: Annotated[Duration, Field(ge=0.1, le=3600)] = 5.0
+    """What was logged so long ago is carried to the storage, however empty the log is."""
+    deadline: Annotated[Duration, Field(ge=0, le=600)] = 30.0
+    """A log whose device takes longer for a write has failed; 0: none does for that."""
+
+    def words(self) -> str:
+        """For people, in the farm file's words."""
+        said = [f"log {format_size(self.size)}", *([f"in {self.path}"] if self.path else [])]
+        said += [f"bypass {format_size(self.bypass) if self.bypass else 0}"]
+        said += [f"stream {format_size(self.stream)}"] if self.stream else []
+        deadline = format_duration(self.deadline) if self.deadline else "0"
+        return ", ".join([*said, f"age {format_duration(self.age)}", f"deadline {deadline}"])
 
 
 class CacheConfig(Model):
-    """What the host's cache does for each VVol of a profile. `writeback` is refused by name until its log is built.
+    """What the host's cache does for each VVol of a profile.
 
     The bounds are the data plane's (native/include/limits.h)."""
 
@@ -232,7 +257,8 @@ class CacheConfig(Model):
             return "none"
         ram = [f"ram {format_size(self.ram)}"] if self.ram else []
         ahead = f"read-ahead {format_size(self.read_ahead) if self.read_ahead else 0}"
-        return ", ".join([self.mode, *ram, ahead])
+        log = [self.log.words()] if self.log is not None else []
+        return ", ".join([self.mode, *ram, ahead, *log])
 
 
 class QosConfig(Model):
@@ -276,6 +302,11 @@ class ProfileConfig(Model):
     def caching(self) -> CacheConfig | None:
         """The cache; None where there is none, whichever way that is said."""
         return self.cache if self.cache is not None and self.cache.mode != "none" else None
+
+    @property
+    def logging(self) -> CacheLog | None:
+        """The write-back log; None where the mode is another."""
+        return self.cache.log if self.cache is not None and self.cache.mode == "writeback" else None
 
 
 class SocketConfig(Model):

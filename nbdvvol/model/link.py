@@ -16,8 +16,9 @@ Ordering rules:
 - `stopped` is a filter's last word; control writes it down, then closes the link.
 - `work` is at-least-once and idempotent by its id; the filter answers each with `work_done`.
 - `look` and `trace` are questions: asked once, answered once, forgotten with the connection.
-- `leg_change` and `renew` are the filter's questions, answered in the order of asking and forgotten with the
-  connection: it asks again when it is back. Their words, and those of `leg_doubt`, are in `model/mirror.py`.
+- `leg_change`, `log_change` and `renew` are the filter's questions, answered in the order of asking and forgotten with
+  the connection: it asks again when it is back. Their words, and those of `leg_doubt`, are in `model/mirror.py` and
+  `model/log.py`.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from nbdvvol.model.farm import (
     TlsFiles,
     VVolType,
 )
+from nbdvvol.model.log import LogChange, LogRecord, LogReport, LogSpec
 from nbdvvol.model.mirror import (
     Leased,
     LegChange,
@@ -56,7 +58,7 @@ from nbdvvol.model.mirror import (
 )
 from nbdvvol.model.observe import HostCounters, TraceCount, TraceEvery, TraceReport, TraceSeconds
 
-PROTOCOL = 6
+PROTOCOL = 7
 MESSAGE_BYTES_MAX = 64 << 20
 
 
@@ -152,6 +154,8 @@ class VVolSpec(Model):
     """None: no limits, and the usual shares."""
     cache: CacheConfig | None = None
     """None: nothing of it is kept in the host's cache."""
+    log: LogSpec | None = None
+    """None: it has no write-back log, and none holds data of it."""
     mirror: MirrorSpec | None = None
     """None: one leg, without intents. It changes from or to None only while the VVol is bound to no host."""
 
@@ -350,6 +354,8 @@ FromFilter = Annotated[
     | LegChange
     | LegDoubt
     | MirrorReport
+    | LogChange
+    | LogReport
     | Renew,
     Field(discriminator="kind"),
 ]
@@ -413,6 +419,7 @@ class Work(Model):
     - file_create {store, object, size}: a fully allocated zero-filled file in a `dir`; idempotent
     - file_grow {store, object, size}; file_remove {store, object}; file_stat {store, object}: result {size}
     - dir_list {store}: result {files: [{name, size}, …]} of a `dir`
+    - log_remove {vvol, file}: remove the file of a VVol's write-back log, if it is one. It has no `store`
     - verify {vvol, epoch, repair}: compare the in-sync legs of a mirrored VVol that this host serves; result is a
       VerifyResult; progress is reported. It has no `store`
     """
@@ -429,6 +436,7 @@ class Work(Model):
         "file_remove",
         "file_stat",
         "dir_list",
+        "log_remove",
         "verify",
     ]
     args: dict[str, Any]
@@ -499,7 +507,19 @@ class Refused(Model):
 
 
 FromControl = Annotated[
-    Welcome | Snapshot | Resumed | Delta | Work | Answer | Look | TraceOrder | Forget | LegRecord | Leased | Refused,
+    Welcome
+    | Snapshot
+    | Resumed
+    | Delta
+    | Work
+    | Answer
+    | Look
+    | TraceOrder
+    | Forget
+    | LegRecord
+    | LogRecord
+    | Leased
+    | Refused,
     Field(discriminator="kind"),
 ]
 from_control: TypeAdapter[FromControl] = TypeAdapter(FromControl)

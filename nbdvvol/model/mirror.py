@@ -27,9 +27,10 @@ ResyncWish = Literal["auto", "full", "off"]
 because it is new or by the operator's word; neither means anything to a leg that is in sync. `off`: it is to be stale:
 stop a copy that runs; an in-sync leg, while another one is, fails at once (nv_leg_fail), so that it can be removed."""
 Wanted = Literal["stale", "syncing", "in-sync", "confirm"]
-NotServed = Literal["", "old-registry", "no-leg", "lease"]
+NotServed = Literal["", "old-registry", "no-leg", "lease", "log-missing", "log-unknown"]
 """Why a VVol is not served, where the status has advice for that: a label, or an epoch served before, is newer than the
-registry; no in-sync leg has a valid label; the lease has run out."""
+registry; no in-sync leg has a valid label; the lease has run out; the write-back log that holds data of it is not to be
+had; there is one that holds data of it, and the registry knows nothing of that."""
 Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 
 

@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from nbdvvol.model.base import Model
+from nbdvvol.model.log import LogPhase
 
 TRACE_SECONDS_MAX = 60.0
 TRACE_REQUESTS_MAX = 10_000
@@ -30,8 +31,9 @@ TraceEvery = Annotated[int, Field(ge=1, le=TRACE_EVERY_MAX, description="record 
 class CacheCounters(Model):
     """What the host's cache did for a VVol since it was opened; blocks are of 4 KiB."""
 
-    mode: Literal["none", "read", "writethrough"]
-    """In force: `none` where the profile asks for a cache and the host has no memory for one."""
+    mode: Literal["none", "read", "writethrough", "writeback"]
+    """In force: `none` where the profile asks for a cache and the host has no memory for one. How the log of
+    `writeback` is, is in `log`."""
     bypassed: bool = False
     """Its storage is in memory already: nothing is copied into the cache."""
     hit_ratio: float | None = None
@@ -53,6 +55,38 @@ class CacheCounters(Model):
     """What other VVols cannot take of it: `ram` of its profile, unless the host's floors had to be cut."""
     ram_bytes: int = 0
     """What its profile asks for."""
+
+
+class LogCounters(Model):
+    """The write-back log of a VVol since it was opened."""
+
+    state: LogPhase
+    ring_bytes: int = 0
+    """Its size."""
+    used_bytes: int = 0
+    dirty_bytes: int = 0
+    """Not carried to the storage yet."""
+    lost_bytes: int = 0
+    """That can be read nowhere any more."""
+    oldest_age_ms: int = 0
+    """Since the oldest write that is not in the storage was logged."""
+    destage_rate: int = 0
+    """Bytes a second that are carried to the storage now, smoothed."""
+    held: int = 0
+    """Requests that wait until a log that has failed is void."""
+    blocked: int = 0
+    """Bypasses that had to wait."""
+    logged: int = 0
+    """Requests."""
+    groups: int = 0
+    """Writes to the log: requests that arrive together share one."""
+    syncs: int = 0
+    bypassed: int = 0
+    """Requests that went to the storage."""
+    tombstones: int = 0
+    destaged_bytes: int = 0
+    merged_bytes: int = 0
+    """Overwritten before they were carried."""
 
 
 class HostCache(Model):
@@ -92,6 +126,8 @@ class ExportCounters(Model):
     """How long they waited, all together."""
     cache: CacheCounters | None = None
     """null: its profile asks for none."""
+    log: LogCounters | None = None
+    """null: it has no write-back log."""
 
 
 class ReactorCounters(Model):

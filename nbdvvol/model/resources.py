@@ -21,6 +21,7 @@ from nbdvvol.model.farm import (
     SocketConfig,
     VVolType,
 )
+from nbdvvol.model.log import LogPhase
 from nbdvvol.model.mirror import LegProgress, LegState, NotServed, ResyncWish, Stamp
 from nbdvvol.model.observe import HostCounters, ReactorCounters
 from nbdvvol.model.units import Name, PositiveSize, about_size, about_time
@@ -114,6 +115,49 @@ class Leg(Model):
         return (self.now.why if self.now is not None else "") or self.why
 
 
+class LogKept(Model):
+    """What the registry says of a write-back log that may hold data of a VVol which its storage has not."""
+
+    host: str
+    """The VVol is pinned to it; empty: nobody knows which (`known` is false)."""
+    log: str = ""
+    """Its id."""
+    file: str = ""
+    known: bool = True
+    """false: the registry was rebuilt, and a log may hold data."""
+    since: datetime | None = None
+    size: int = 0
+    dirty_bytes: int = 0
+    """As its host said last, ..."""
+    oldest_age_ms: int = 0
+    told: datetime | None = None
+    """... at this time; null: it has not said."""
+    draining: bool = False
+    """It is to be carried to the storage, and nothing more is logged."""
+
+
+class LogNow(Model):
+    """A write-back log as the host that serves the VVol runs it, at its last report."""
+
+    host: str
+    state: LogPhase
+    why: str = ""
+    """Why it is failed, void, refused or waits."""
+    file: str = ""
+    found: str = ""
+    """Refused: the id of the log that lies there."""
+    dirty_bytes: int = 0
+    """Not carried to the storage yet; of one that is refused: what it holds."""
+    oldest_age_ms: int = 0
+    destage_rate: int = 0
+    """Bytes a second, smoothed."""
+    used_bytes: int = 0
+    ring_bytes: int = 0
+    lost_bytes: int = 0
+    lost_at: list[int] = Field(default_factory=list)
+    """Offsets in the VVol of the first blocks of 4 KiB that can be read nowhere any more."""
+
+
 class Binding(Model):
     """Which host serves a VVol, under which epoch."""
 
@@ -141,6 +185,10 @@ class VVol(Model):
     """Its profile's limits; null: none, and the usual shares."""
     cache: CacheConfig | None = None
     """What its host keeps of it in RAM, by its profile; null: nothing. What became of it is in the counters."""
+    log: LogKept | None = None
+    """The write-back log that may hold data of it; null: none does."""
+    log_now: LogNow | None = None
+    """How its log is; null: it has none, or no host that answers serves it."""
     mirror: MirrorConfig | None = None
     """How its mirror is run; null: one copy, without a mirror's metadata. Its legs may be others than the profile's."""
     now: MirrorNow | None = None
@@ -396,6 +444,8 @@ class ForceRisks(Model):
     vvol: str
     hosts: list[HolderRisk] = Field(default_factory=list)
     legs: list[LegRisk] = Field(default_factory=list)
+    log: LogKept | None = None
+    """What another host's write-back log may hold, which no other host can have."""
     risks: list[str] = Field(default_factory=list)
     """The same in sentences; empty: no host holds it, and force takes nothing from anybody."""
 

@@ -348,5 +348,6 @@ DOERS: dict[str, Callable[[Disks, dict[str, Any]], dict[str, Any]]] = {
     "file_remove": _file_remove,
     "file_stat": _file_stat,
     "dir_list": _dir_list,
+    "log_remove": lambda _disks, _args: {},
     "verify": _verify,
 }

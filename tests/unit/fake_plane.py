@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from nbdvvol.dataplane.log import LogEvent, LogFound, LogPolicy, LogState, LogStats, LogVerdict
 from nbdvvol.dataplane.mirror import MirrorEvent
 from nbdvvol.dataplane.types import (
     CachePolicy,
@@ -51,6 +52,17 @@ class FakeConnection:
     volume: int
     params: ConnectionParams
     end: asyncio.Future[ConnectionEnd]
+
+
+@dataclass
+class FakeLog:
+    obj: int
+    length: int
+    policy: LogPolicy
+    id: bytes
+    state: LogState = LogState.THROUGH
+    dirty_bytes: int = 0
+    drained: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class FakeTls:
@@ -100,6 +112,12 @@ class FakeContext(TlsContext):
 class FakePlane(DataPlane):
     on_sync_failed: SyncFailedHandler | None = None
     on_mirror: Callable[[MirrorEvent], None] | None = None
+    on_log: Callable[[LogEvent], None] | None = None
+    logs: dict[int, FakeLog] = field(default_factory=dict)
+    verdicts: list[LogFound] = field(default_factory=list)
+    """What the next logs turn out to be; then they are usable and empty."""
+    fail_log: int = 0
+    """Errno of the next logs' opening."""
     objects: dict[int, FakeObject] = field(default_factory=dict)
     volumes: dict[int, VolumeDescription] = field(default_factory=dict)
     limits: dict[int, VolumeLimits] = field(default_factory=dict)
@@ -132,6 +150,7 @@ class FakePlane(DataPlane):
         return number
 
     async def close_object(self, obj: int) -> None:
+        assert all(log.obj != obj for log in self.logs.values())
         assert all(run.object != obj for desc in self.volumes.values() for leg in desc.legs for run in leg.runs)
         os.close(self.objects.pop(obj).fd)
 
@@ -197,6 +216,34 @@ class FakePlane(DataPlane):
     def cache_totals(self) -> CacheTotals:
         return self.cache
 
+    async def open_log(self, volume: int, obj: int, offset: int, length: int, policy: LogPolicy) -> LogFound:
+        assert volume in self.volumes and volume not in self.logs and self.objects[obj].size == length and not offset
+        if self.fail_log:
+            raise OSError(self.fail_log, "no log")
+        usable = LogFound(LogVerdict.USABLE, 0, 0, 0, policy.held or policy.fresh)
+        found = self.verdicts.pop(0) if self.verdicts else usable
+        self.logs[volume] = FakeLog(obj, length, policy, found.id, dirty_bytes=found.dirty_bytes)
+        self.log.append(f"log {volume}")
+        return found
+
+    def allow_log(self, volume: int) -> None:
+        self.logs[volume].state, self.logs[volume].dirty_bytes = LogState.SERVING, 4096
+        self.log.append(f"allow {volume}")
+
+    async def drain_log(self, volume: int) -> None:
+        self.logs[volume].state = LogState.THROUGH
+        self.log.append(f"drain {volume}")
+        await self.logs[volume].drained.wait()
+        self.logs[volume].dirty_bytes = 0
+
+    def forget_log(self, volume: int) -> None:
+        self.log.append(f"forget {volume}")
+
+    def log_stats(self, volume: int) -> LogStats:
+        log = self.logs[volume]
+        counts = dict.fromkeys(LogStats.__slots__, 0) | {"dirty_bytes": log.dirty_bytes, "ring_bytes": log.length}
+        return LogStats(**{**counts, "state": log.state})
+
     async def change_volume(self, volume: int, desc: VolumeDescription) -> None:
         if desc.map_from != self.volumes[volume].map_to:
             raise OSError(errno.ESTALE, "stale map")
@@ -207,6 +254,7 @@ class FakePlane(DataPlane):
         if self.closing is not None:
             await self.closing.wait()
         del self.volumes[volume]
+        self.logs.pop(volume, None)
         for connection in self.connections:
             if connection.volume == volume and not connection.end.done():
                 self.hang_up(connection, errno.ESHUTDOWN)

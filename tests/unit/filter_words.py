@@ -9,6 +9,7 @@ from typing import Any
 
 from nbdvvol.model.farm import DatastoreKind, SocketConfig, VVolType
 from nbdvvol.model.link import DatastoreSpec, ExportReport, Fault, HostState, LegSpec, RunSpec, VmSpec, VVolSpec
+from nbdvvol.model.log import LogChange, LogRecord, LogReport
 
 MIB = 1 << 20
 
@@ -55,6 +56,8 @@ class Reports:
     def __init__(self) -> None:
         self.lines: list[str] = []
         self.exports: dict[str, ExportReport] = {}
+        self.logs: list[LogReport] = []
+        self.asked: list[tuple[LogChange, Callable[[LogRecord], None]]] = []
 
     def export(self, report: ExportReport) -> None:
         self.exports[report.uuid] = report
@@ -65,6 +68,19 @@ class Reports:
 
     def fault(self, fault: Fault) -> None:
         self.lines.append(f"fault {fault.datastore}/{fault.object}")
+
+    def log(self, report: LogReport) -> None:
+        self.logs.append(report)
+
+    def ask_log(self, change: LogChange, answer: Callable[[LogRecord], None]) -> None:
+        self.asked.append((change, answer))
+
+    def answer(self, wanted: str, refused: Any = "") -> LogChange:
+        """Answer what was asked last."""
+        change, answer = self.asked.pop()
+        assert change.wanted == wanted and not self.asked
+        answer(LogRecord(id=change.id, vvol=change.vvol, refused=refused))
+        return change
 
     def notice(self, event: str, subject: str, message: str) -> None:
         self.lines.append(f"notice {event} {subject}")

@@ -68,10 +68,12 @@ async def test_a_hosts_cache_waits_for_the_next_start_of_its_filter_and_apply_sa
     assert details(result)["vvol vm1/root"] == ("keep", "")
 
 
-async def test_writeback_is_refused_by_name(farm: TestFarm) -> None:
-    with pytest.raises(NvError, match="profile gold: cache mode writeback is not built yet") as refused:
-        await farm.apply(spec({"mode": "writeback", "log": {"path": "/x", "size": "1GiB"}}))
-    assert refused.value.code is Code.UNSUPPORTED and "cache" in refused.value.hint
+async def test_a_log_needs_a_size_and_a_whole_path(farm: TestFarm) -> None:
+    with pytest.raises(NvError, match="profile gold: mode writeback needs a log") as refused:
+        await farm.apply(spec({"mode": "writeback"}))
+    assert refused.value.code is Code.CONFIG
+    with pytest.raises(NvError, match="the log's path 'x' is not absolute"):
+        await farm.apply(spec({"mode": "writeback", "log": {"path": "x", "size": "1GiB"}}))
 
 
 @pytest.mark.parametrize(

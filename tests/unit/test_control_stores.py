@@ -179,7 +179,7 @@ async def test_a_file_of_a_dir_is_adopted(farm: TestFarm) -> None:
         ({"profiles": {"gold": {"mirror": {"legs": ["s", "s"]}}}}, "datastore s is named twice"),
         (
             {"profiles": {"gold": {"cache": {"mode": "writeback"}}}},
-            "profile gold: cache mode writeback is not built yet",
+            "profile gold: mode writeback needs a log",
         ),
         ({"datastores": {"far": {"kind": "nbd"}}}, "datastore far: kind nbd needs a uri"),
         ({"datastores": {"far": {"kind": "nbd", "uri": "http://x/y"}}}, "scheme 'http'"),

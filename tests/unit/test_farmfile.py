@@ -220,8 +220,9 @@ def test_names_that_fail_elsewhere_are_not_called_undeclared() -> None:
 
 
 def test_what_is_not_built_is_refused_by_name() -> None:
-    with pytest.raises(farmfile.FarmFileError, match="profile gold: cache mode writeback is not built yet") as caught:
-        parse(GOOD + "profiles: {gold: {cache: {mode: writeback}}}")
+    text = "profiles: {gold: {mirror: {legs: [local]}, cache: {mode: writeback, log: {path: l, size: 1MiB}}}}"
+    with pytest.raises(farmfile.FarmFileError, match="gold: cache mode writeback over a mirror is not built") as caught:
+        parse(GOOD + text)
     assert caught.value.code is Code.UNSUPPORTED
 
 
@@ -277,6 +278,40 @@ def test_caches_are_read() -> None:
         ("profiles: {p: {cache: {mode: read, readahead: 8MiB}}}", "profiles.p.cache.readahead", "read-ahead"),
         ("profiles: {p: {cache: {mode: read, log: {path: x, size: 1GiB}}}}", "profiles.p.cache.log", "mode writeback"),
         ("profiles: {p: {cache: {mode: none, ram: 1GiB}}}", "profiles.p.cache.ram", "choose mode read"),
+        ("profiles: {p: {cache: {mode: writeback}}}", "profiles.p.cache.log", "needs a log: say how large"),
+        (
+            "profiles: {p: {cache: {mode: writeback, log: {path: x}}}}",
+            "profiles.p.cache.log",
+            "the key size is missing",
+        ),
+        (
+            "profiles: {p: {cache: {mode: writeback, log: {path: x, size: 64KiB}}}}",
+            "profiles.p.cache.log.size",
+            "1048576",
+        ),
+        (
+            "profiles: {p: {cache: {mode: writeback, log: {path: x, size: 1048577}}}}",
+            "profiles.p.cache.log.size",
+            "1048577 bytes are not a multiple of 4096",
+        ),
+        (
+            "profiles: {p: {cache: {mode: writeback, log: {path: x, size: 1GiB, bypass: 1MiB}}}}",
+            "profiles.p.cache.log.bypass",
+            "524288",
+        ),
+        (
+            "profiles: {p: {cache: {mode: writeback, log: {path: x, size: 1GiB, age: 0}}}}",
+            "profiles.p.cache.log.age",
+            "0.1",
+        ),
+        (
+            """
+profiles: {p: {datastore: local, cache: {mode: writeback, log: {size: 1GiB}}}}
+vms: {v: {vvols: {d: {size: 1GiB, profile: p}}}}
+""",
+            "vms.v.vvols.d.profile",
+            "say hosts.local.logs",
+        ),
         (
             """
 hosts: {local: {cache: 0}}

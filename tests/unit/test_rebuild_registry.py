@@ -398,3 +398,40 @@ async def test_nobody_takes_a_vms_bytes_for_metadata(lost: LostFarm) -> None:
     before = await lost.lose()
     done = await lost.rebuild()
     assert done.written and rows(lost.farm.state / "registry.db")["legs"] == before["legs"]
+
+
+@pytest.mark.parametrize("hosts", [1, 2])
+async def test_a_vvol_that_may_have_data_in_a_log_is_not_taken_for_whole(lost: LostFarm, hosts: int) -> None:
+    """With one host its filter looks; with several the operator says which of them served it last."""
+    if hosts == 1:
+        lost.spec["datastores"]["s"]["hosts"] = ["one"]
+    lost.spec["profiles"]["plain"]["cache"] = {"mode": "writeback", "log": {"path": "/logs", "size": "1MiB"}}
+    await lost.start()
+    await lost.lose()
+    rebuilt = await lost.rebuild()
+    assert [note.subject for note in rebuilt.notes if note.code == "LOG_UNCHECKED"] == ["vm1/solo"]
+    await lost.restart()
+    farm = lost.farm
+    await farm.filter("one", "/run/one")
+    await farm.filter("two", "/run/two")
+
+    async def served(name: str) -> bool:
+        binding = (await farm.vvol(name)).binding
+        return binding is not None and binding.state == "bound"
+
+    await farm.until(lambda: served("vm1/root"), 10)
+    if hosts == 1:
+        await farm.until(lambda: served("vm1/solo"))
+        return
+    assert not await served("vm1/solo")
+    kept = (await farm.vvol("vm1/solo")).log
+    assert kept is not None and not kept.known
+    assert "LOG_UNCHECKED" in [problem.code for problem in (await farm.control.status()).problems]
+    run = farm.control.registry.run
+    task = (await run(vvols.begin_bind, "vm1", "solo", BindVVol(host="one"))).task
+    refused = await farm.over(task.id)
+    assert refused.state is TaskState.ERROR and "the registry was rebuilt" in refused.error
+    answer = await run(vvols.begin_bind, "vm1", "solo", BindVVol(host="one", force=True))
+    assert any("a write-back log may hold data of it" in risk for risk in answer.risks)
+    assert (await farm.over(answer.task.id)).state is TaskState.SUCCESS
+    assert (await farm.vvol("vm1/solo")).log is None

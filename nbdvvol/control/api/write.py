@@ -49,6 +49,8 @@ def write_routes(control: Control) -> APIRouter:
     @router.post("/vvols/{vm}/{name}/bind", status_code=202)
     async def bind(vm: str, name: str, body: BindVVol, key: Key = None) -> TaskRef:
         """Bind a VVol to a host under the next epoch."""
+        if not body.force:
+            await control.may_move(vm, name, body.host)
         return await once(key, TaskRef, vvols.begin_bind, vm, name, body)
 
     @router.post("/vvols/{vm}/{name}/unbind", status_code=202)
@@ -56,11 +58,7 @@ def write_routes(control: Control) -> APIRouter:
         """Take a VVol from its host."""
         return await once(key, TaskRef, vvols.begin_unbind, vm, name, body)
 
-    @router.post("/vvols/{vm}/{name}/cache/drain", status_code=202)
-    async def drain_cache(vm: str, name: str, key: Key = None) -> TaskRef:
-        """Write out what a VVol's host alone has of it; the task's `detail` tells how that ended."""
-        return await once(key, TaskRef, caches.begin_drain, vm, name)
-
+    _cache_routes(router, control)
     _mirror_routes(router, control)
 
     @router.post("/apply")
@@ -86,6 +84,25 @@ def write_routes(control: Control) -> APIRouter:
         return await once(key, TaskRef, stores.begin_clear_fault, name)
 
     return router
+
+
+def _cache_routes(router: APIRouter, control: Control) -> None:
+    once = control.registry.run_once
+
+    @router.post("/vvols/{vm}/{name}/cache/drain", status_code=202)
+    async def drain_cache(vm: str, name: str, key: Key = None) -> TaskRef:
+        """Write out what a VVol's host alone has of it; the task's `detail` tells how that ended."""
+        return await once(key, TaskRef, caches.begin_drain, vm, name)
+
+    @router.post("/vvols/{vm}/{name}/cache/discard")
+    async def discard_log(vm: str, name: str) -> VVol:
+        """Give up what any write-back log holds of a VVol, and let what lies in its log's place be overwritten."""
+        return await control.discard_log(vm, name)
+
+    @router.post("/vvols/{vm}/{name}/cache/recover")
+    async def recover_log(vm: str, name: str) -> VVol:
+        """Replay a log that the registry knows nothing of, which the VVol's host has found."""
+        return await control.recover_log(vm, name)
 
 
 def _mirror_routes(router: APIRouter, control: Control) -> None:

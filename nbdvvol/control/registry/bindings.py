@@ -12,12 +12,13 @@ from typing import Any
 from sqlalchemy import Row, delete, insert, select, update
 
 from nbdvvol.control.clock import Moment
-from nbdvvol.control.registry import faults, feed, leases, orders, risks
+from nbdvvol.control.registry import faults, feed, leases, logs, orders, risks, views
 from nbdvvol.control.registry import schema as s
 from nbdvvol.control.registry.tx import Tx, transaction
 from nbdvvol.control.registry.views import HELD, TOLD, vvol_row
 from nbdvvol.model.errors import Code, NvError
 from nbdvvol.model.link import ExportReport, Hello, Resumed, Snapshot
+from nbdvvol.model.log import holding_words
 
 
 def advance_epoch(tx: Tx, uuid: str, epoch: int) -> None:
@@ -55,18 +56,37 @@ def _move(tx: Tx, uuid: str, host: str, state: str) -> None:
     tx.db.execute(update(s.holders).where(s.holders.c.vvol == uuid, s.holders.c.host == host).values(state=state))
 
 
-def _take(tx: Tx, row: Row[Any]) -> list[str]:
-    """Take a VVol from whoever has it. Returns the hosts that are to release it first."""
+def _take(tx: Tx, row: Row[Any], force: bool = False) -> list[str]:
+    """Take a VVol from whoever has it. Returns the hosts that are to release it first.
+
+    One whose log holds data keeps it until that is carried to the storage; by force, or to be deleted, it does not."""
     waiting = []
+    pinned = logs.pinned_to(tx, row.uuid) if not force and row.state == "ready" else ""
     for holder in tx.db.execute(select(s.holders).where(s.holders.c.vvol == row.uuid)).all():
-        if holder.state == "assigned":
+        if holder.host == pinned and holder.state in HELD:
+            logs.wish_drain(tx, row.uuid)
+            waiting.append(holder.host)
+        elif holder.state == "assigned":
             _let_go(tx, row.uuid, holder.host, row.vm)
         elif holder.state in TOLD:
             _move(tx, row.uuid, holder.host, "releasing")
             touch_holder(tx, holder.host, row.uuid, row.vm)
-        if holder.state in (*TOLD, "releasing"):
+        if holder.state in (*TOLD, "releasing") and holder.host not in waiting:
             waiting.append(holder.host)
+    if not waiting:
+        logs.unwish(tx, row.uuid)
     return waiting
+
+
+def _wait_words(tx: Tx, row: Row[Any], hosts: list[str]) -> str:
+    """What is waited for: that hosts release a VVol, and that one carries its log to the storage before."""
+    pinned = logs.pinned_to(tx, row.uuid)
+    if pinned in hosts and row.state == "ready":
+        log = views.log_row(tx, row.uuid)
+        assert log is not None
+        held = f": {holding_words(log.dirty_bytes, log.oldest_ms)}" if log.told else ""
+        return f"host {pinned} to carry what its log holds to the storage{held}"
+    return f"host {', '.join(hosts)} to release it"
 
 
 def _let_go(tx: Tx, uuid: str, host: str, vm: str) -> None:
@@ -90,16 +110,19 @@ def bind(tx: Tx, uuid: str, host: str, force: bool = False, now: Moment | None =
         return ""
     if force:
         faults.accept(tx, uuid, name)
+        if logs.pinned_to(tx, uuid) != host:
+            logs.give_up(tx, row, f"given up for host {host}, by force")
+    logs.check_pin(tx, row, host)
     risk = faults.elsewhere(tx, uuid, host)
     if risk:
         return risk
-    waiting = _take(tx, row)
+    waiting = _take(tx, row, force)
     if waiting and not force:
-        late = _leases_over(tx, uuid, waiting, now)
+        late = _leases_over(tx, uuid, waiting, now) if not logs.pinned_to(tx, uuid) else []
         wait = [other for other in waiting if other not in late]
         open_legs = leases.unfenced(tx, uuid) if late and not wait else []
         if wait or open_legs:
-            return f"host {', '.join(waiting)} to release it{_open_words(name, open_legs)}"
+            return f"{_wait_words(tx, row, waiting)}{_open_words(name, open_legs)}"
     for other in waiting:
         _force(tx, uuid, other, name, lease=not force)
     here = s.holders.c.vvol == uuid, s.holders.c.host == host
@@ -147,14 +170,14 @@ def _force(tx: Tx, uuid: str, host: str, name: str, *, lease: bool = False) -> N
 def unbind(tx: Tx, uuid: str, force: bool = False) -> str:
     """Take the VVol from its host. Returns what it waits for, or "" once no host serves it."""
     row = vvol_row(tx, uuid)
-    waiting = _take(tx, row)
+    waiting = _take(tx, row, force)
     if force:
         for host in waiting:
             _force(tx, uuid, host, f"{row.vm}/{row.name}")
         if waiting:
             advance_epoch(tx, uuid, row.epoch)  # what they ask for from now on is refused
         return ""
-    return f"host {', '.join(waiting)} to release it" if waiting else ""
+    return _wait_words(tx, row, waiting) if waiting else ""
 
 
 @transaction

@@ -11,7 +11,7 @@ from nbdvvol.control.registry import schema as s
 from nbdvvol.control.registry.stores import touch_store
 from nbdvvol.control.registry.tasks import add_task
 from nbdvvol.control.registry.tx import Tx, transaction
-from nbdvvol.control.registry.views import vvol_row
+from nbdvvol.control.registry.views import HELD, vvol_row
 from nbdvvol.model.farm import (
     AdoptConfig,
     ControlConfig,
@@ -106,6 +106,7 @@ def _touch_declared(tx: Tx, plan: Plan, have: Have) -> None:
         if old is not None and (old.qos, old.cache, old.mirror) != (profile.qos, profile.cache, profile.mirror):
             for uuid in tx.db.execute(select(s.vvols.c.uuid).where(s.vvols.c.profile == name)).scalars().all():
                 bindings.touch_holders(tx, uuid)
+    _touch_logs(tx, plan, have)
     for name, vm in plan.vms.items():
         tx.touch(vm.host, "vm", name)
         if name in have.vms:
@@ -114,6 +115,16 @@ def _touch_declared(tx: Tx, plan: Plan, have: Have) -> None:
             select(s.holders.c.host).join(s.vvols, s.vvols.c.uuid == s.holders.c.vvol).where(s.vvols.c.vm == name)
         ).scalars():
             tx.touch(host, "vm", name)
+
+
+def _touch_logs(tx: Tx, plan: Plan, have: Have) -> None:
+    """Hosts whose folder for logs is another one."""
+    for name, config in plan.hosts.items():
+        before = have.hosts.get(name)
+        if before is not None and before.logs != config.logs:
+            mine = select(s.holders.c.vvol).where(s.holders.c.host == name, s.holders.c.state.in_(HELD))
+            for uuid in tx.db.execute(mine).scalars().all():
+                tx.touch(name, "vvol", uuid)
 
 
 @transaction

@@ -13,10 +13,18 @@ from typing import Any
 from sqlalchemy import Row, delete, func, select, update
 
 from nbdvvol.control.policy import opens_direct
-from nbdvvol.control.registry import faults
+from nbdvvol.control.registry import faults, logs
 from nbdvvol.control.registry import schema as s
 from nbdvvol.control.registry.tx import Tx, transaction
-from nbdvvol.control.registry.views import HELD, NO_POLICY, LegRows, leg_rows, mirror_policy, profile_specs
+from nbdvvol.control.registry.views import (
+    HELD,
+    NO_POLICY,
+    LegRows,
+    leg_rows,
+    log_rows,
+    mirror_policy,
+    profile_specs,
+)
 from nbdvvol.model.check import place_of
 from nbdvvol.model.farm import (
     DatastoreConfig,
@@ -38,6 +46,7 @@ from nbdvvol.model.link import (
     VVolSpec,
     remote_spec,
 )
+from nbdvvol.model.log import LogSpec
 from nbdvvol.model.mirror import Stamp, mirror_spec
 
 
@@ -62,7 +71,7 @@ def datastore_spec(tx: Tx, row: Row[Any]) -> DatastoreSpec:
     )
 
 
-def _vvol_spec(row: Row[Any], found: LegRows, policy: ProfileConfig) -> VVolSpec:
+def _vvol_spec(row: Row[Any], found: LegRows, policy: ProfileConfig, log: LogSpec | None) -> VVolSpec:
     legs = [
         LegSpec(
             id=leg.id,
@@ -97,6 +106,7 @@ def _vvol_spec(row: Row[Any], found: LegRows, policy: ProfileConfig) -> VVolSpec
         legs=legs,
         qos=policy.qos,
         cache=policy.caching,
+        log=log,
         mirror=mirror_spec(mirror_policy(policy, row)) if row.mirror else None,
     )
 
@@ -131,8 +141,14 @@ def _tell_vvols(tx: Tx, host: str, only: Iterable[str] | None = None) -> dict[st
     assigned = update(s.holders).where(s.holders.c.host == host, s.holders.c.state == "assigned", named)
     tx.db.execute(assigned.values(state="binding"))
     found = leg_rows(tx, rows)
-    specs = profile_specs(tx)
-    return {row.uuid: _vvol_spec(row, found, specs.get(row.profile, NO_POLICY)) for row in rows}
+    specs, known = profile_specs(tx), log_rows(tx)
+    config, _ = host_settings(tx, host)
+    told = {}
+    for row in rows:
+        policy = specs.get(row.profile, NO_POLICY)
+        log = logs.log_spec(row, known.get(row.uuid), host, config, policy)
+        told[row.uuid] = _vvol_spec(row, found, policy, log)
+    return told
 
 
 def host_settings(tx: Tx, host: str) -> tuple[HostConfig, TlsFiles | None]:

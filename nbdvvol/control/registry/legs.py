@@ -12,12 +12,12 @@ from typing import Any
 from sqlalchemy import Row, select, update
 
 from nbdvvol.control.legs import decide, in_sync
-from nbdvvol.control.registry import bindings
+from nbdvvol.control.registry import bindings, logs
 from nbdvvol.control.registry import schema as s
 from nbdvvol.control.registry.space import commit_space
 from nbdvvol.control.registry.tasks import add_task
 from nbdvvol.control.registry.tx import Tx, now, transaction
-from nbdvvol.control.registry.views import TOLD, vvol_row
+from nbdvvol.control.registry.views import TOLD, log_row, vvol_row
 from nbdvvol.model.errors import Code, NvError
 from nbdvvol.model.mirror import LegChange, LegDoubt, LegRecord, Record, RecordLeg, Stamp
 
@@ -137,7 +137,15 @@ def leg_made(tx: Tx, uuid: str, leg: int) -> None:
 
 
 def not_served(tx: Tx, row: Row[Any]) -> None:
-    """Raise BUSY while a host may serve the VVol: as a single copy, it writes down no intents."""
+    """Raise BUSY while a host may serve the VVol: as a single copy, it writes down no intents. CONFLICT while a log
+    holds data of it: it was logged before a single copy."""
+    log = log_row(tx, row.uuid)
+    if log is not None and log.state != "clean":
+        raise NvError(
+            Code.CONFLICT,
+            f"VVol {row.vm}/{row.name}: {logs.holds(log)}",
+            f"have it drained: start that host's filter, then nbdvvol unbind {row.vm}/{row.name}",
+        )
     told = select(s.holders.c.host).where(s.holders.c.vvol == row.uuid, s.holders.c.state != "assigned")
     hosts = sorted(tx.db.execute(told).scalars())
     if hosts:

@@ -83,7 +83,23 @@ def _to_6(connection: Connection) -> None:
 
 
 STEP_5 = "ALTER TABLE legs ADD COLUMN doubt BOOLEAN NOT NULL DEFAULT 0"
-STEPS: dict[int, Callable[[Connection], None]] = {1: _to_2, 2: _to_3, 3: _to_4, 4: _to_5, 5: _to_6}
+
+
+def _to_7(connection: Connection) -> None:
+    """Write-back logs. None can hold data yet."""
+    connection.exec_driver_sql(STEP_6)
+
+
+STEP_6 = """
+CREATE TABLE logs (
+    vvol VARCHAR NOT NULL PRIMARY KEY REFERENCES vvols (uuid) ON DELETE CASCADE, state VARCHAR NOT NULL DEFAULT 'clean',
+    host VARCHAR NOT NULL DEFAULT '', log VARCHAR NOT NULL DEFAULT '', file VARCHAR NOT NULL DEFAULT '',
+    epoch INTEGER NOT NULL DEFAULT 0, generation INTEGER NOT NULL DEFAULT 0, since VARCHAR NOT NULL DEFAULT '',
+    wish VARCHAR NOT NULL DEFAULT '', discard BOOLEAN NOT NULL DEFAULT 0, given_up INTEGER NOT NULL DEFAULT 0,
+    size INTEGER NOT NULL DEFAULT 0, dirty_bytes INTEGER NOT NULL DEFAULT 0, oldest_ms INTEGER NOT NULL DEFAULT 0,
+    told VARCHAR NOT NULL DEFAULT '')
+"""
+STEPS: dict[int, Callable[[Connection], None]] = {1: _to_2, 2: _to_3, 3: _to_4, 4: _to_5, 5: _to_6, 6: _to_7}
 """Version → the step that leads from it to the next."""
 
 

@@ -55,7 +55,8 @@ def write(tx: Tx, farm: Farm, rebuilt: Rebuilt) -> None:
             _write_leg(tx, vvol, leg, _extent(rebuilt, leg), doubt=remote and leg.state != "in-sync")
     for vvol in rebuilt.vvols:
         _hold(tx, farm, vvol)
-        _go_on(tx, vvol)
+        unknown = _log_unknown(tx, farm, vvol)
+        _go_on(tx, vvol, unknown=unknown)
     for store in rebuilt.datastores:
         add_task(tx, "probe", store.name, datastore=store.name)
     for note in rebuilt.notes:
@@ -149,7 +150,29 @@ def _hold(tx: Tx, farm: Farm, vvol: RebuiltVVol) -> None:
             tx.db.execute(insert(s.holders).values(vvol=vvol.uuid, host=host, epoch=0, state="releasing"))
 
 
-def _go_on(tx: Tx, vvol: RebuiltVVol) -> None:
+def logs_writes(farm: Farm, vvol: RebuiltVVol) -> bool:
+    """Whether a VVol's profile, in the farm file or by its map copies, has a write-back log."""
+    declared = farm.vms[vvol.vm].vvols.get(vvol.name) if vvol.vm in farm.vms else None
+    names = {vvol.profile, declared.profile if declared is not None else None}
+    return any(profile.logging is not None for name, profile in farm.profiles.items() if name in names)
+
+
+def hosts_of(farm: Farm, vvol: RebuiltVVol) -> list[str]:
+    """The hosts that may have served a VVol: those that see a datastore of it."""
+    stores = [farm.datastores[leg.datastore] for leg in vvol.legs if leg.datastore in farm.datastores]
+    return sorted(host for host in farm.hosts if any(store.hosts is None or host in store.hosts for store in stores))
+
+
+def _log_unknown(tx: Tx, farm: Farm, vvol: RebuiltVVol) -> bool:
+    """A log on one of several hosts may hold data of it: the operator is to say which of them served it last. Where
+    there is only one, its filter will find the log."""
+    if not logs_writes(farm, vvol) or len(hosts_of(farm, vvol)) < 2:
+        return False
+    tx.db.execute(insert(s.logs).values(vvol=vvol.uuid, state="unknown"))
+    return True
+
+
+def _go_on(tx: Tx, vvol: RebuiltVVol, *, unknown: bool) -> None:
     """Bind it to its VM's host, once every host has released it; free what is no part of it any more."""
     if vvol.state == "deleting":
         add_task(tx, "delete", vvol.full_name, vvol.uuid, force=False)
@@ -157,6 +180,10 @@ def _go_on(tx: Tx, vvol: RebuiltVVol) -> None:
     for leg in vvol.legs:
         if leg.life == "leaving":
             add_task(tx, "free-leg", vvol.full_name, vvol.uuid, claim=False, leg=leg.id)
+    if unknown:
+        text = "it is bound to no host: a write-back log may hold data of it, and nobody knows on which"
+        tx.event("vvol.unbound", vvol.full_name, text)
+        return
     home: str = tx.db.execute(select(s.vms.c.host).where(s.vms.c.name == vvol.vm)).scalar_one()
     try:
         vvols.start_bind(tx, vvol_row(tx, vvol.uuid), home)

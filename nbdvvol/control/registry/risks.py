@@ -8,10 +8,10 @@ from typing import Any, Literal
 from sqlalchemy import Row, select
 
 from nbdvvol.control.clock import Moment, moment
-from nbdvvol.control.registry import leases
+from nbdvvol.control.registry import leases, logs
 from nbdvvol.control.registry import schema as s
 from nbdvvol.control.registry.tx import Tx, transaction
-from nbdvvol.control.registry.views import TOLD, find_vvol
+from nbdvvol.control.registry.views import TOLD, find_vvol, kept_view, log_row
 from nbdvvol.model.resources import ForceRisks, HolderRisk, LegRisk
 
 _DOES = {"binding": "was told to serve it", "bound": "serves it", "releasing": "is to release it"}
@@ -35,12 +35,16 @@ def _at_risk(tx: Tx, row: Row[Any], now: Moment, connected: frozenset[str]) -> F
     told = [_words(host) for host in hosts]
     if told:
         told += _of_bytes(row, [leg for leg in legs if not leg.fences])
+    log = log_row(tx, row.uuid)
+    if log is not None and log.state != "clean":
+        told.append(f"{logs.holds(log)}: served by another host it is without that, for good")
     faulty = select(s.legs).where(s.legs.c.vvol == row.uuid, s.legs.c.fault_host != "").order_by(s.legs.c.id)
     told += [
         f"a sync failed on host {leg.fault_host}, datastore {leg.datastore}: what that lost is accepted"
         for leg in tx.db.execute(faulty).all()
     ]
-    return ForceRisks(vvol=f"{row.vm}/{row.name}", hosts=hosts, legs=legs, risks=told)
+    kept = kept_view(log) if log is not None and log.state != "clean" else None
+    return ForceRisks(vvol=f"{row.vm}/{row.name}", hosts=hosts, legs=legs, log=kept, risks=told)
 
 
 def _holders(tx: Tx, row: Row[Any]) -> list[Row[Any]]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from sqlalchemy import Boolean, Column, ForeignKey, Index, Integer, MetaData, String, Table, Text, UniqueConstraint
 
-SCHEMA_VERSION = 6
+SCHEMA_VERSION = 7
 APPLICATION_ID = 0x4E564256
 """Marks the SQLite file as ours (`NVBV`)."""
 
@@ -143,6 +143,32 @@ how often a person said so, and how often something else gave cause to try at on
 is stale. `replaces`: the leg whose place it takes as a spare. `let_go`: of a leaving leg, the hosts that said that
 nothing of it is in flight there, one a line. `map_written`: the map version of its newest copy on disk. `doubt`: its
 server, which cannot fence, may still carry out what it was asked before (`LegDoubt`)."""
+
+logs = Table(
+    "logs",
+    schema,
+    Column("vvol", String, ForeignKey("vvols.uuid", ondelete="CASCADE"), primary_key=True),
+    Column("state", String, nullable=False, default="clean"),
+    Column("host", String, nullable=False, default=""),
+    Column("log", String, nullable=False, default=""),
+    Column("file", String, nullable=False, default=""),
+    Column("epoch", Integer, nullable=False, default=0),
+    Column("generation", Integer, nullable=False, default=0),
+    Column("since", String, nullable=False, default=""),
+    Column("wish", String, nullable=False, default=""),
+    Column("discard", Boolean, nullable=False, default=False),
+    Column("given_up", Integer, nullable=False, default=0),
+    Column("size", Integer, nullable=False, default=0),
+    Column("dirty_bytes", Integer, nullable=False, default=0),
+    Column("oldest_ms", Integer, nullable=False, default=0),
+    Column("told", String, nullable=False, default=""),
+)
+"""Write-back logs; a VVol without a row has none that holds data of it.
+`state`: `dirty`: on `host`, the log with this id (`log`, in `file`) may hold data that the storage has not, committed
+under `epoch` and `generation`, at the time `since`; `clean`: none does; `unknown`: this registry was rebuilt, and one
+may. `wish`: `drain`: it is to be carried below. `discard`: what lies in its place may be overwritten, by the operator's
+word. `given_up`: what logs of this epoch and older ones hold was given up. `size`, `dirty_bytes`, `oldest_ms`: as its
+host said last, at the time `told`."""
 
 runs = Table(
     "runs",

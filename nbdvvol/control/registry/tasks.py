@@ -15,7 +15,7 @@ from nbdvvol.model.errors import Code, NvError
 from nbdvvol.model.resources import Task
 
 LIVE = ("queued", "running")
-CANCELLABLE = ("create", "resize", "bind", "add-leg", "remove-leg", "verify")
+CANCELLABLE = ("create", "resize", "bind", "add-leg", "remove-leg", "verify", "drain-cache")
 
 TELLING = ("verify", "drain-cache")
 """What these said last is their result."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Literal
 
 from sqlalchemy import ColumnElement, Row, Select, func, select
@@ -23,6 +24,7 @@ from nbdvvol.model.resources import (
     Event,
     ExportUri,
     Leg,
+    LogKept,
     Profile,
     Region,
     Task,
@@ -103,10 +105,37 @@ NO_POLICY = ProfileConfig()
 """Of a VVol that names no profile."""
 
 
+def log_row(tx: Tx, uuid: str) -> Row[Any] | None:
+    """What is known of a VVol's log; None: nothing ever was."""
+    return tx.db.execute(select(s.logs).where(s.logs.c.vvol == uuid)).one_or_none()
+
+
+def log_rows(tx: Tx) -> dict[str, Row[Any]]:
+    """What is known of logs, by the UUID of their VVol."""
+    return {row.vvol: row for row in tx.db.execute(select(s.logs)).all()}
+
+
+def kept_view(row: Row[Any]) -> LogKept:
+    """The same, of a row that is not clean."""
+    return LogKept(
+        host=row.host,
+        log=row.log,
+        file=row.file,
+        known=row.state == "dirty",
+        since=datetime.fromisoformat(row.since) if row.since else None,
+        size=row.size,
+        dirty_bytes=row.dirty_bytes,
+        oldest_age_ms=row.oldest_ms,
+        told=datetime.fromisoformat(row.told) if row.told else None,
+        draining=row.wish == "drain",
+    )
+
+
 def vvol_views(tx: Tx, rows: Sequence[Row[Any]]) -> list[VVol]:
     """VVols as the API shows them."""
     found = leg_rows(tx, rows)
     specs = profile_specs(tx)
+    logs = log_rows(tx)
     bindings: dict[str, tuple[Binding, str]] = {}
     query = select(s.holders, s.hosts.c.run_dir).join(s.hosts, s.hosts.c.name == s.holders.c.host)
     for holder in tx.db.execute(_of(query.where(s.holders.c.state != "forced"), s.holders.c.vvol, rows)):
@@ -114,7 +143,10 @@ def vvol_views(tx: Tx, rows: Sequence[Row[Any]]) -> list[VVol]:
             told = {"error": holder.error, "why": why_not_served(holder.facts, holder.error)}
             binding = Binding.model_validate({"host": holder.host, "epoch": holder.epoch, "state": holder.state} | told)
             bindings[holder.vvol] = binding, holder.run_dir
-    return [_vvol_view(row, found, bindings.get(row.uuid), specs.get(row.profile, NO_POLICY)) for row in rows]
+    return [
+        _vvol_view(row, found, bindings.get(row.uuid), specs.get(row.profile, NO_POLICY), logs.get(row.uuid))
+        for row in rows
+    ]
 
 
 def why_not_served(facts: str, error: str) -> NotServed:
@@ -132,7 +164,9 @@ def mirror_policy(spec: ProfileConfig, row: Row[Any]) -> MirrorConfig:
     return spec.mirror or MirrorConfig(legs=[row.datastore])
 
 
-def _vvol_view(row: Row[Any], found: LegRows, bound: tuple[Binding, str] | None, spec: ProfileConfig) -> VVol:
+def _vvol_view(
+    row: Row[Any], found: LegRows, bound: tuple[Binding, str] | None, spec: ProfileConfig, log: Row[Any] | None
+) -> VVol:
     legs = [
         Leg(
             id=leg.id,
@@ -166,6 +200,7 @@ def _vvol_view(row: Row[Any], found: LegRows, bound: tuple[Binding, str] | None,
         profile=row.profile,
         qos=spec.qos,
         cache=spec.caching,
+        log=kept_view(log) if log is not None and log.state != "clean" else None,
         mirror=mirror_policy(spec, row) if row.mirror else None,
         differed=row.differed,
         state=VVolState(row.state),

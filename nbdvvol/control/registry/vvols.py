@@ -9,13 +9,22 @@ from typing import Any
 from sqlalchemy import Row, insert, select, update
 
 from nbdvvol.control import policy
-from nbdvvol.control.registry import bindings, faults, risks
+from nbdvvol.control.registry import bindings, faults, logs, risks
 from nbdvvol.control.registry import schema as s
 from nbdvvol.control.registry.space import places_of
 from nbdvvol.control.registry.stores import store_row
 from nbdvvol.control.registry.tasks import add_task
 from nbdvvol.control.registry.tx import Tx, transaction
-from nbdvvol.control.registry.views import HELD, check_ready, find_vvol, task_view, vvol_row, vvol_view
+from nbdvvol.control.registry.views import (
+    HELD,
+    NO_POLICY,
+    check_ready,
+    find_vvol,
+    profile_specs,
+    task_view,
+    vvol_row,
+    vvol_view,
+)
 from nbdvvol.model.errors import Code, NvError
 from nbdvvol.model.farm import DatastoreConfig, DatastoreKind, ProfileConfig
 from nbdvvol.model.resources import BindVVol, CreateVVol, ResizeVVol, Task, TaskRef
@@ -202,6 +211,7 @@ def start_resize(tx: Tx, row: Row[Any], size: int) -> Task | None:
     if row.adopt is not None:
         raise NvError(Code.UNSUPPORTED, f"VVol {name} is adopted: it has the bytes it has", "make a new VVol and copy")
     policy.check_size(name, size)
+    logs.check_growth(tx, row, profile_specs(tx).get(row.profile, NO_POLICY))
     return add_task(tx, "resize", name, row.uuid, size=size)
 
 
@@ -237,6 +247,9 @@ def begin_bind(tx: Tx, vm: str, name: str, body: BindVVol) -> TaskRef:
     if running is not None and body.force and running.kind == "bind":
         bindings.unbind(tx, row.uuid, True)
         faults.accept(tx, row.uuid, f"{vm}/{name}")
+        wanted = json.loads(running.args)["host"]
+        if logs.pinned_to(tx, row.uuid) != wanted:
+            logs.give_up(tx, row, f"given up for host {wanted}, by force")
         return task_ref(tx, task_view(running), row.uuid, at_risk)
     home: str = tx.db.execute(select(s.vms.c.host).where(s.vms.c.name == vm)).scalar_one()
     return task_ref(tx, start_bind(tx, row, body.host or home, body.force), row.uuid, at_risk)

@@ -1,0 +1,155 @@
+"""Where a VVol's write-back log lies on this host: a file of its own in a folder, or a device.
+
+All functions block and run in a worker thread. A log is used by one filter at a time: its file is locked, its device
+opened for this process alone; the kernel gives both back however the process ends. A file gets all its space when it is
+made, so that a full file system is met then, and not by a write that is to be acknowledged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from nbdvvol.datastores.base import direct_alignment, sync_folder
+from nbdvvol.datastores.logformat import RING_OFFSET, State, decode_super
+from nbdvvol.model.errors import Code, NvError
+from nbdvvol.model.farm import LOG_UNIT
+from nbdvvol.model.units import format_size
+
+_WORDS = {
+    errno.ENOENT: (Code.UNAVAILABLE, "is missing"),
+    errno.ENOTDIR: (Code.UNAVAILABLE, "is missing"),
+    errno.ENXIO: (Code.UNAVAILABLE, "has no device behind it"),
+    errno.ENODEV: (Code.UNAVAILABLE, "has no device behind it"),
+    errno.EACCES: (Code.DENIED, "may not be opened by the filter"),
+    errno.EPERM: (Code.DENIED, "may not be opened by the filter"),
+    errno.EROFS: (Code.DENIED, "is on a read-only file system"),
+    errno.EBUSY: (Code.BUSY, "is in use: mounted, or another VVol's log"),
+    errno.ELOOP: (Code.INVALID, "is a symbolic link"),
+}
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@dataclass(frozen=True, slots=True)
+class LogFile:
+    """An open log. The caller owns `fd` and closes it once the data plane has its duplicate."""
+
+    fd: int
+    path: str
+    length: int
+    direct: bool
+    block: bool
+    align: int
+
+
+def file_name(full_name: str, uuid: str) -> str:
+    """The file of a VVol's log: readable, safe, unique."""
+    safe = re.sub(r"[^A-Za-z0-9._-]", "_", full_name.replace("/", "-"))
+    return f"{safe[:120]}-{uuid}.log"
+
+
+def open_log_file(folder: str, name: str, size: int, held: str = "") -> LogFile:
+    """Open a VVol's log in a folder, made with `size` bytes where there is none, or on a device; `held`: exactly this
+    one, which holds data. Raises NvError."""
+    try:
+        if held:
+            path, block = held, stat.S_ISBLK(os.stat(held).st_mode)  # noqa: PTH116
+        else:
+            path, block = _place(folder, name)
+        return _open_device(path, size, held) if block else _open_file(path, size, make=not held)
+    except OSError as error:
+        where = error.filename or held or folder
+        code, words = _WORDS.get(error.errno or 0, (Code.IO, f"failed: {error.strerror}"))
+        raise NvError(code, f"the log {where} {words}") from error
+
+
+def _place(folder: str, name: str) -> tuple[str, bool]:
+    """Its path, and whether that is a device. The folder is made if only it is missing."""
+    with contextlib.suppress(FileExistsError):
+        Path(folder).mkdir(mode=0o700)
+        sync_folder(folder)
+    mode = os.stat(folder).st_mode  # noqa: PTH116
+    if stat.S_ISBLK(mode):
+        return folder, True
+    if not stat.S_ISDIR(mode):
+        raise NvError(Code.INVALID, f"the place for logs {folder} is neither a folder nor a block device")
+    return str(Path(folder) / name), False
+
+
+def _open_device(path: str, size: int, held: str) -> LogFile:
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_DIRECT | os.O_EXCL)
+    try:
+        has = os.lseek(fd, 0, os.SEEK_END)
+        length = has if held else min(size, has)
+        return LogFile(fd, path, length // LOG_UNIT * LOG_UNIT, True, True, direct_alignment(fd, True))
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def _open_file(path: str, size: int, *, make: bool) -> LogFile:
+    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_CREAT if make else 0)
+    direct = True
+    try:
+        fd = os.open(path, flags | os.O_DIRECT, 0o600)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        direct, fd = False, os.open(path, flags, 0o600)  # a file system that knows no O_DIRECT
+    try:
+        _lock(fd, path)
+        if make and os.fstat(fd).st_size == 0:
+            _allocate(fd, path, size)
+        has = os.fstat(fd).st_size
+        align = direct_alignment(fd, False) if direct else 1
+        return LogFile(fd, path, has // LOG_UNIT * LOG_UNIT, direct, False, align)
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def _lock(fd: int, path: str) -> None:
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        raise NvError(Code.INVALID, f"the log {path} is neither a file nor a block device")
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise NvError(Code.BUSY, f"the log {path} is in use by another process") from None
+
+
+def _allocate(fd: int, path: str, size: int) -> None:
+    """All its space, in zeros, and durable; nothing is left of it where that cannot be had."""
+    try:
+        os.posix_fallocate(fd, 0, size)
+        os.fsync(fd)
+        sync_folder(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.unlink(path)  # noqa: PTH108
+        if error.errno in _FULL:
+            text = f"the log {path} of {format_size(size)} does not fit: {error.strerror}"
+            raise NvError(Code.NO_SPACE, text, "free space there, or ask for a smaller log") from error
+        raise
+
+
+def remove_log_file(path: str, uuid: str) -> None:
+    """Remove a file that is this VVol's log, or was to become it; anything else is left alone. Raises OSError."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            return
+        state, found = decode_super(os.pread(fd, RING_OFFSET, 0).ljust(RING_OFFSET, b"\0"))
+    finally:
+        os.close(fd)
+    if state is State.BLANK or (found is not None and str(found.vvol) == uuid):
+        os.unlink(path)  # noqa: PTH108
+        sync_folder(path)

@@ -1,0 +1,488 @@
+"""A VVol's write-back log on this host, at one epoch: carries what the log machine decides to the data plane and to
+control (logmachine.py decides).
+
+It is opened before the VVol's first connection and stays until its volume is closed. Where it cannot be had, the VVol
+is served without, which is only slower; but where the registry says that it holds data, or it holds some of which the
+registry does not know, the VVol is not served.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import structlog
+
+from nbdvvol.dataplane.log import LogEvent, LogEventKind, LogFound, LogPolicy, LogState, LogStats, LogVerdict
+from nbdvvol.dataplane.types import DataPlane
+from nbdvvol.datastores.logformat import RING_OFFSET, decode_super
+from nbdvvol.filter.legplace import quiet, words_of
+from nbdvvol.filter.legs import MirrorError
+from nbdvvol.filter.logfile import LogFile, file_name, open_log_file, remove_log_file
+from nbdvvol.filter.logmachine import Do, LogMachine, Plane
+from nbdvvol.model.errors import Code, NvError
+from nbdvvol.model.link import VVolSpec
+from nbdvvol.model.log import LogChange, LogPhase, LogRecord, LogReport, LogSpec, LogWanted
+from nbdvvol.model.units import about_size
+
+_log = structlog.get_logger("writelog")
+REPORT_S = 1.0
+LOST_TOLD = 16
+CALL_AGAIN_S = 0.1
+_WANTED: dict[Do, LogWanted] = {Do.ASK_DIRTY: "dirty", Do.ASK_CLEAN: "clean", Do.ASK_FORGET: "forget"}
+_VERDICTS = {
+    LogVerdict.MISSING: "no log is there",
+    LogVerdict.FOREIGN: "what lies there is no log, or a damaged one",
+    LogVerdict.UNKNOWN_VERSION: "it has a format that this program does not know",
+    LogVerdict.OTHER_VVOL: "it is the log of another VVol",
+    LogVerdict.OTHER_LOG: "it is a log of this VVol, but not the one that holds data of it",
+    LogVerdict.UNKNOWN_DATA: "it holds data of this VVol of which the registry knows nothing",
+    LogVerdict.REGISTRY_OLD: "it is newer than the registry",
+    LogVerdict.CUT: "it was cut short",
+    LogVerdict.TOO_MANY: "it holds more records than a log of its size can",
+    LogVerdict.UNREADABLE: "it cannot be read",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A log that this process had open, and that may hold data of a VVol."""
+
+    epoch: int = 0
+    log: str = ""
+    file: str = ""
+
+
+NOTHING_KEPT = Kept()
+
+
+class LogLink(Protocol):
+    """The link to control, as far as a log needs it."""
+
+    def ask_log(self, change: LogChange, answer: Callable[[LogRecord], None]) -> None:
+        """Ask for a change of what the registry says of a log; no answer comes when control is away."""
+
+    def log(self, report: LogReport) -> None:
+        """How a log is; dropped while control is away."""
+
+    def notice(self, event: str, subject: str, message: str) -> None:
+        """For the event list."""
+
+
+def policy_of(spec: LogSpec) -> LogPolicy:
+    """What the data plane is told."""
+    held = bytes.fromhex(spec.held) if spec.held else None
+    if spec.log is None:
+        return LogPolicy(held=held)
+    return LogPolicy(
+        age_ms=round(spec.log.age * 1000),
+        bypass_bytes=spec.log.bypass,
+        stream_bytes=spec.log.stream,
+        deadline_ms=round(spec.log.deadline * 1000),
+        held=held,
+        discard=spec.discard,
+    )
+
+
+class WriteLog:
+    """The log of one VVol that this host serves, or why it has none."""
+
+    def __init__(
+        self, plane: DataPlane, link: LogLink, spec: VVolSpec, wake: Callable[[], None], kept: Kept = NOTHING_KEPT
+    ) -> None:
+        self.spec = spec
+        self.kept = kept
+        """What this process has logged before, of which control's word may not have come back yet."""
+        self.volume: int | None = None
+        """The one that it is before, or may come before; None: it is not served (any more)."""
+        self._plane = plane
+        self._link = link
+        self._wake = wake
+        self._loop = asyncio.get_running_loop()
+        self._machine: LogMachine | None = None
+        self._number: int | None = None
+        self._path = ""
+        self._block = False
+        self._phase: LogPhase | None = None  # where there is no machine
+        self._why = ""
+        self._found: LogFound | None = None
+        self._lost: list[int] = []
+        self._rate = 0.0
+        self._carried = 0
+        self._told: tuple[object, ...] = ()
+        self._watched = False
+        self._moved = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    # ---- opening ----
+
+    async def open(self, volume: int) -> bool:
+        """Put the log before a volume that has had no connection yet, and recover it.
+
+        False: what lies there cannot be used, and the volume has to be opened anew; it will be served without. Raises
+        NvError where the VVol is not to be served; close the volume, then this, in that case too."""
+        log = self._standing()
+        if log is None or not (log.on or log.held):
+            return True
+        try:
+            found = await self._try_open(volume, log)
+        except (NvError, OSError) as error:
+            await self._close_object()
+            self._refuse(words_of(error), log)
+            return True
+        if found.verdict is not LogVerdict.USABLE:
+            await self._judge(found, log)
+            return False
+        if self._other_size(found, log):
+            return False
+        self._machine = LogMachine(on=log.on, held=bool(log.held))
+        self._found = found
+        if found.dirty_bytes:
+            _log.info("a log was recovered", vvol=self._name(), file=self._path, dirty_bytes=found.dirty_bytes)
+            text = f"{about_size(found.dirty_bytes)} that were logged and are not in the storage yet, in {self._path}"
+            self._link.notice("log_recovered", self._name(), text)
+        return True
+
+    def _standing(self) -> LogSpec | None:
+        """What control says; but what this process has logged under this epoch holds data, unless that was given up."""
+        log, kept = self.spec.log, self.kept
+        if kept.epoch != self.spec.epoch or not kept.log or (log is not None and log.given_up >= kept.epoch):
+            return log
+        told = log if log is not None else LogSpec(on=False)
+        return told.model_copy(update={"held": kept.log, "file": kept.file, "discard": False})
+
+    async def _try_open(self, volume: int, log: LogSpec) -> LogFound:
+        name, size = file_name(self._name(), self.spec.uuid), log.log.size if log.log is not None else 0
+        file = await asyncio.to_thread(open_log_file, log.folder, name, size, log.file if log.held else "")
+        self._path, self._block = file.path, file.block
+        try:
+            self._number = self._open_object(file)
+        finally:
+            os.close(file.fd)
+        return await self._plane.open_log(volume, self._number, 0, file.length, policy_of(log))
+
+    def _open_object(self, file: LogFile) -> int:
+        return self._plane.open_object(
+            file.fd, size=file.length, direct=file.direct, block=file.block, read_only=False, align=file.align
+        )
+
+    def _refuse(self, why: str, log: LogSpec) -> None:
+        """It cannot be opened. Raises MirrorError where it holds data of the VVol."""
+        self._phase, self._why = "refused", why
+        self._path = self._path or log.file or log.folder
+        if log.held:
+            hint = "bring it back; its filter tries again by itself"
+            text = f"its write-back log {log.held}, which may hold data of it, is not to be had: {why}"
+            raise MirrorError(Code.UNAVAILABLE, text, hint, "log-missing")
+        _log.warning("served without its log", vvol=self._name(), why=why)
+        self._link.notice("log_refused", self._name(), why)
+
+    async def _judge(self, found: LogFound, log: LogSpec) -> None:
+        """What lies there is not to be used. Raises MirrorError where the VVol cannot be served without it, either."""
+        self._found = found
+        errno_words = f" ({os.strerror(found.errno)})" if found.errno else ""
+        why = f"{self._path}: {_VERDICTS.get(found.verdict, found.verdict)}{errno_words}"
+        if log.held or found.verdict is LogVerdict.REGISTRY_OLD:
+            self._phase, self._why = "refused", why
+            self.report()
+            missing = f"the log {log.held} may hold data of it, and {why}"
+            old = found.verdict is LogVerdict.REGISTRY_OLD
+            raise MirrorError(Code.STALE, why if old else missing, "", "old-registry" if old else "log-missing")
+        if found.verdict is LogVerdict.UNKNOWN_DATA and await self._epoch() > log.given_up:
+            self._phase, self._why = "refused", why
+            self.report()
+            raise MirrorError(Code.STALE, f"{why}: {about_size(found.dirty_bytes)}", "", "log-unknown")
+        self._refuse(why, log)
+
+    async def _epoch(self) -> int:
+        """Of what lies there, by its superblock."""
+        assert self._number is not None
+        _, found = decode_super(await self._plane.read(self._number, 0, RING_OFFSET))
+        return found.epoch if found is not None else 0
+
+    def _other_size(self, found: LogFound, log: LogSpec) -> bool:
+        """A file that holds nothing and has not the size that the profile says is made anew."""
+        if log.held or found.dirty_bytes or self._block or log.log is None:
+            return False
+        if os.stat(self._path).st_size == log.log.size:  # noqa: PTH116
+            return False
+        self._phase, self._why = "waits", "its file is made anew with another size"
+        return True
+
+    async def make_anew(self) -> bool:
+        """Behind a False of `open`, once the volume is closed: False again if it is worth no other try."""
+        await self._close_object()
+        if self._phase != "waits":
+            return False
+        self._phase, self._why = None, ""
+        await asyncio.to_thread(remove_log_file, self._path, self.spec.uuid)
+        return True
+
+    def start(self, volume: int) -> None:
+        """The volume may be entered from now on."""
+        self.volume = volume
+        self._drive()
+        if self.phase is not None:
+            self._watch()
+        self.report()
+
+    def _watch(self) -> None:
+        if not self._watched:
+            self._watched = True
+            self._spawn(self._report_often())
+
+    # ---- closing ----
+
+    async def settle(self, limit_s: float) -> None:
+        """Before a clean stop: have what it holds carried below, for so long at most; what is left, it keeps."""
+        machine = self._machine
+        if machine is None:
+            return
+        machine.wish(on=False)
+        self._drive()
+        try:
+            async with asyncio.timeout(limit_s):
+                while not machine.clean and not machine.dead:
+                    self._moved.clear()
+                    await self._moved.wait()
+        except TimeoutError:
+            _log.warning("what is logged is not in the storage yet; the log keeps it", vvol=self._name())
+
+    async def close(self, *, remove: bool = False) -> None:
+        """Let go of it, once its volume is closed. `remove`: its file too, if it holds nothing."""
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._close_object()
+        machine, self._machine, self.volume = self._machine, None, None
+        if machine is not None and self._found is not None:
+            self.kept = NOTHING_KEPT if machine.clean else Kept(self.spec.epoch, self._found.id.hex(), self._path)
+        if remove and machine is not None and machine.clean and not self._block:
+            try:
+                await asyncio.to_thread(remove_log_file, self._path, self.spec.uuid)
+            except OSError as error:
+                _log.warning("an empty log is left behind", file=self._path, error=str(error))
+
+    async def _close_object(self) -> None:
+        number, self._number = self._number, None
+        if number is not None:
+            await self._plane.close_object(number)
+
+    # ---- what comes in ----
+
+    def follow(self, spec: VVolSpec) -> None:
+        """Control says this of the VVol now, at the same epoch."""
+        before, self.spec = self.spec.log, spec
+        log = spec.log
+        if self._machine is not None:
+            self._machine.wish(on=log is not None and log.on)
+            self._drive()
+        elif log is not None and log.on and (before is None or before != log):
+            self._phase, self._why = "waits", "it was asked for while the VVol had clients"
+            self._watch()
+        elif log is None or not log.on:
+            self._phase = None
+        self.report()
+
+    @property
+    def usable(self) -> bool:
+        """It is before the volume, whatever it does now."""
+        return self._machine is not None
+
+    @property
+    def clean(self) -> bool:
+        """The registry knows that it holds nothing."""
+        return self._machine is None or self._machine.clean
+
+    @property
+    def due(self) -> bool:
+        """It is asked for, and begins when the VVol is opened anew; no client is in the way of that now."""
+        if self._machine is not None or self._phase != "waits" or self.volume is None:
+            return False
+        try:
+            return self._plane.volume_stats(self.volume).connections == 0
+        except OSError:  # closed a moment ago
+            return False
+
+    def linked(self) -> None:
+        """Control is there again: what was asked may be lost."""
+        if self._machine is not None:
+            self._machine.again()
+            self._drive()
+        self.report()
+
+    def event(self, event: LogEvent) -> None:
+        """The log tells something by itself."""
+        if self._machine is None:
+            return
+        match event.kind:
+            case LogEventKind.FAILED:
+                self._why = os.strerror(event.errno) if event.errno else "its device is too slow"
+                self._machine.failed()
+                _log.error("a log has failed", vvol=self._name(), file=self._path, error=self._why)
+                text = (
+                    f"{self._path}: {self._why}; what it holds is carried to the storage, writes go there from now on"
+                )
+                self._link.notice("log_failed", self._name(), text)
+            case LogEventKind.LOST:
+                self._lost = [*self._lost, event.offset][:LOST_TOLD]
+                text = f"{self._path}: the block of 4096 bytes at {event.offset} can be read nowhere any more"
+                self._link.notice("log_lost", self._name(), f"{text}; {event.count} so far")
+            case LogEventKind.NEEDS_WORD:
+                self._machine.needs_word()
+            case LogEventKind.DRAINED:
+                self._drained()
+        self._drive()
+        self.report()
+
+    def _drained(self) -> None:
+        assert self._machine is not None
+        stats = self.stats()
+        self._machine.drained(void=stats is not None and stats.state is LogState.VOID)
+
+    # ---- the machine ----
+
+    def _drive(self) -> None:
+        while self._machine is not None and (do := self._machine.next()) is not None:
+            self._obey(do)
+        self._moved.set()
+
+    def _obey(self, do: Do) -> None:
+        if self._machine is None or self.volume is None:
+            return
+        if do in _WANTED:
+            self._ask(do)
+            return
+        try:
+            if do is Do.DRAIN:
+                self._spawn(self._drain(self.volume))
+            elif do is Do.ALLOW:
+                self._plane.allow_log(self.volume)
+            else:
+                self._plane.forget_log(self.volume)
+        except OSError as error:
+            if error.errno == errno.EALREADY:  # it has not heard the last one yet
+                self._loop.call_later(CALL_AGAIN_S, self._obey, do)
+            else:
+                _log.error("the data plane does not do that with a log", what=do.value, error=str(error))
+
+    async def _drain(self, volume: int) -> None:
+        try:
+            await self._plane.drain_log(volume)
+        except OSError as error:
+            _log.error("a log does not drain", vvol=self._name(), error=str(error))
+            return
+        if self._machine is not None and self.volume == volume:
+            self._drained()
+            self._drive()
+            self.report()
+
+    def _ask(self, do: Do) -> None:
+        assert self._found is not None
+        change = LogChange(
+            id=0,
+            vvol=self.spec.uuid,
+            epoch=self.spec.epoch,
+            generation=self.spec.generation,
+            log=self._found.id.hex(),
+            wanted=_WANTED[do],
+            file=self._path,
+            reason=self._why[:1000],
+        )
+        self._link.ask_log(change, self._answered)
+
+    def _answered(self, answer: LogRecord) -> None:
+        if self._machine is None:
+            return
+        if answer.refused:
+            _log.warning("control refused a log's change", vvol=self._name(), why=answer.refused, text=answer.message)
+        if (do := self._machine.answered(answer)) is not None:
+            self._obey(do)
+        self._drive()
+        self.report()
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(quiet)
+
+    # ---- what is told ----
+
+    def _name(self) -> str:
+        return f"{self.spec.vm}/{self.spec.name}"
+
+    def stats(self) -> LogStats | None:
+        """As the plane has it."""
+        if self._machine is None or self.volume is None:
+            return None
+        try:
+            return self._plane.log_stats(self.volume)
+        except OSError:  # closed a moment ago
+            return None
+
+    @property
+    def rate(self) -> int:
+        """Bytes a second that are carried below, smoothed."""
+        return round(self._rate)
+
+    @property
+    def phase(self) -> LogPhase | None:
+        """What it does now; None: there is none, and none is asked for."""
+        if self._machine is None:
+            return self._phase
+        phases: dict[Plane, LogPhase] = {
+            Plane.THROUGH: "through",
+            Plane.SERVING: "serving",
+            Plane.DRAINING: "draining",
+            Plane.FAILED: "failed",
+            Plane.VOID: "void",
+        }
+        return phases[self._machine.plane]
+
+    def report(self) -> None:
+        """Tell control how it is."""
+        phase, stats, found = self.phase, self.stats(), self._found
+        if phase is None:
+            return
+        refused = found is not None and phase == "refused"
+        held = found.dirty_bytes if refused and found is not None else 0
+        self._link.log(
+            LogReport(
+                uuid=self.spec.uuid,
+                epoch=self.spec.epoch,
+                state=phase,
+                why=self._why[:1000],
+                file=self._path,
+                found=found.id.hex() if refused and found is not None and any(found.id) else "",
+                verdict=found.verdict.value if refused and found is not None else "",
+                ring_bytes=stats.ring_bytes if stats is not None else 0,
+                used_bytes=stats.used_bytes if stats is not None else 0,
+                dirty_bytes=stats.dirty_bytes if stats is not None else held,
+                oldest_age_ms=stats.oldest_age_ms if stats is not None else 0,
+                destage_rate=self.rate,
+                lost_bytes=stats.lost_bytes if stats is not None else 0,
+                lost_at=self._lost,
+            )
+        )
+
+    async def _report_often(self) -> None:
+        """Each second while there is something new to tell."""
+        while True:
+            await asyncio.sleep(REPORT_S)
+            if self.due:
+                self._wake()
+            stats = self.stats()
+            if stats is not None:
+                now = max(stats.destaged_bytes - self._carried, 0) / REPORT_S
+                self._carried = stats.destaged_bytes
+                self._rate = now if now == 0 and self._rate < 1 else 0.5 * self._rate + 0.5 * now
+            told = (self.phase, stats.dirty_bytes, stats.lost_bytes, stats.oldest_age_ms) if stats else (self.phase,)
+            if told != self._told:
+                self._told = told
+                self.report()

@@ -1,0 +1,258 @@
+"""Write-back in a running farm: what is logged survives kills, is drained, pins its VVol; logs that are gone.
+
+The storage is an O_DIRECT file, so that what it has can be looked at beside the farm.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.e2e.test_sync_faults import Lun, lun
+from tests.lib.farm import ApiError, Farm, JsonDict, plain_spec
+from tests.lib.ledger import Ledger, Writer
+from tests.lib.nbdwords import KiB, MiB
+from tests.lib.pattern import pattern
+from tests.lib.procs import need, run, wait_until
+from tests.lib.rawio import Transmission, open_export
+
+__all__ = ["lun"]
+pytestmark = pytest.mark.timeout(120)
+MakeFarm = Callable[..., Farm]
+LAZY: JsonDict = {"size": "8MiB", "age": "1h"}
+
+
+def spec(log: JsonDict | None = None, *, mode: str = "writeback", **hosts: Any) -> JsonDict:
+    """vm1/root, 16 MiB, whose log lies in the folder `logs` beside the farm file."""
+    whole = plain_spec("40MiB", {"root": {"size": "16MiB", "profile": "gold"}})
+    whole["datastores"]["main"] |= {"io": "direct"}
+    cache: JsonDict = {"mode": mode} | ({"log": log or LAZY} if mode == "writeback" else {})
+    whole["profiles"] = {"gold": {"datastore": "main", "cache": cache}}
+    whole["hosts"] = {"local": {"logs": "logs", "cache": "8MiB"}} | hosts
+    return whole
+
+
+def log_of(farm: Farm) -> JsonDict:
+    """What the log of vm1/root does, by its host's counters."""
+    exports = [one for host in farm.api("GET", "/v1/counters") for one in host["exports"]]
+    return dict(exports[0]["log"] or {}) if exports else {}
+
+
+def serving(farm: Farm) -> None:
+    wait_until("writes are logged", lambda: log_of(farm).get("state") == "serving")
+
+
+def opened(farm: Farm) -> Transmission:
+    """Enter vm1/root where it is served now."""
+    farm.wait_bound("vm1/root", 40)
+    socket = Path(parse_qs(urlsplit(farm.vvol("vm1/root")["uri"]).query)["socket"][0])
+    return open_export(socket, "root")
+
+
+@pytest.fixture
+def small_tmpfs(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 4 MiB."""
+    run([need("mount", "mount"), "-t", "tmpfs", "-o", "size=4m", "logs", tmp_path])
+    yield tmp_path
+    run([need("umount", "mount"), tmp_path])
+
+
+def codes(farm: Farm) -> list[str]:
+    return [one["code"] for one in json.loads(farm.cli("status", "-x", "-o", "json", check=False).stdout)]
+
+
+def test_what_is_logged_survives_kills_and_is_drained(farms: MakeFarm) -> None:
+    farm = farms(spec())
+    farm.start_split()
+    serving(farm)
+    ledger = Ledger(41)
+    for _ in range(2):
+        writer = Writer(ledger, farm.open("root", wait_s=20))
+        writer.progress(150)
+        farm.filters["local"].kill_group()
+        writer.join()
+        farm.start_filter()
+        with farm.open("root", wait_s=20) as nbd:
+            ledger.verify(nbd)
+        serving(farm)
+    with farm.open("root") as nbd:
+        nbd.write(8 * MiB, pattern(40, 0, 64 * KiB))
+    found = farm.vvol("vm1/root")
+    held = log_of(farm)
+    assert held["dirty_bytes"] > 0 and held["ring_bytes"] == 8 * MiB - 8 * KiB
+    assert found["log"]["host"] == "local" and found["log"]["known"]
+    assert "log_recovered" in farm.events()
+    _tells(farm)
+    drained = farm.cli("cache", "drain", "root").stdout
+    assert drained.startswith("vm1/root: drained: ") and "to the storage" in drained
+    with farm.open("root") as nbd:
+        ledger.verify(nbd)
+        assert nbd.read(8 * MiB, 64 * KiB) == pattern(40, 0, 64 * KiB)
+    serving(farm)  # it is logged again, as the profile says
+    farm.task(farm.api("POST", "/v1/vvols/vm1/root/unbind", {}))
+    assert farm.vvol("vm1/root")["log"] is None
+    assert not list((farm.folder / "logs").iterdir()), "an empty log leaves nothing behind"
+    farm.task(farm.api("POST", "/v1/vvols/vm1/root/bind", {}))
+    with farm.open("root", wait_s=20) as nbd:
+        ledger.verify(nbd)
+
+
+def _tells(farm: Farm) -> None:
+    """The command line and Prometheus have it, too."""
+    assert "serving; holds " in farm.cli("describe", "vvol", "root").stdout
+    assert "writeback" in farm.cli("get", "profiles").stdout
+    assert any(line.split()[:2] == ["vm1/root", "serving"] for line in farm.cli("status").stdout.splitlines())
+    with farm.client() as client:
+        families = text_string_to_metric_families(client.get("/metrics").text)
+        samples = {one.name: one.value for family in families for one in family.samples}
+    assert samples["nbdvvol_vvol_log_dirty_bytes"] > 0 and samples["nbdvvol_vvol_log_serving"] == 1
+
+
+def test_it_is_turned_off_and_on_by_apply(farms: MakeFarm) -> None:
+    farm = farms(spec()).start()
+    serving(farm)
+    data = pattern(42, 0, 64 * KiB)
+    with farm.open("root") as nbd:
+        nbd.write(0, data)
+        assert log_of(farm)["dirty_bytes"] == 64 * KiB
+        farm.apply(spec(mode="read"))
+        wait_until("nothing is logged any more", lambda: farm.vvol("vm1/root")["log"] is None)
+        assert nbd.read(0, 64 * KiB) == data
+        nbd.write(64 * KiB, data)
+        assert log_of(farm)["dirty_bytes"] == 0
+        farm.apply(spec())
+        serving(farm)
+        nbd.write(128 * KiB, data)
+        assert log_of(farm)["dirty_bytes"] == 64 * KiB
+        assert nbd.read(0, 192 * KiB) == data * 3
+    farm.task(farm.api("POST", "/v1/vvols/vm1/root/resize", {"size": 20 * MiB}))
+    with farm.open("root") as nbd:
+        nbd.write(18 * MiB, data)
+        assert nbd.read(0, 192 * KiB) == data * 3 and nbd.read(18 * MiB, 64 * KiB) == data
+
+
+def test_a_log_that_is_asked_for_waits_for_the_clients_to_leave(farms: MakeFarm) -> None:
+    farm = farms(spec(mode="read")).start()
+    nbd = farm.open("root")
+    nbd.write(0, b"a" * 4 * KiB)
+    farm.apply(spec())
+    wait_until("it waits", lambda: "LOG_WAITS" in codes(farm))
+    nbd.write(4 * KiB, b"b" * 4 * KiB)
+    nbd.disconnect()
+    serving(farm)
+    assert "LOG_WAITS" not in codes(farm)
+    with farm.open("root", wait_s=10) as again:
+        assert again.read(0, 8 * KiB) == b"a" * 4 * KiB + b"b" * 4 * KiB
+
+
+@pytest.fixture
+def two(farms: MakeFarm) -> Farm:
+    """Two hosts that see one datastore; vm1/root is served by the first, and its log holds 64 KiB."""
+    whole = spec(other={"logs": "logs2", "cache": "8MiB"})
+    whole["vms"]["vm1"]["host"] = "local"
+    farm = farms(whole)
+    farm.start_control()
+    farm.apply()
+    farm.start_filter()
+    farm.start_filter("other", farm.folder / "run2")
+    farm.wait_bound("vm1/root", 40)
+    serving(farm)
+    with farm.open("root", wait_s=20) as nbd:
+        nbd.write(0, pattern(43, 0, 64 * KiB))
+    wait_until("control has heard of it", lambda: farm.vvol("vm1/root")["log_now"]["dirty_bytes"] == 64 * KiB)
+    return farm
+
+
+def test_a_move_drains_the_log_first(two: Farm) -> None:
+    two.task(two.api("POST", "/v1/vvols/vm1/root/bind", {"host": "other"}))
+    found = two.vvol("vm1/root")
+    assert found["binding"]["host"] == "other"
+    assert two.events().index("log.drained") < len(two.events()) - 1
+    two.wait_bound("vm1/root")
+    with opened(two) as nbd:
+        assert nbd.read(0, 64 * KiB) == pattern(43, 0, 64 * KiB)
+
+
+def test_a_log_on_a_host_that_is_gone_pins_its_vvol(two: Farm) -> None:
+    two.filters["local"].kill_group()
+    wait_until("its host is away", lambda: "LOG_PINNED" in codes(two))
+    with pytest.raises(ApiError, match="held 64KiB") as refused:
+        two.api("POST", "/v1/vvols/vm1/root/bind", {"host": "other"})
+    assert refused.value.code == "CONFLICT"
+    answer = two.api("POST", "/v1/vvols/vm1/root/bind", {"host": "other", "force": True})
+    assert any("held 64KiB" in risk for risk in answer["risks"])
+    two.task(answer)
+    with opened(two) as nbd:
+        assert nbd.read(0, 64 * KiB) == bytes(64 * KiB), "what was given up is not there"
+        nbd.write(0, b"n" * 4 * KiB)
+    two.start_filter()
+    wait_until("the old host is there again", lambda: all(h["connected"] for h in two.api("GET", "/v1/hosts")))
+    two.task(two.api("POST", "/v1/vvols/vm1/root/bind", {"host": "local"}))
+    with two.open("root", wait_s=20) as nbd:
+        assert nbd.read(0, 8 * KiB) == b"n" * 4 * KiB + bytes(4 * KiB), "an old log is never replayed"
+    assert "LOG_REFUSED" in codes(two)
+    assert "holds 64KiB" in two.cli("cache", "discard", "root").stderr
+    serving(two)
+
+
+def test_a_log_that_is_lost_is_missed_until_it_is_given_up(farms: MakeFarm) -> None:
+    farm = farms(spec())
+    farm.start_split()
+    serving(farm)
+    with farm.open("root") as nbd:
+        nbd.write(0, b"x" * 4 * KiB)
+    farm.filters["local"].kill_group()
+    [path] = (farm.folder / "logs").iterdir()
+    moved = path.rename(farm.folder / "moved")
+    farm.start_filter()
+    wait_until("it is missed", lambda: "LOG_MISSING" in codes(farm))
+    assert farm.vvol("vm1/root")["binding"]["state"] == "binding", "it is not served without what it acknowledged"
+    moved.rename(path)
+    with farm.open("root", wait_s=40) as nbd:
+        assert nbd.read(0, 4 * KiB) == b"x" * 4 * KiB
+    farm.filters["local"].kill_group()
+    path.write_bytes(bytes(8 * MiB))
+    farm.start_filter()
+    wait_until("it is missed", lambda: "LOG_MISSING" in codes(farm))
+    farm.cli("cache", "discard", "root")
+    with farm.open("root", wait_s=40) as nbd:
+        assert nbd.read(0, 4 * KiB) == bytes(4 * KiB)
+    serving(farm)
+
+
+def test_a_log_that_does_not_fit_makes_it_slower_and_nothing_else(small_tmpfs: Path, farms: MakeFarm) -> None:
+    farm = farms(spec({"size": "8MiB", "path": str(small_tmpfs)})).start()
+    with farm.open("root") as nbd:
+        nbd.write(0, b"y" * 4 * KiB)
+    [problem] = json.loads(farm.cli("status", "-x", "-o", "json", check=False).stdout)
+    assert problem["code"] == "LOG_REFUSED" and "does not fit" in problem["message"]
+    assert list(small_tmpfs.iterdir()) == []
+
+
+def test_a_log_whose_disk_fails_costs_speed_and_nothing_else(lun: Lun, farms: MakeFarm) -> None:
+    """The log is a block device that runs out of space under it; no client gets an error, and nothing is lost."""
+    farm = farms(spec({"size": "16MiB", "path": str(lun.device), "age": "1h"})).start()
+    serving(farm)
+    with farm.open("root") as nbd:
+        for block in range(96):
+            if block == 32:
+                assert log_of(farm)["dirty_bytes"] == 32 * 64 * KiB
+                lun.fill_up(12 * MiB, MiB)
+            nbd.write(block * 64 * KiB, pattern(44, block, 64 * KiB))
+        nbd.flush()
+        for block in range(96):
+            assert nbd.read(block * 64 * KiB, 64 * KiB) == pattern(44, block, 64 * KiB)
+    wait_until("it is told", lambda: "LOG_FAILED" in codes(farm))
+    assert log_of(farm)["state"] == "void" and log_of(farm)["lost_bytes"] == 0
+    wait_until("nothing is missed", lambda: farm.vvol("vm1/root")["log"] is None)
+    assert "log_failed" in farm.events()
+    lun.make_room()
+    farm.task(farm.api("POST", "/v1/vvols/vm1/root/unbind", {}))
+    farm.task(farm.api("POST", "/v1/vvols/vm1/root/bind", {}))
+    serving(farm)
