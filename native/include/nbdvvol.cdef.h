@@ -361,6 +361,7 @@ typedef struct {
 int nv_volume_log_open(nv_plane *plane, uint32_t volume, uint32_t object, uint64_t offset, uint64_t length,
                        const nv_log_policy *policy, uint64_t token);
 int nv_volume_log_allow(nv_plane *plane, uint32_t volume);  /* the registry has it: write into it, again if it was drained */
+int nv_volume_log_limit(nv_plane *plane, uint32_t volume, const nv_log_policy *policy); /* bypass, stream, age, deadline */
 int nv_volume_log_drain(nv_plane *plane, uint32_t volume, uint64_t token);
 int nv_volume_log_forget(nv_plane *plane, uint32_t volume); /* the registry has that nothing in it is to be replayed */
 int nv_volume_log(nv_plane *plane, uint32_t volume, nv_log_status *out);

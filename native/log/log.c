@@ -347,6 +347,15 @@ void nv_log_allow(struct nv_log *log)
     log->state = NV_LOG_SERVING;
 }
 
+void nv_log_limit(struct nv_log *log, uint32_t bypass_bytes, uint32_t stream_bytes, uint32_t age_ms, uint32_t deadline_ms)
+{
+    assert(bypass_bytes <= NV_LOG_BYPASS_MAX);
+    log->config.bypass_bytes = bypass_bytes;
+    log->config.stream_bytes = stream_bytes;
+    log->config.age_ms = age_ms;
+    log->config.deadline_ms = deadline_ms;
+}
+
 void nv_log_drain(struct nv_log *log)
 {
     log->draining = true;

@@ -128,6 +128,8 @@ void nv_log_open(struct nv_log *log);
 const struct nv_log_found *nv_log_found(const struct nv_log *log);
 /* Control has committed that this log may hold data: write into it. */
 void nv_log_allow(struct nv_log *log);
+/* Other limits, from now on; what was routed or counted by the old ones stays as it is. bypass_bytes: NV_LOG_BYPASS_MAX. */
+void nv_log_limit(struct nv_log *log, uint32_t bypass_bytes, uint32_t stream_bytes, uint32_t age_ms, uint32_t deadline_ms);
 /* Carry everything below and log nothing more: NV_LOG_DRAINED follows, unless something was lost. */
 void nv_log_drain(struct nv_log *log);
 /* Control has committed that nothing in this log is to be replayed (NV_LOG_NEEDS_WORD). */

@@ -475,14 +475,25 @@ void nv_logged_closes(struct nv_logged *logged)
     nv_reactor_late(logged->reactor, &logged->late);
 }
 
+static void take_limits(struct nv_logged *logged)
+{
+    const nv_log_policy *limits = &logged->limits;
+
+    nv_log_limit(logged->log, limits->bypass_bytes, limits->stream_bytes, limits->age_ms, limits->deadline_ms);
+}
+
 static void command_arrives(struct nv_reactor *reactor, struct nv_message *message)
 {
     struct nv_logged_command *command = (struct nv_logged_command *)message;
     struct nv_logged *logged = command->logged;
 
     assert(!logged->end_wanted);
+    if (command->kind == NV_LOGGED_LIMIT)
+        take_limits(logged); /* before the front may write to them again */
     atomic_store(&command->sent, false);
     switch (command->kind) {
+    case NV_LOGGED_LIMIT:
+        break;
     case NV_LOGGED_ALLOW:
         logged->is_drained &= nv_log_state(logged->log) == NV_LOG_VOID;
         nv_log_allow(logged->log);

@@ -33,6 +33,7 @@ static void init_events(struct nv_logged *logged, uint64_t token)
     logged->allow = (struct nv_logged_command){.logged = logged, .kind = NV_LOGGED_ALLOW};
     logged->drain = (struct nv_logged_command){.logged = logged, .kind = NV_LOGGED_DRAIN};
     logged->forget = (struct nv_logged_command){.logged = logged, .kind = NV_LOGGED_FORGET};
+    logged->limit = (struct nv_logged_command){.logged = logged, .kind = NV_LOGGED_LIMIT};
 }
 
 static void init_slots(struct nv_logged *logged)
@@ -118,15 +119,20 @@ static int check_object(const struct nv_map *map, const struct nv_object *object
     return 0;
 }
 
+static int check_limits(const nv_log_policy *policy)
+{
+    if (policy->bypass_bytes > NV_LOG_BYPASS_MAX)
+        return nv_fail(EINVAL, "writes of %u bytes are the smallest to bypass the log; at most %u are possible",
+                       policy->bypass_bytes, NV_LOG_BYPASS_MAX);
+    return 0;
+}
+
 static int check_policy(uint64_t length, const nv_log_policy *policy)
 {
     if (length < NV_LOG_RING + NV_LOG_RING_MIN || length - NV_LOG_RING > NV_LOG_RING_MAX)
         return nv_fail(EINVAL, "a log of %" PRIu64 " bytes; %u to %" PRIu64 " are possible", length,
                        NV_LOG_RING + NV_LOG_RING_MIN, (uint64_t)NV_LOG_RING_MAX + NV_LOG_RING);
-    if (policy->bypass_bytes > NV_LOG_BYPASS_MAX)
-        return nv_fail(EINVAL, "writes of %u bytes are the smallest to bypass the log; at most %u are possible",
-                       policy->bypass_bytes, NV_LOG_BYPASS_MAX);
-    return 0;
+    return check_limits(policy);
 }
 
 int nv_logged_check_change(const struct nv_volume *volume, const struct nv_map *to)
@@ -231,6 +237,18 @@ int nv_volume_log_allow(nv_plane *plane, uint32_t number)
     int error = find_log(plane, number, &logged);
 
     return error ? error : say(logged, &logged->allow, 0);
+}
+
+int nv_volume_log_limit(nv_plane *plane, uint32_t number, const nv_log_policy *policy)
+{
+    struct nv_logged *logged;
+    int error = find_log(plane, number, &logged);
+
+    if (error || (error = check_limits(policy)))
+        return error;
+    if (!atomic_load(&logged->limit.sent))
+        logged->limits = *policy;
+    return say(logged, &logged->limit, 0);
 }
 
 int nv_volume_log_forget(nv_plane *plane, uint32_t number)

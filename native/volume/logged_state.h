@@ -40,7 +40,7 @@ struct nv_logged_slots {
     struct nv_vreq *waiting, **waiting_last; /* for one */
 };
 
-enum nv_logged_kind { NV_LOGGED_ALLOW, NV_LOGGED_DRAIN, NV_LOGGED_FORGET };
+enum nv_logged_kind { NV_LOGGED_ALLOW, NV_LOGGED_DRAIN, NV_LOGGED_FORGET, NV_LOGGED_LIMIT };
 
 struct nv_logged_command {
     struct nv_message message;
@@ -61,7 +61,8 @@ struct nv_logged {
     struct nv_late late;
     struct nv_ticker ticker;
     struct nv_message open_message, end_message;
-    struct nv_logged_command allow, drain, forget;
+    struct nv_logged_command allow, drain, forget, limit;
+    nv_log_policy limits;           /* of the command `limit`: the front's until it is sent, the owner's until it arrives */
     struct nv_event_slot opened, drained, failed, lost, word;
     struct nv_log_below *landed_first, **landed_last;
     struct nv_logged_slots slots[2]; /* [1]: of reads, so that changes which wait for long hold up none */

@@ -478,6 +478,10 @@ class Plane:
         """The registry has that this log may hold data: write into it, also again after drain_log()."""
         check(lib.nv_volume_log_allow(self._live, volume))
 
+    def limit_log(self, volume: int, policy: LogPolicy) -> None:
+        """Other limits (bypass, stream, age, deadline) from now on. EALREADY: it has not heard the last ones."""
+        check(lib.nv_volume_log_limit(self._live, volume, logs.encode_policy(policy)))
+
     async def drain_log(self, volume: int) -> None:
         """Log nothing more; returns when all is below, flushed, and the log says so. Never, while a block is lost."""
         token, future = self._expect()

@@ -508,6 +508,9 @@ class DataPlane(Protocol):
     def allow_log(self, volume: int) -> None:
         """The registry has that this log may hold data: write into it, also again after drain_log()."""
 
+    def limit_log(self, volume: int, policy: LogPolicy) -> None:
+        """Other limits (bypass, stream, age, deadline) from now on; EALREADY: it has not heard the last ones yet."""
+
     async def drain_log(self, volume: int) -> None:
         """Log nothing more; returns when all is below, flushed, and the log says so."""
 

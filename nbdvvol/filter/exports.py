@@ -480,6 +480,7 @@ class ExportTable:
                 export.log_kept = log.kept
                 raise
             usable = await log.make_anew()
+        mirror.start()
         export.running = _Running(mirror.spec, mirror.volume, {}, mirror.block_min, log, mirror)
         log.start(mirror.volume)
         await self._cache(mirror.volume, None, mirror.spec)

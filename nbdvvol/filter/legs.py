@@ -159,6 +159,9 @@ class Mirror:
         self._begun = True
         self._drive()
         await asyncio.shield(self._attached)
+
+    def start(self) -> None:
+        """It may be entered from now on, and its legs are tended: until then its volume does not change."""
         self._tender = self._loop.create_task(self._tend())
         self._tender.add_done_callback(quiet)
         self._reporter = self._loop.create_task(self._report_often())

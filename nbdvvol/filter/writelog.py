@@ -25,6 +25,7 @@ from nbdvvol.filter.legs import MirrorError
 from nbdvvol.filter.logfile import LogFile, file_name, open_log_file, remove_log_file
 from nbdvvol.filter.logmachine import Do, LogMachine, Plane
 from nbdvvol.model.errors import Code, NvError
+from nbdvvol.model.farm import CacheLog
 from nbdvvol.model.link import VVolSpec
 from nbdvvol.model.log import LogChange, LogPhase, LogRecord, LogReport, LogSpec, LogWanted
 from nbdvvol.model.units import about_size
@@ -110,6 +111,7 @@ class WriteLog:
         self._phase: LogPhase | None = None  # where there is no machine
         self._why = ""
         self._found: LogFound | None = None
+        self._limits: CacheLog | None = None  # in force
         self._lost: list[int] = []
         self._rate = 0.0
         self._carried = 0
@@ -139,6 +141,7 @@ class WriteLog:
             return False
         if self._other_size(found, log):
             return False
+        self._limits = log.log
         self._machine = LogMachine(on=log.on, held=bool(log.held))
         self._found = found
         if found.dirty_bytes:
@@ -281,6 +284,7 @@ class WriteLog:
         log = spec.log
         if self._machine is not None:
             self._machine.wish(on=log is not None and log.on)
+            self._limit()
             self._drive()
         elif log is not None and log.on and (before is None or before != log):
             self._phase, self._why = "waits", "it was asked for while the VVol had clients"
@@ -288,6 +292,20 @@ class WriteLog:
         elif log is None or not log.on:
             self._phase = None
         self.report()
+
+    def _limit(self) -> None:
+        """Limits that control has changed, in force from now on; size and place are not changed under a log."""
+        log = self.spec.log
+        if self._machine is None or self.volume is None or log is None or log.log in (None, self._limits):
+            return
+        try:
+            self._plane.limit_log(self.volume, policy_of(log))
+            self._limits = log.log
+        except OSError as error:
+            if error.errno == errno.EALREADY:  # it has not heard the last ones yet
+                self._loop.call_later(CALL_AGAIN_S, self._limit)
+            else:
+                _log.error("a log keeps its limits", vvol=self._name(), error=str(error))
 
     @property
     def usable(self) -> bool:

@@ -230,6 +230,10 @@ class FakePlane(DataPlane):
         self.logs[volume].state, self.logs[volume].dirty_bytes = LogState.SERVING, 4096
         self.log.append(f"allow {volume}")
 
+    def limit_log(self, volume: int, policy: LogPolicy) -> None:
+        self.logs[volume].policy = policy
+        self.log.append(f"limit_log {volume}")
+
     async def drain_log(self, volume: int) -> None:
         self.logs[volume].state = LogState.THROUGH
         self.log.append(f"drain {volume}")

@@ -173,6 +173,15 @@ async def test_it_is_drained_off_and_on_again_while_it_serves(bench: Bench) -> N
     assert bench.files() == [], "an empty log leaves nothing behind"
 
 
+async def test_limits_change_while_it_serves(bench: Bench) -> None:
+    await bench.logging()
+    await bench.take(bench.spec({"log": CacheLog(size=MIB, bypass=4096, age=1)}))
+    assert (bench.log.policy.bypass_bytes, bench.log.policy.age_ms) == (4096, 1000)
+    assert bench.log.state is LogState.SERVING and not bench.reports.asked
+    await bench.take(bench.spec({"log": CacheLog(size=MIB, bypass=4096, age=1), "given_up": 1}))
+    assert sum(line.startswith("limit_log") for line in bench.plane.log) == 1
+
+
 async def test_what_is_taken_away_keeps_what_it_has_logged(bench: Bench) -> None:
     """Control drains first; where it does not, another host may have the VVol, and nothing is carried any more."""
     await bench.logging()

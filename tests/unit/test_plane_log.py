@@ -100,6 +100,20 @@ def test_what_is_logged_is_read_at_once_and_drained(rig: Rig) -> None:
     assert other.read(0, BLOCK) == b"m" * BLOCK
 
 
+def test_other_limits_hold_from_then_on(rig: Rig) -> None:
+    one = Logged(rig, content=bytes(SIZE)).allowed()
+    client = one.connect()
+    client.write(0, b"a" * BLOCK)
+    assert (one.stats().logged, one.stats().bypassed) == (1, 0)
+    rig.call(rig.plane.limit_log, one.volume, LogPolicy(bypass_bytes=BLOCK, age_ms=1))
+    eventually("the oldest is carried by the new age", lambda: one.stats().dirty_bytes == 0)
+    client.write(BLOCK, b"b" * BLOCK)
+    assert (one.stats().logged, one.stats().bypassed) == (1, 1)
+    assert disk(rig)[: 2 * BLOCK] == b"a" * BLOCK + b"b" * BLOCK
+    with pytest.raises(PlaneError, match="smallest to bypass"):
+        rig.call(rig.plane.limit_log, one.volume, LogPolicy(bypass_bytes=1 << 20))
+
+
 def test_nothing_is_logged_before_it_is_allowed(rig: Rig) -> None:
     one = Logged(rig, content=bytes(SIZE))
     one.connect().write(0, b"x" * BLOCK)
