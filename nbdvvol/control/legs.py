@@ -99,21 +99,20 @@ class Standing:
     leaving: bool = False
 
 
-def spare_for(
-    legs: Sequence[Standing], spares: Sequence[str], usable: Iterable[str], after_s: float
-) -> tuple[int, str] | None:
-    """(lost leg, spare datastore): the leg that was lost for longest beyond `after_s` and has no replacement yet, and
-    the first of `spares` that is usable and holds no leg of the VVol. None when nothing is to be done, or can be."""
+def spare_due(legs: Sequence[Standing], after_s: float) -> int | None:
+    """The leg that was lost for longest beyond `after_s` and has no replacement yet; None: no spare is needed."""
     live = [leg for leg in legs if not leg.leaving]
     replaced = {leg.replaces for leg in live}
     lost = [leg for leg in live if leg.lost_s is not None and leg.lost_s >= after_s and leg.id not in replaced]
     if not lost or not in_sync_standing(live):
         return None
+    return max(lost, key=lambda leg: leg.lost_s or 0.0).id
+
+
+def free_spare(legs: Sequence[Standing], spares: Sequence[str], usable: Iterable[str]) -> str | None:
+    """The first of `spares` that is usable and holds no leg of the VVol."""
     taken = {leg.datastore for leg in legs}
-    free = next((name for name in spares if name in set(usable) and name not in taken), None)
-    if free is None:
-        return None
-    return max(lost, key=lambda leg: leg.lost_s or 0.0).id, free
+    return next((name for name in spares if name in set(usable) and name not in taken), None)
 
 
 def in_sync_standing(legs: Iterable[Standing]) -> bool:

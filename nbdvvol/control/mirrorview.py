@@ -47,6 +47,24 @@ def _leg_now(said: LegProgress, region_bytes: int) -> LegNow:
     return LegNow(**dict(said), dirty_regions=regions, progress=progress)
 
 
+class StuckCopies:
+    """Legs that the registry has as `syncing` while nothing is copied to them: their hosts asked, and cannot go on."""
+
+    def __init__(self) -> None:
+        self._since: dict[tuple[str, int], float] = {}
+
+    def look(self, reports: Iterable[MirrorReport], now_s: float) -> dict[tuple[str, int], float]:
+        """By VVol and leg, for how many seconds it has been so in every look; times are of a monotonic clock."""
+        idle = {
+            (report.uuid, leg.id)
+            for report in reports
+            for leg in report.legs
+            if leg.lane in ("stale", "absent") and leg.why
+        }
+        self._since = {key: self._since.get(key, now_s) for key in idle}
+        return {key: now_s - since for key, since in self._since.items()}
+
+
 # ---- what is wrong ----
 
 

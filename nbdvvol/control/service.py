@@ -15,7 +15,7 @@ from nbdvvol.control.clock import moment
 from nbdvvol.control.credentials import HostTokens, read_tokens
 from nbdvvol.control.link import Links
 from nbdvvol.control.logview import log_problems, with_log
-from nbdvvol.control.mirrorview import mirror_problems, with_report
+from nbdvvol.control.mirrorview import StuckCopies, mirror_problems, with_report
 from nbdvvol.control.registry import Committed, Registry, farm, logs, risks, stores, upkeep, views
 from nbdvvol.control.registry import mirrors as tending
 from nbdvvol.control.signal import Signal, Signals
@@ -50,6 +50,7 @@ class Control:
         self._queued = Signal()
         self.links = Links(registry, self._waited_for)
         self.tasks = Tasks(registry, self.links, self._waited_for, self._queued, BODIES, UNDO)
+        self._stuck = StuckCopies()
         self.host_tokens = HostTokens(state_dir)
         self.tokens: dict[str, str] = {}
         self.config = ControlConfig()
@@ -88,8 +89,9 @@ class Control:
     async def _tend(self) -> None:
         """Do by itself what a profile says about mirrors."""
         while True:
+            reports = [report for link in self.links.connected.values() for report in link.mirrors.values()]
             try:
-                await self.registry.run(tending.tend)
+                await self.registry.run(tending.tend, self._stuck.look(reports, time.monotonic()))
             except NvError as error:
                 log.error("mirrors are not looked after now", error=str(error))
             await asyncio.sleep(TEND_S)

@@ -126,6 +126,42 @@ def test_a_hanging_leg_fails_at_its_deadline_and_comes_back_by_itself(farms: Mak
     assert "alike" in verified(farm)
 
 
+def test_a_failed_sync_costs_every_leg_on_that_object_and_a_sole_one_its_flushes(lun: Lun, farms: MakeFarm) -> None:
+    """Whose bytes the failed sync has dropped, nobody knows. A VVol with another leg goes on; the last leg latches."""
+    spec = mirrored(local("one"), ("full", {"kind": "block", "path": str(lun.device)}))
+    spec["profiles"]["alone"] = {"mirror": {"legs": ["full"]}}
+    vvols = {name: {"size": "4MiB", "profile": "twice"} for name in ("disk", "other")}
+    spec["vms"]["vm1"]["vvols"] = vvols | {"sole": {"size": "4MiB", "profile": "alone"}}
+    farm = farms(spec).start()
+    data = pattern(43, 0, 4 * MiB)
+    with farm.open("disk") as disk, farm.open("other") as other, farm.open("sole") as sole:
+        for nbd in (disk, other, sole):
+            nbd.write(0, data)
+            nbd.flush()
+        region = farm.vvol("vm1/disk")["legs"][1]["regions"][0]
+        lun.fill_up(region["object_offset"], region["length"])
+        disk.write(0, data)
+        other.write(0, data[:4096])
+        disk.flush()
+        for name in ("vm1/disk", "vm1/other"):
+            wait_until(f"{name} has lost its leg there", lambda name=name: states(farm, name)["full"] != "in-sync")
+            assert states(farm, name)["one"] == "in-sync"
+        other.flush()
+        for _ in range(2):
+            assert sole.call(w.CMD_FLUSH).error == w.EIO
+        assert difference(data, other.read(0, 4 * MiB)) == ""
+        lun.make_room()
+        assert sole.call(w.CMD_FLUSH).error == w.EIO, "what it lost does not come back by there being room"
+        assert states(farm, "vm1/sole") == {"full": "in-sync"}
+        farm.cli("datastore", "clear-fault", "full")
+        sole.write(0, data)
+        sole.flush()
+        for name in ("vm1/disk", "vm1/other"):
+            bring_back(farm, name)
+            answer = farm.api("POST", f"/v1/vvols/{name}/verify", {"repair": False})
+            assert "alike" in farm.task(answer, timeout_s=60)["detail"]
+
+
 @pytest.fixture
 def icy() -> Iterator[Path]:
     """A file system that a test may freeze (`fsfreeze`): what is written there then hangs in the kernel."""

@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
-from nbdvvol.control.registry import legs
+from nbdvvol.control.registry import legs, mirrors
 from nbdvvol.model.mirror import LegChange, LegProgress, MirrorReport
 from nbdvvol.model.resources import LegNow
 from tests.unit.control_farm import MIB
@@ -19,16 +19,19 @@ pytestmark = pytest.mark.timeout(60)
 VVOL = "/v1/vvols/vm1/root"
 
 
-async def served(api: Api, **mirror: Any) -> FakeFilter:
-    """A mirror on datastores a and b, served by host one; datastore s is free."""
+def farm_of(**mirror: Any) -> dict[str, Any]:
     stores = {name: {"kind": "file", "path": f"/fake/{name}.img", "size": "24MiB"} for name in ("a", "b", "s")}
-    farm = {
+    return {
         "hosts": {"one": {}, "two": {}},
         "datastores": stores,
         "profiles": {"gold": {"mirror": {"legs": ["a", "b"], **mirror}}, "plain": {"datastore": "a"}},
         "vms": {"vm1": {"host": "one", "vvols": {"root": {"size": "4MiB", "profile": "gold"}}}},
     }
-    answer = await api.client.post("/v1/apply", json={"farm": farm})
+
+
+async def served(api: Api, **mirror: Any) -> FakeFilter:
+    """A mirror on datastores a and b, served by host one; datastore s is free."""
+    answer = await api.client.post("/v1/apply", json={"farm": farm_of(**mirror)})
     assert answer.status_code == 200, answer.text
     fake = await api.farm.filter("one", "/run/one")
     for task in answer.json()["tasks"]:
@@ -54,10 +57,10 @@ async def problems(api: Api) -> dict[str, dict[str, str]]:
     return {one["code"]: one for one in found}
 
 
-async def change(api: Api, wanted: Any, leg: int, reason: str = "", *, doubt: bool = False) -> None:
+async def change(api: Api, wanted: Any, leg: int, reason: str = "", **more: Any) -> None:
     """What the filter asks control for."""
     vvol = await api.farm.vvol()
-    values = {"epoch": vvol.epoch, "generation": vvol.generation, "leg": leg, "reason": reason, "doubt": doubt}
+    values = {"epoch": vvol.epoch, "generation": vvol.generation, "leg": leg, "reason": reason, **more}
     asked = LegChange.model_validate({"id": 1, "vvol": vvol.uuid, "wanted": wanted, **values})
     assert not (await api.farm.control.registry.run(legs.leg_change, "one", asked)).refused
 
@@ -251,6 +254,24 @@ async def test_spares_that_stand_in_are_told(api: Api) -> None:
     assert "host one begins to copy to it by itself" in await advice_on_stale(api, fake)
     told = (await problems(api))["SPARE_USED"]
     assert "no spare is left" in told["message"] and "make it a leg in the profile" in told["action"]
+
+
+async def test_a_spare_that_cannot_be_made_is_told_until_none_is_needed(api: Api) -> None:
+    await served(api, spares=["s"], **{"spare-after": "0s"})
+    elsewhere = farm_of(spares=["s"], **{"spare-after": "0s"})
+    elsewhere["datastores"]["s"]["hosts"] = ["two"]
+    assert (await api.client.post("/v1/apply", json={"farm": elsewhere})).status_code == 200
+    await change(api, "stale", 2, "write: EIO")
+    run = api.farm.control.registry.run
+    await run(mirrors.tend)
+    told = (await problems(api))["NO_SPARE"]
+    assert told["subject"] == "vm1/root" and "spare s is unknown" in told["message"] and "another" in told["action"]
+    assert "mirror.no_spare" in [event["kind"] for event in (await api.client.get("/v1/events")).json()]
+    await change(api, "syncing", 2)
+    vvol = await api.farm.vvol()
+    await change(api, "in-sync", 2, stamp={"epoch": vvol.epoch, "generation": vvol.generation})
+    await run(mirrors.tend)
+    assert "NO_SPARE" not in await problems(api)
 
 
 async def test_what_force_puts_at_risk_is_told_before_and_with_it(api: Api) -> None:

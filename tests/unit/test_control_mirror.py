@@ -10,13 +10,14 @@ import pytest
 from sqlalchemy import update
 
 from nbdvvol.control.clock import Moment
+from nbdvvol.control.mirrorview import StuckCopies
 from nbdvvol.control.registry import bindings, feed, leases, legs, mirrors, schema, stores, vvols
 from nbdvvol.control.registry.tx import Tx, transaction
 from nbdvvol.datastores import format as disk
 from nbdvvol.model.errors import Code, NvError
 from nbdvvol.model.farm import AdoptConfig
 from nbdvvol.model.link import Snapshot
-from nbdvvol.model.mirror import LegChange, LegDoubt, LegRecord, Stamp
+from nbdvvol.model.mirror import LegChange, LegDoubt, LegRecord, MirrorReport, Stamp
 from nbdvvol.model.rebuild import MapWords
 from nbdvvol.model.resources import AddLeg, BindVVol, CreateVVol, ResizeVVol, TaskState
 from tests.unit.control_farm import MIB, TestFarm, running_farm
@@ -382,6 +383,39 @@ async def test_a_spare_takes_the_place_of_a_lost_leg(farm: TestFarm) -> None:
         return [leg.id for leg in (await farm.vvol()).legs] == [1, 3]
 
     await farm.until(replaced)
+
+
+async def test_a_spare_takes_the_place_of_a_leg_whose_copy_does_not_go_on(farm: TestFarm) -> None:
+    """The registry has it as copied to, its host has not come further for too long."""
+    await _mirror(farm, spares=["s"], **{"spare-after": "60s"})
+    run = farm.control.registry.run
+    assert not (await _ask(farm, "stale", 2, reason="write: EIO")).refused
+    assert not (await _ask(farm, "syncing", 2)).refused
+    vvol = await farm.vvol()
+    await run(mirrors.tend, {(vvol.uuid, 2): 59.0})
+    assert not await farm.live()
+    await run(mirrors.tend, {(vvol.uuid, 2): 61.0})
+
+    async def added() -> bool:
+        return [(leg.id, leg.life) for leg in (await farm.vvol()).legs[2:]] == [(3, "live")]
+
+    await farm.until(added)
+    assert (await farm.vvol()).legs[2].replaces == 2
+
+
+def test_how_long_a_copy_has_not_gone_on() -> None:
+    stuck = StuckCopies()
+
+    def look(at_s: float, lane: str, why: str = "write: EIO") -> float | None:
+        leg = {"id": 2, "lane": lane, "why": why}
+        report = MirrorReport.model_validate({"uuid": "v", "epoch": 1, "state": "serving", "legs": [leg]})
+        return stuck.look([report], at_s).get(("v", 2))
+
+    assert look(0.0, "syncing") is None
+    assert (look(5.0, "absent"), look(10.0, "stale"), look(65.0, "absent")) == (0.0, 5.0, 60.0)
+    assert look(70.0, "stale", "") is None, "it is about to begin"
+    assert look(75.0, "stale") == 0.0
+    assert stuck.look([], 80.0) == {} and look(85.0, "stale") == 0.0, "nobody said so meanwhile"
 
 
 async def test_verification_is_done_by_the_host_and_told(farm: TestFarm) -> None:

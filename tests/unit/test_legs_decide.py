@@ -7,7 +7,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nbdvvol.control.legs import Standing, decide, in_sync, replaced_by_now, spare_for
+from nbdvvol.control.legs import Standing, decide, free_spare, in_sync, replaced_by_now, spare_due
 from nbdvvol.model.mirror import LegChange, Record, RecordLeg, Stamp
 
 STATES = st.sampled_from(["in-sync", "syncing", "stale"])
@@ -89,14 +89,14 @@ def _standing(*legs: tuple[str, float | None, int | None]) -> list[Standing]:
 
 def test_a_spare_takes_the_place_of_what_is_lost_for_too_long() -> None:
     legs = _standing(("a", None, None), ("b", 700.0, None), ("c", 800.0, None))
-    assert spare_for(legs, ["d1", "s"], ["d1", "s"], 600.0) == (2, "s"), (
-        "the longest lost; no second leg beside another"
-    )
-    assert spare_for(legs, ["s"], [], 600.0) is None, "the spare must be there"
-    assert spare_for(legs, ["s"], ["s"], 900.0) is None, "not lost for long enough"
-    assert spare_for(legs[1:], ["s"], ["s"], 600.0) is None, "nothing to copy from"
+    assert spare_due(legs, 600.0) == 2, "the longest lost"
+    assert free_spare(legs, ["d1", "s"], ["d1", "s"]) == "s", "no second leg beside another"
+    assert free_spare(legs, ["s"], []) is None, "the spare must be there"
+    assert spare_due(legs, 900.0) is None, "not lost for long enough"
+    assert spare_due(legs[1:], 600.0) is None, "nothing to copy from"
     replaced = [*legs, Standing(3, "s", "syncing", None, 2)]
-    assert spare_for(replaced, ["s", "t"], ["t"], 600.0) == (1, "t"), "one that has a spare already needs no second"
+    assert spare_due(replaced, 600.0) == 1, "one that has a spare already needs no second"
+    assert free_spare(replaced, ["s", "t"], ["s", "t"]) == "t"
     assert replaced_by_now(replaced) == []
     assert replaced_by_now([*legs, Standing(3, "s", "in-sync", None, 2)]) == [2]
     whole = [*_standing(("a", None, None), ("b", None, None)), Standing(2, "s", "in-sync", None, 1)]

@@ -4,13 +4,14 @@ Each request checks, writes its intent and queues its task, in one transaction."
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from sqlalchemy import Row, select, update
 
 from nbdvvol.control import policy
-from nbdvvol.control.legs import Standing, replaced_by_now, spare_for
+from nbdvvol.control.legs import Standing, free_spare, replaced_by_now, spare_due
 from nbdvvol.control.registry import bindings, legs, space
 from nbdvvol.control.registry import schema as s
 from nbdvvol.control.registry.stores import store_row
@@ -200,23 +201,24 @@ def policy_of(tx: Tx, row: Row[Any]) -> MirrorConfig:
 
 
 @transaction
-def tend(tx: Tx) -> None:
+def tend(tx: Tx, stuck: Mapping[tuple[str, int], float] | None = None) -> None:
     """Spares for legs that are lost for too long, removal of those that a spare has replaced, map copies that are old.
 
-    A VVol that has a task is looked at again when that is over."""
+    A VVol that has a task is looked at again when that is over. `stuck`: by VVol and leg, for how many seconds nothing
+    has been copied to a leg that is `syncing`, by its host's word."""
+    stuck = stuck or {}
     busy = s.vvols.c.task.is_not(None) | (s.vvols.c.state != "ready")
     specs = profile_specs(tx)
     for row in tx.db.execute(select(s.vvols).where(s.vvols.c.mirror, ~busy)).all():
         found = tx.db.execute(select(s.legs).where(s.legs.c.vvol == row.uuid).order_by(s.legs.c.id)).all()
-        standing = [_standing(leg) for leg in found]
+        standing = [_standing(leg, stuck) for leg in found]
         done = replaced_by_now(standing)
         if done:
             _replace(tx, row, next(leg for leg in found if leg.id == done[0]))
             continue
         mirror = mirror_policy(specs.get(row.profile, NO_POLICY), row)
-        chosen = spare_for(standing, mirror.spares, _usable(tx), mirror.spare_after)
-        if chosen is not None:
-            _spare(tx, row, *chosen)
+        due = spare_due(standing, mirror.spare_after)
+        if due is not None and mirror.spares and _spare(tx, row, standing, mirror.spares, due):
             continue
         if row.error and all(leg.lost_s is None for leg in standing):
             tx.db.execute(update(s.vvols).where(s.vvols.c.uuid == row.uuid).values(error=""))
@@ -225,9 +227,12 @@ def tend(tx: Tx) -> None:
             _write_maps(tx, row, found)
 
 
-def _standing(leg: Row[Any]) -> Standing:
-    since = datetime.fromisoformat(leg.lost) if leg.lost and leg.state == "stale" and leg.life == "live" else None
-    lost_s = max(0.0, (datetime.now(UTC) - since).total_seconds()) if since is not None else None
+def _standing(leg: Row[Any], stuck: Mapping[tuple[str, int], float]) -> Standing:
+    lost_s = None
+    if leg.life == "live" and leg.state == "stale" and leg.lost:
+        lost_s = max(0.0, (datetime.now(UTC) - datetime.fromisoformat(leg.lost)).total_seconds())
+    elif leg.life == "live" and leg.state == "syncing":
+        lost_s = stuck.get((leg.vvol, leg.id))
     return Standing(leg.id, leg.datastore, leg.state, lost_s, leg.replaces, leg.life == "leaving")
 
 
@@ -235,19 +240,38 @@ def _usable(tx: Tx) -> list[str]:
     return list(tx.db.execute(select(s.datastores.c.name).where(s.datastores.c.state == "online")).scalars())
 
 
-def _spare(tx: Tx, row: Row[Any], lost: int, datastore: str) -> None:
+def _spare(tx: Tx, row: Row[Any], standing: list[Standing], spares: list[str], lost: int) -> bool:
+    """Give a lost leg a spare; False: none can be had, and that is told."""
     name = f"{row.vm}/{row.name}"
+    datastore = free_spare(standing, spares, _usable(tx))
+    if datastore is None:
+        _no_spare(tx, row, lost, _why_none(tx, standing, spares))
+        return False
     if _failed_lately(tx, name):
-        return
+        return True
     try:
         start_add_leg(tx, row, datastore, replaces=lost)
     except NvError as error:
-        if row.error != error.message:
-            tx.db.execute(update(s.vvols).where(s.vvols.c.uuid == row.uuid).values(error=error.message))
-            tx.event("mirror.no_spare", name, f"spare {datastore} cannot take the place of leg {lost}: {error.message}")
-        return
+        _no_spare(tx, row, lost, f"spare {datastore}: {error.message}")
+        return False
     tx.db.execute(update(s.vvols).where(s.vvols.c.uuid == row.uuid).values(error=""))
     tx.event("mirror.spare", name, f"a spare leg on datastore {datastore} takes the place of leg {lost}")
+    return True
+
+
+def _no_spare(tx: Tx, row: Row[Any], lost: int, why: str) -> None:
+    if row.error != why:
+        tx.db.execute(update(s.vvols).where(s.vvols.c.uuid == row.uuid).values(error=why))
+        tx.event("mirror.no_spare", f"{row.vm}/{row.name}", f"no spare takes the place of leg {lost}: {why}")
+
+
+def _why_none(tx: Tx, standing: list[Standing], spares: list[str]) -> str:
+    states = {store.name: store.state for store in tx.db.execute(select(s.datastores.c.name, s.datastores.c.state))}
+    taken = {leg.datastore for leg in standing}
+    return "; ".join(
+        f"spare {name} has a leg of it" if name in taken else f"spare {name} is {states.get(name, 'not declared')}"
+        for name in spares
+    )
 
 
 def _failed_lately(tx: Tx, name: str) -> bool:
@@ -274,15 +298,15 @@ def _write_maps(tx: Tx, row: Row[Any], found: list[Row[Any]] | Any) -> None:
 
 @transaction
 def store_is_back(tx: Tx, name: str) -> None:
-    """A datastore can be used again: legs on it that are stale are tried at once."""
-    query = select(s.legs).where(s.legs.c.datastore == name, s.legs.c.life == "live", s.legs.c.state == "stale")
+    """A datastore can be used again: legs on it that are not in sync are tried at once."""
+    query = select(s.legs).where(s.legs.c.datastore == name, s.legs.c.life == "live", s.legs.c.state != "in-sync")
     for leg in tx.db.execute(query.where(s.legs.c.resync != "off")).all():
         wish(tx, vvol_row(tx, leg.vvol), leg.id, leg.resync)
 
 
 @transaction
 def missing_stores(tx: Tx) -> list[str]:
-    """Datastores that cannot be opened and that stale legs lie on."""
+    """Datastores that cannot be opened and that legs lie on which are to be copied to."""
     query = select(s.datastores.c.name).join(s.legs, s.legs.c.datastore == s.datastores.c.name).distinct()
-    query = query.where(s.datastores.c.state == "missing", s.legs.c.life == "live", s.legs.c.state == "stale")
+    query = query.where(s.datastores.c.state == "missing", s.legs.c.life == "live", s.legs.c.state != "in-sync")
     return sorted(tx.db.execute(query).scalars())
