@@ -307,8 +307,11 @@ async def test_what_a_log_held_is_given_up_or_taken_by_the_operators_word(logged
     assert "cache discard" in refused.value.hint
 
 
-async def test_a_deleted_vvols_log_is_removed(logged: Logged) -> None:
+@pytest.mark.parametrize("clean", [False, True])
+async def test_a_deleted_vvols_log_is_removed(logged: Logged, clean: bool) -> None:
     await logged.change("dirty")
+    if clean:
+        await logged.change("clean")
     task = (await logged.farm.control.registry.run(vvols.begin_delete, "vm1", "root")).task
     assert (await logged.farm.over(task.id)).state is TaskState.SUCCESS
     assert logged.farm.begun("log_remove") == [{"vvol": logged.uuid, "file": "/logs/r"}]

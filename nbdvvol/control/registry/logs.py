@@ -21,22 +21,16 @@ from nbdvvol.model.log import LogChange, LogRecord, LogReport, LogSpec, holding_
 from nbdvvol.model.resources import LogKept
 from nbdvvol.model.units import format_size
 
-NONE: dict[str, Any] = {
-    "state": "clean",
-    "host": "",
-    "log": "",
-    "file": "",
-    "since": "",
-    "dirty_bytes": 0,
-    "oldest_ms": 0,
-}
-"""Of a log that holds nothing."""
+NONE: dict[str, Any] = {"state": "clean", "log": "", "since": "", "told": "", "dirty_bytes": 0, "oldest_ms": 0}
+"""Of a log that holds nothing. `host` and `file` stay: its file may still be there."""
 
 
 def standing(row: Row[Any] | None) -> Standing:
     """The same, for deciding."""
     if row is None:
         return Standing()
+    if row.state != "dirty":
+        return Standing(row.state, draining=row.wish == "drain", given_up=row.given_up, epoch=row.epoch)
     return Standing(row.state, row.host, row.log, row.epoch, row.wish == "drain", row.given_up)
 
 
@@ -147,10 +141,10 @@ def pinned_to(tx: Tx, uuid: str) -> str:
 def check_pin(tx: Tx, row: Row[Any], host: str) -> None:
     """Raise CONFLICT when a log that no host is there to drain holds data, and `host` is another one's."""
     log = log_row(tx, row.uuid)
-    if log is None or log.state == "clean" or log.host == host:
+    if log is None or log.state == "clean" or (log.state == "dirty" and log.host == host):
         return
     serves = select(s.holders.c.host).where(s.holders.c.vvol == row.uuid, s.holders.c.host == log.host)
-    if log.host and tx.db.execute(serves.where(s.holders.c.state.in_(HELD))).one_or_none() is not None:
+    if log.state == "dirty" and tx.db.execute(serves.where(s.holders.c.state.in_(HELD))).one_or_none() is not None:
         return
     raise refusal(f"{row.vm}/{row.name}", host, log)
 
@@ -276,9 +270,9 @@ def recover(tx: Tx, vm: str, name: str, host: str, log: str, file: str) -> None:
 
 @transaction
 def left_behind(tx: Tx, uuid: str) -> tuple[str, str]:
-    """(host, file) of a log that a VVol which is deleted leaves; empty: none that is known."""
+    """(host, file) of the log that a VVol which is deleted had last; empty: it had none."""
     row = log_row(tx, uuid)
-    return (row.host, row.file) if row is not None and row.state == "dirty" else ("", "")
+    return (row.host, row.file) if row is not None else ("", "")
 
 
 # ---- what a host is told ----
