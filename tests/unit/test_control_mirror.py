@@ -20,6 +20,7 @@ from nbdvvol.model.link import Snapshot
 from nbdvvol.model.mirror import LegChange, LegDoubt, LegRecord, MirrorReport, Stamp
 from nbdvvol.model.rebuild import MapWords
 from nbdvvol.model.resources import AddLeg, BindVVol, CreateVVol, ResizeVVol, TaskState
+from tests.unit import fake_filter
 from tests.unit.control_farm import MIB, TestFarm, running_farm
 from tests.unit.fake_filter import FakeFilter
 
@@ -178,6 +179,24 @@ async def test_a_doubt_about_a_leg_outlives_filters_until_a_person_or_a_copy_end
     await run(legs.leg_doubt, "one", said)
     assert not (await _ask(farm, "syncing", 2)).refused
     assert await doubt() == (False, False)
+
+
+async def test_that_a_server_fences_is_told_to_whoever_has_a_leg_there(
+    farm: TestFarm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A leg in doubt is claimed then, and needs no person's word."""
+    fake = await _mirror(farm)
+    vvol = await farm.vvol()
+    assert not (await _ask(farm, "stale", 2, doubt=True)).refused
+    probe = fake_filter.DOERS["probe"]
+    monkeypatch.setitem(fake_filter.DOERS, "probe", lambda *args: probe(*args) | {"fences": True})
+    await farm.control.links.probe("b", "one")
+
+    async def told() -> bool:
+        leg = fake.serving[vvol.uuid].legs[1]
+        return leg.fences and leg.doubt
+
+    await farm.until(told)
 
 
 async def test_a_whole_copy_that_has_begun_goes_on_where_it_was(farm: TestFarm) -> None:

@@ -13,6 +13,7 @@ from nbdvvol.control.registry import feed
 from nbdvvol.control.registry import schema as s
 from nbdvvol.control.registry.tasks import add_task
 from nbdvvol.control.registry.tx import Tx, transaction
+from nbdvvol.control.registry.views import HELD
 from nbdvvol.datastores import format as disk
 from nbdvvol.model.errors import Code, NvError
 from nbdvvol.model.farm import DatastoreConfig, DatastoreKind
@@ -143,8 +144,18 @@ def probed(tx: Tx, name: str, host: str, result: dict[str, Any]) -> str:
         tx.event("datastore.online", name, f"host {host} sees it: {size} bytes")
     if (row.size, row.direct_ok) != (size, result.get("direct_ok")):
         touch_store(tx, row)
+    if row.fences != values["fences"]:
+        _touch_vvols(tx, name)
     tx.changed = True
     return ""
+
+
+def _touch_vvols(tx: Tx, name: str) -> None:
+    """Whether its server fences is new: a leg on it that is in doubt may wait for that."""
+    query = select(s.holders.c.host, s.holders.c.vvol).join(s.legs, s.legs.c.vvol == s.holders.c.vvol)
+    query = query.where(s.legs.c.datastore == name, s.holders.c.state.in_(HELD)).distinct()
+    for host, vvol in tx.db.execute(query).all():
+        tx.touch(host, "vvol", vvol)
 
 
 @transaction
