@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid as uuids
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,14 +12,15 @@ from sqlalchemy import update
 
 from nbdvvol.control.clock import Moment
 from nbdvvol.control.mirrorview import StuckCopies
-from nbdvvol.control.registry import bindings, feed, leases, legs, mirrors, schema, stores, vvols
+from nbdvvol.control.registry import Registry, bindings, feed, leases, legs, mirrors, schema, stores, views, vvols
+from nbdvvol.control.registry import rebuilt as registry_rebuilt
 from nbdvvol.control.registry.tx import Tx, transaction
 from nbdvvol.datastores import format as disk
 from nbdvvol.model.errors import Code, NvError
-from nbdvvol.model.farm import AdoptConfig
+from nbdvvol.model.farm import AdoptConfig, Farm
 from nbdvvol.model.link import Snapshot
 from nbdvvol.model.mirror import LegChange, LegDoubt, LegRecord, MirrorReport, Stamp
-from nbdvvol.model.rebuild import MapWords
+from nbdvvol.model.rebuild import MapWords, Rebuilt, RebuiltLeg, RebuiltStore, RebuiltVVol
 from nbdvvol.model.resources import AddLeg, BindVVol, CreateVVol, ResizeVVol, TaskState
 from tests.unit import fake_filter
 from tests.unit.control_farm import MIB, TestFarm, running_farm
@@ -468,3 +470,28 @@ async def test_adopted_bytes_are_one_copy(farm: TestFarm) -> None:
     body = CreateVVol(vm="vm1", name="old", adopt=AdoptConfig(datastore="s"), profile="gold")
     with pytest.raises(NvError, match="adopted bytes are one copy"):
         await farm.control.registry.run(vvols.begin_create, body)
+
+
+async def test_after_a_rebuild_a_stale_leg_behind_a_server_is_in_doubt(tmp_path: Path) -> None:
+    """Whether something old is under way there was known to the registry that is lost."""
+    stores = {
+        "a": {"kind": "file", "path": "/fake/a.img", "size": "24MiB"},
+        "far": {"kind": "nbd", "uri": "nbd://127.0.0.1:1/e"},
+    }
+    spec = {"hosts": {"one": {}}, "datastores": stores, "vms": {"vm1": {"host": "one"}}}
+    legs_found = [
+        RebuiltLeg(id=number, datastore=store, state=state, slot=0, meta_offset=MIB, meta_length=MIB)
+        for number, store, state in ((1, "a", "in-sync"), (2, "a", "stale"), (3, "far", "stale"), (4, "far", "in-sync"))
+    ]
+    for leg in legs_found:
+        leg.slot = leg.id
+    rebuilt = Rebuilt(
+        datastores=[RebuiltStore(name=name, found="formatted", extent_size=MIB, data_offset=MIB) for name in stores],
+        vvols=[RebuiltVVol(uuid="v", vm="vm1", name="root", size=MIB, mirror=True, epoch=9, generation=9, map_version=1,
+                           legs=legs_found)],
+    )  # fmt: skip
+    registry = await Registry.open(tmp_path / "registry.db")
+    await registry.run(registry_rebuilt.write, Farm.model_validate(spec), rebuilt)
+    vvol = await registry.run(views.resolve, "vm1/root")
+    assert [(leg.id, leg.doubt) for leg in vvol.legs] == [(1, False), (2, False), (3, True), (4, False)]
+    await registry.close()
