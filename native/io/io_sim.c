@@ -421,11 +421,27 @@ static int troubled(struct nv_op *op)
     return -EIO;
 }
 
+static bool is_of_file(const struct nv_op *op)
+{
+    return op->kind != NV_OP_TIMER && op->kind != NV_OP_RECV && op->kind != NV_OP_SEND;
+}
+
+/* One that was asked for later may have been performed already. */
+static void note_order(const struct nv_op *op, uint64_t entered_at)
+{
+    if (!is_of_file(op))
+        return;
+    sim_world.counts.reordered += entered_at < sim_world.newest_entered;
+    if (entered_at > sim_world.newest_entered)
+        sim_world.newest_entered = entered_at;
+}
+
 bool sim_perform(struct nv_op *op)
 {
     struct handle *handle = op->kind == NV_OP_TIMER ? NULL : &sim_world.handles[op->handle];
     int error = troubled(op);
 
+    note_order(op, sim_state_of(op)->entered_at);
     sim_world.time++;
     if (error)
         return sim_finish(op, error);

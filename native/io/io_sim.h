@@ -45,7 +45,7 @@ bool nv_sim_advance(void);
 uint64_t nv_sim_clock_ns(void);
 uint64_t nv_sim_timers_late_ns(void); /* the latest so far: from its time until the user of the port heard of it */
 struct nv_sim_counts {          /* of files' operations, so far in this world */
-    uint64_t errors, fenced, syncs_failed, short_transfers, torn;
+    uint64_t reordered, delayed, errors, fenced, syncs_failed, short_transfers, torn;
 };
 struct nv_sim_counts nv_sim_counts(void);
 

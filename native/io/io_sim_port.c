@@ -114,6 +114,7 @@ void nv_io_enter(struct nv_io *io)
         struct op_state *state = sim_state_of(op);
         state->entered_at = sim_world.time + 1; /* after every effect so far */
         state->not_before_ns = sim_world.clock_ns + delay_of(op);
+        sim_world.counts.delayed += op->kind != NV_OP_TIMER && state->not_before_ns > sim_world.clock_ns;
         sim_list_add(&sim_world.pending, op);
     }
     io->staged.count = 0;

@@ -63,6 +63,7 @@ struct sim_world {
     uint64_t clock_ns;
     uint64_t time; /* counts effects; orders writes against syncs */
     struct nv_sim_counts counts;
+    uint64_t newest_entered; /* of the files' operations that were performed */
     uint64_t timers_late_ns; /* the latest of them all: from its time until its user heard of it */
     struct op_list pending;
     struct handle handles[HANDLES_MAX];

@@ -21,6 +21,7 @@ struct write {
     uint32_t connection;
     enum check_kind kind;
     bool ok;
+    bool lost;   /* its answer had not come when a power cut took what was not durable */
 };
 
 struct candidate {
@@ -254,7 +255,7 @@ void check_write_answered(struct check *check, uint32_t number, bool ok, bool du
     check->time++;
     if (!write->answered) /* else its connection has ended, and the answer was still on its way */
         write->answered = check->time;
-    write->ok = ok;
+    write->ok = ok && (durable || !write->lost); /* a deposed host's word, on its way when a cache was lost, is none */
     if (!ok && check->mirror)
         revive(check, number);
     if (!certain(write))
@@ -519,9 +520,11 @@ void check_crash(struct check *check, bool cache_survives)
 {
     check->time++;
     check->read_count = 0;
-    for (uint32_t i = 0; i < check->write_count; i++)
+    for (uint32_t i = 0; i < check->write_count; i++) {
+        check->writes[i].lost |= !check->writes[i].ok && !cache_survives;
         if (!check->writes[i].answered)
             check->writes[i].answered = check->time;
+    }
     for (uint64_t i = 0; i < check->cells; i++) {
         struct cell *cell = &check->table[i];
         uint32_t kept = 0;

@@ -165,7 +165,7 @@ static void draw_range(struct client *client, struct client_request *request)
 {
     const struct client_rules *rules = client->rules;
     uint64_t longest = chance(client, rules->longs) ? rules->cells_max : 12;
-    uint64_t space = chance(client, 700) && rules->cells > 48 ? 48 : rules->cells;
+    uint64_t space = chance(client, 700) && rules->cells > rules->corner ? rules->corner : rules->cells;
     uint64_t first = below(client, space);
     uint64_t count = 1 + below(client, longest < rules->cells - first ? longest : rules->cells - first);
 

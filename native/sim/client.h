@@ -25,6 +25,7 @@ struct client_rules {           /* what the scenario allows, shared by its clien
     uint64_t cells;             /* the volume's size as every client may know it */
     uint64_t zero_from, zero_to; /* bytes that have no storage: a write there fails */
     uint32_t cells_max;         /* longest request */
+    uint32_t corner;            /* this many cells, at the start, are asked for mostly */
     uint16_t longs;             /* chance in 1024 that one may be so long; else it is a short one */
     bool io_errors;             /* reads and writes may fail */
     bool sync_errors;

@@ -25,6 +25,7 @@ struct sim_disk {
     struct version **versions;  /* per sector: newest first */
     uint64_t *touched;          /* sectors with versions, each once, so that a sync need not look at all */
     size_t touched_count;
+    uint64_t watched_from, watched;
 };
 
 struct sim_disk *sim_disk_create(const uint8_t *image, uint64_t size)
@@ -32,7 +33,7 @@ struct sim_disk *sim_disk_create(const uint8_t *image, uint64_t size)
     struct sim_disk *disk = calloc(1, sizeof *disk);
 
     assert(disk && size > 0 && size % SIM_BLOCK == 0);
-    disk->size = size;
+    disk->size = disk->watched_from = size;
     disk->now = calloc(1, size);
     disk->durable = calloc(1, size);
     disk->allocated = calloc(size / SIM_BLOCK, sizeof *disk->allocated);
@@ -124,6 +125,7 @@ void sim_disk_write(struct sim_disk *disk, uint64_t offset, const void *bytes, s
     assert(sim_disk_clip(disk, offset, size) == size);
     if (size == 0)
         return;
+    disk->watched += offset + size > disk->watched_from;
     if (bytes)
         memcpy(disk->now + offset, bytes, size);
     else
@@ -132,6 +134,16 @@ void sim_disk_write(struct sim_disk *disk, uint64_t offset, const void *bytes, s
         record(disk, sector, time, mode);
     for (uint64_t block = offset / SIM_BLOCK; block <= (offset + size - 1) / SIM_BLOCK; block++)
         disk->allocated[block] = true;
+}
+
+void sim_disk_watch(struct sim_disk *disk, uint64_t offset)
+{
+    disk->watched_from = offset;
+}
+
+uint64_t sim_disk_watched(const struct sim_disk *disk)
+{
+    return disk->watched;
 }
 
 void sim_disk_punch(struct sim_disk *disk, uint64_t offset, uint64_t size, uint64_t time)

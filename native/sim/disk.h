@@ -37,6 +37,9 @@ enum sim_write_mode {
 /* bytes == NULL writes zeros. `time` orders the write against syncs. */
 void sim_disk_write(struct sim_disk *disk, uint64_t offset, const void *bytes, size_t size, uint64_t time,
                     enum sim_write_mode mode);
+/* Count the writes that reach this offset or go beyond it. */
+void sim_disk_watch(struct sim_disk *disk, uint64_t offset);
+uint64_t sim_disk_watched(const struct sim_disk *disk);
 /* Zeros, and whole blocks inside become holes. */
 void sim_disk_punch(struct sim_disk *disk, uint64_t offset, uint64_t size, uint64_t time);
 /* Everything written before `time` is durable, or lost when the sync failed. */

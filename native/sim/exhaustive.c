@@ -347,17 +347,20 @@ static uint64_t run_sequence(struct run run, struct mirror_figures *figures)
     return runs;
 }
 
-uint64_t exhaustive_run(uint32_t part, uint32_t parts, struct mirror_figures *figures)
+uint64_t exhaustive_run(uint32_t part, uint32_t parts, struct mirror_figures *figures, uint64_t *sequences_run)
 {
     uint64_t runs = 0, number = 0;
 
+    *sequences_run = 0;
     for (uint32_t count = 0, sequences = 1; count <= LONGEST; count++, sequences *= OPERATIONS)
         for (uint32_t sequence = 0; sequence < sequences; sequence++) {
             struct run run = {.count = count};
             for (uint32_t i = 0, left = sequence; i < count; i++, left /= OPERATIONS)
                 run.operations[i] = (uint8_t)(left % OPERATIONS);
-            if (number++ % parts == part)
-                runs += run_sequence(run, figures);
+            if (number++ % parts != part)
+                continue;
+            runs += run_sequence(run, figures);
+            ++*sequences_run;
         }
     return runs;
 }

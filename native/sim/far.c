@@ -23,6 +23,7 @@ struct connection {
     struct far_conn conn;
     uint32_t number;    /* the plane's link, or 0: it has ended, or was never there */
     bool leaving;       /* it refuses everything: the server shuts down */
+    uint64_t silent_until_ns; /* what has come is neither carried out nor answered */
 };
 
 struct far {
@@ -67,6 +68,8 @@ struct far *far_open(struct farm *farm, struct farm_leg *server, nv_plane *plane
     *far = (struct far){.farm = farm, .server = server, .next = server->openings, .plane = plane, .file = file,
                         .epoch = epoch, .attempt = ++server->attempts,
                         .places = 1 + (uint32_t)farm_below(farm, PLACES)};
+    if (farm->silence)
+        far->places = PLACES;
     server->openings = far;
     if (nv_remote_open(plane, &config, &far->object) != 0)
         nv_sim_violation("a remote export does not open: %s", nv_last_error());
@@ -263,11 +266,37 @@ void far_make_sure(struct far *far)
     far->timed_out = false;
 }
 
+/* That its client has, too; or NULL. */
+static struct connection *some_connection(struct far *far)
+{
+    const uint32_t start = (uint32_t)farm_below(far->farm, CONNECTIONS);
+
+    for (uint32_t i = 0; i < CONNECTIONS; i++) {
+        struct connection *at = &far->connections[(start + i) % CONNECTIONS];
+        if (at->conn.rx && !client_left(at))
+            return at;
+    }
+    return NULL;
+}
+
+/* For longer than its client waits: perhaps also than it waits to hear what became of its changes. */
+void far_silence(struct far *far)
+{
+    struct connection *at = some_connection(far);
+    const struct farm_leg *server = far->server;
+    const uint64_t wait_ms = 4ull * server->far_timeout_ms + farm_below(far->farm, 8u * server->far_hold_ms);
+
+    if (!at)
+        return;
+    tally(TALLY_FAR_SILENT);
+    at->silent_until_ns = nv_sim_clock_ns() + wait_ms * 1000000u;
+}
+
 void far_trouble(struct far *far)
 {
-    struct connection *at = &far->connections[farm_below(far->farm, CONNECTIONS)];
+    struct connection *at = some_connection(far);
 
-    if (!at->conn.rx || client_left(at))
+    if (!at)
         return;
     if (chance(far, 512)) {
         tally(TALLY_FAR_LEAVES);
@@ -330,6 +359,7 @@ static bool connect_one(struct far *far)
     claim(far);
     far->connects += far->farm->calm ? 0 : 1;
     at->leaving = false;
+    at->silent_until_ns = 0;
     const bool extended = chance(far, 300), structured = !extended && chance(far, 512);
     params.flags = (structured ? NV_CONN_STRUCTURED : 0) | (extended ? NV_CONN_EXTENDED : 0);
     params.has_allocation = (structured || extended) && chance(far, 700);
@@ -479,6 +509,8 @@ static bool wind_up(struct far *far, struct connection *at)
 
 static bool serve(struct far *far, struct connection *at)
 {
+    if (at->silent_until_ns > nv_sim_clock_ns() && !far->farm->calm)
+        return hear(far, at);
     if (client_left(at))
         return wind_up(far, at);
     switch (farm_below(far->farm, 3)) {

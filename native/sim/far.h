@@ -34,6 +34,8 @@ void far_heard(struct far *far, const nv_event *event);
 void far_settle(struct far *far);
 /* The same with what its client has given up, on somebody's word. */
 void far_make_sure(struct far *far);
+/* Nothing moves on one of its connections for a while; the others go on. */
+void far_silence(struct far *far);
 /* A connection ends, or takes nothing new. */
 void far_trouble(struct far *far);
 /* Nobody connects any more: what waits fails. */

@@ -33,6 +33,7 @@ void farm_make_disks(struct farm *farm)
             memset(image + leg->runs[j].object_offset, 0, leg->runs[j].length);
         put_label(farm, i, image + leg->meta_offset);
         leg->file = nv_sim_file(sim_disk_create(image, leg->disk_size), farm->align, farm->in_memory);
+        sim_disk_watch(nv_sim_disk(leg->file), leg->meta_offset);
         leg->path = i;
         leg->snapshot = image;
         leg->snapshot_generation = 1;
@@ -196,6 +197,8 @@ void farm_power_cut(struct farm *farm, uint32_t index)
         sim_disk_crash_by(disk, farm->pick, farm->pick_context, image);
     else
         sim_disk_crash(disk, &farm->random, image);
+    if (memcmp(image, sim_disk_bytes(disk), leg->disk_size) != 0)
+        tally(TALLY_LOST);
     sim_disk_reset(disk, image);
     free(image);
     leg->rebooted = true;
@@ -206,6 +209,16 @@ void farm_made_whole(struct farm *farm, uint32_t index, uint64_t since_step)
 {
     if (farm->legs[index].rebooted_step <= since_step)
         farm->legs[index].rebooted = false;
+}
+
+bool farm_wrote_metadata(struct farm *farm)
+{
+    const uint64_t before = farm->metadata_writes;
+
+    farm->metadata_writes = 0;
+    for (uint32_t leg = 0; leg < farm->leg_count; leg++)
+        farm->metadata_writes += sim_disk_watched(nv_sim_disk(farm->legs[leg].file));
+    return farm->metadata_writes != before;
 }
 
 void farm_take_snapshot(struct farm *farm, uint32_t index)

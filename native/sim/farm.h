@@ -71,6 +71,7 @@ struct farm {
     struct nv_sim_faults faults;
     uint32_t cell_bytes, block_min, align, region_shift, reactors;
     uint64_t cells, size;
+    uint32_t corner;                /* cells that clients ask for mostly */
     uint64_t zero_from, zero_to;    /* bytes without storage */
     nv_desc_mirror policy;
     uint32_t leg_count;
@@ -88,7 +89,7 @@ struct farm {
     bool calm;                      /* no more troubles */
     bool sticky;                    /* who hangs leaves only what it was asked before undone */
     uint16_t hasty;                 /* how often the operator clears a fault at once */
-    uint16_t hang, drop, reboot, read_errors, write_errors, sync_errors, cut, kill, rebind, spoil, swap, jump; /* chances */
+    uint16_t hang, silence, drop, reboot, read_errors, write_errors, sync_errors, cut, kill, rebind, spoil, swap, jump; /* chances */
     /* control */
     nv_legs_record registry;
     uint32_t owner;                 /* host, or FARM_HOSTS: released */
@@ -99,6 +100,7 @@ struct farm {
     struct client_rules rules;
     uint64_t now;                   /* counts steps */
     uint64_t commits, inspections;
+    uint64_t metadata_writes;
     uint64_t crashes;               /* ends of a process, of a host's right to serve, or of power, so far */
     sim_pick *pick;                 /* what a power cut leaves; NULL: by chance */
     void *pick_context;
@@ -129,6 +131,8 @@ bool farm_outclaimed(uint64_t epoch, uint32_t attempt, uint64_t by_epoch, uint32
 void farm_power_cut(struct farm *farm, uint32_t leg);
 /* It has everything again, if it was made so from this step on. */
 void farm_made_whole(struct farm *farm, uint32_t leg, uint64_t since_step);
+/* A leg's metadata was written to since this was last asked. */
+bool farm_wrote_metadata(struct farm *farm);
 void farm_take_snapshot(struct farm *farm, uint32_t leg);
 bool farm_roll_back(struct farm *farm, uint32_t leg); /* false: nothing would show that it was */
 void farm_inspect(struct farm *farm);

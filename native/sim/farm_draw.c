@@ -50,6 +50,29 @@ static void draw_shares(struct farm *farm)
     share->end = between(farm, 1, 6);
 }
 
+/* What a filter is to be doing when it dies. */
+static void draw_aim(struct farm *farm)
+{
+    farm->aim = TALLY_KILL_ATTACHING + (uint32_t)farm_below(farm, TALLY_KILL_METADATA - TALLY_KILL_ATTACHING);
+    farm->aims = farm->kill ? (uint32_t)farm_below(farm, 4) : 0;
+    if (farm->kill && farm_chance(farm, 150)) {
+        farm->aim = TALLY_KILL_METADATA;
+        farm->aims = 12;
+    } else if (farm->kill && farm_chance(farm, 300)) { /* what is soon over, and comes after a resync only */
+        farm->aim = farm_chance(farm, 700) ? TALLY_KILL_CHECKPOINT : TALLY_KILL_PROMOTING;
+        farm->aims = 4;
+        farm->shares.tend = between(farm, 20, 40);
+    }
+    if (farm->spoil > 400 && farm_chance(farm, 512)) { /* what was decided of such a leg, and is not on disk yet */
+        farm->aim = TALLY_KILL_PREPARING;
+        farm->aims = 10;
+        farm->policy.intent_idle_ms = (uint32_t)farm_below(farm, 300); /* no intent covers it */
+        farm->shares.tend = between(farm, 20, 40);
+        farm->shares.end = 6;
+        farm->kill = (uint16_t)(farm->kill + 100);
+    }
+}
+
 static void draw_troubles(struct farm *farm)
 {
     farm->faults.short_transfer = (uint16_t)farm_below(farm, 200);
@@ -76,15 +99,7 @@ static void draw_troubles(struct farm *farm)
     farm->swap = sometimes(farm, 512, 700);
     farm->jump = draw_mood(farm);
     farm->hasty = sometimes(farm, 256, 512);
-    farm->aim = TALLY_KILL_ATTACHING + (uint32_t)farm_below(farm, TALLY_KILL_DEPOSED - TALLY_KILL_ATTACHING);
-    farm->aims = farm->kill ? (uint32_t)farm_below(farm, 4) : 0;
-    if (farm->spoil > 400 && farm_chance(farm, 512)) { /* what was decided of such a leg, and is not on disk yet */
-        farm->aim = TALLY_KILL_PREPARING;
-        farm->aims = 3;
-        farm->shares.tend = between(farm, 20, 40);
-        farm->shares.end = 6;
-        farm->kill = (uint16_t)(farm->kill + 100);
-    }
+    draw_aim(farm);
 }
 
 /*
@@ -103,7 +118,7 @@ static void draw_sticky(struct farm *farm)
     farm->policy.intent_idle_ms = 300;
     farm->hang = between(farm, 20, 100);
     farm->drop = farm->reboot = farm->kill = farm->rebind = farm->cut = farm->jump = 0;
-    farm->read_errors = farm->write_errors = farm->sync_errors = 0;
+    farm->read_errors = farm->write_errors = farm->sync_errors = farm->aims = 0;
     farm->shares.advance = between(farm, 20, 60);
     farm->shares.tend = between(farm, 20, 60);
     farm->shares.heal = between(farm, 10, 30);
@@ -160,6 +175,8 @@ static void draw_cache(struct farm *farm)
     if (farm->in_memory || !farm_chance(farm, 350))
         return;
     farm->leased = true;
+    if (farm_chance(farm, 300))
+        farm->rebind = (uint16_t)(farm->rebind + 40);
     farm->cache_frames = NV_CACHE_FRAMES_MIN << farm_below(farm, 2);
     farm->cache_mode = farm_chance(farm, 512) ? NV_CACHE_MODE_READ : NV_CACHE_MODE_WRITETHROUGH;
 }
@@ -196,6 +213,18 @@ static void draw_silence(struct farm *farm, struct sim_random *random)
     farm->drop = farm->reboot = farm->kill = farm->rebind = farm->jump = 0;
     farm->read_errors = farm->write_errors = farm->sync_errors = 0;
     farm->aims = farm->shares.end = 0;
+    if (sim_random_chance(random, 400))
+        return;
+    farm->hang = 0; /* of single connections: what is sent anew is answered, while the mirror still waits for the old copy */
+    farm->silence = (uint16_t)(200 + sim_random_below(random, 400));
+    farm->shares.trouble = 40;
+    farm->policy.op_deadline_ms = 6000;
+    farm->corner = 16;
+    for (uint32_t i = 0; i < farm->leg_count; i++) {
+        farm->legs[i].far_timeout_ms = 250;
+        farm->legs[i].far_hold_ms = 250 + (uint32_t)sim_random_below(random, 500);
+        farm->legs[i].far_flags |= farm->legs[i].far ? FAR_T_MULTI : 0;
+    }
 }
 
 /*
@@ -221,7 +250,8 @@ static void draw_far(struct farm *farm)
 
 void farm_draw(struct farm *farm, uint64_t seed)
 {
-    *farm = (struct farm){.seed = seed, .random = {seed * 0x9e3779b97f4a7c15ull + 77}, .owner = FARM_HOSTS};
+    *farm = (struct farm){.seed = seed, .random = {seed * 0x9e3779b97f4a7c15ull + 77}, .owner = FARM_HOSTS,
+                           .corner = 48};
     draw_shape(farm);
     draw_troubles(farm);
     farm->in_memory = farm->align == 1 && farm_chance(farm, 150);
@@ -245,7 +275,7 @@ void farm_draw(struct farm *farm, uint64_t seed)
 void farm_plain(struct farm *farm)
 {
     *farm = (struct farm){.seed = 1, .random = {77}, .owner = FARM_HOSTS, .reactors = 1, .cell_bytes = 512, .block_min = 512,
-                          .align = 1, .cells = 8, .size = 8u * 512u, .leg_count = 2, .host_count = FARM_HOSTS,
+                          .align = 1, .cells = 8, .corner = 8, .size = 8u * 512u, .leg_count = 2, .host_count = FARM_HOSTS,
                           .region_shift = 10, .good = FARM_LEGS};
     farm->policy = (nv_desc_mirror){.region_shift = farm->region_shift, .op_deadline_ms = 3000, .hold_deadline_ms = 5000,
                                     .intent_idle_ms = 300};

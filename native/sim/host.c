@@ -572,9 +572,9 @@ void host_depose(struct host *host)
         if (host->clients[i])
             client_deposed(host->clients[i]);
     host->deposed = true;
-    for (uint32_t i = 0; host->farm->cache_frames && i < HOST_CLIENTS; i++) /* what it may have at hand */
-        if (host->clients[i])
-            client_read(host->clients[i], farm_below(host->farm, 6) * 8, 8);
+    for (uint32_t i = 0; host->farm->cache_frames && i < 4u * HOST_CLIENTS; i++) /* what it may have at hand */
+        if (host->clients[i % HOST_CLIENTS])
+            client_read(host->clients[i % HOST_CLIENTS], farm_below(host->farm, 6) * 8, 8);
 }
 
 void host_kill(struct host *host)

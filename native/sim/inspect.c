@@ -108,7 +108,7 @@ static bool label_holds(const struct farm *farm, uint32_t leg)
     struct nv_label label;
 
     if (!at->label_read)
-        at->holds = !farm->legs[leg].spoiled && nv_label_decode(meta(farm, leg), &label) &&
+        at->holds = nv_label_decode(meta(farm, leg), &label) &&
                     label.leg == FARM_LEG_ID(leg) && label.epoch >= record->stamp_epoch &&
                     label.generation >= record->stamp_generation;
     at->label_read = true;

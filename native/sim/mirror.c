@@ -81,13 +81,13 @@ static void leave_stuck(struct world *world, uint32_t leg)
     world->farm.legs[leg].stuck_before = nv_sim_time() + 1;
 }
 
-/* Of a leg behind a server: some, or some are told to end. */
-static void end_connections(struct world *world, uint32_t leg)
+/* Of a leg behind a server. */
+static void trouble_connections(struct world *world, uint32_t leg, void trouble(struct far *far))
 {
     for (uint32_t i = 0; i < FARM_HOSTS; i++)
         for (uint32_t j = 0; world->hosts[i].plane && j < world->hosts[i].file_count; j++)
             if (world->hosts[i].fars[j] && nv_sim_disk(world->hosts[i].files[j]) == nv_sim_disk(world->farm.legs[leg].file))
-                far_trouble(world->hosts[i].fars[j]);
+                trouble(world->hosts[i].fars[j]);
 }
 
 static void leg_trouble(struct world *world, uint32_t leg)
@@ -102,7 +102,9 @@ static void leg_trouble(struct world *world, uint32_t leg)
     if (farm->legs[leg].hung && chance(world, farm->sticky ? 1024 : 300))
         leave_stuck(world, leg);
     if (chance(world, farm->drop))
-        end_connections(world, leg);
+        trouble_connections(world, leg, far_trouble);
+    if (chance(world, farm->silence))
+        trouble_connections(world, leg, far_silence);
     if (chance(world, farm->drop)) {
         tally(TALLY_LOSS);
         farm->legs[leg].gone = true;
@@ -227,11 +229,15 @@ static void end_somebody(struct world *world, struct host *host)
 /* The seed wants it to end in the middle of something. */
 static void end_aimed(struct world *world, struct host *host)
 {
-    const bool long_work = world->farm.aim == TALLY_KILL_PREPARING; /* anywhere in it */
+    struct farm *farm = &world->farm;
+    const bool wrote = farm_wrote_metadata(farm), any_write = farm->aim == TALLY_KILL_METADATA;
+    const bool often = any_write || farm->aim == TALLY_KILL_PREPARING; /* anywhere among them */
 
-    if (world->farm.aims == 0 || host_doing(host) != (enum tally)world->farm.aim || !chance(world, long_work ? 50 : 250))
+    if (farm->aims == 0 || !(any_write ? wrote : host_doing(host) == (enum tally)farm->aim) || !chance(world, often ? 100 : 250))
         return;
-    world->farm.aims--;
+    farm->aims--;
+    if (any_write)
+        tally(TALLY_KILL_METADATA);
     end_one(world, host);
 }
 

@@ -19,11 +19,17 @@
  *  14  the cache is hit behind a fence                                        nv_cached_fence
  *  15  the cache is filled with what was read before a write                  nv_cache_fill
  *  16  a fault that is cleared before the mirror has looked is not heard of   nv_sync_clear
+ *  17  a leg is labelled for a resync before what it lacks is saved           nv_task_dirty_pages
+ *  18  a change that a server has not answered is sent again at once          nv_remote_link_goes
+ *  19  a write has no intent: none is ever written down                        nv_page_seal, nv_intent_enter
  */
 #include <errno.h>
+#include <string.h>
 
+#include "backend/nbd.h"
 #include "sim/farm.h"
 #include "sim/mutant.h"
+#include "volume/meta.h"
 #include "volume/mirror_state.h"
 
 void __real_nv_mirror_acknowledge(struct nv_vreq *request);
@@ -60,6 +66,12 @@ enum nv_cache_fill __wrap_nv_cache_fill(struct nv_cache *cache, const struct nv_
                                         const uint8_t *bytes, bool ahead);
 void __real_nv_sync_clear(struct nv_sync *sync);
 void __wrap_nv_sync_clear(struct nv_sync *sync);
+void __real_nv_task_dirty_pages(struct nv_mirror *mirror, bool forced, void (*then)(struct nv_mirror *mirror));
+void __wrap_nv_task_dirty_pages(struct nv_mirror *mirror, bool forced, void (*then)(struct nv_mirror *mirror));
+void __real_nv_page_seal(enum nv_page_kind kind, const struct nv_page_head *head, uint8_t *slot);
+void __wrap_nv_page_seal(enum nv_page_kind kind, const struct nv_page_head *head, uint8_t *slot);
+void __real_nv_remote_link_goes(struct nv_link *link, uint8_t to);
+void __wrap_nv_remote_link_goes(struct nv_link *link, uint8_t to);
 
 void __wrap_nv_mirror_acknowledge(struct nv_vreq *request)
 {
@@ -71,7 +83,7 @@ void __wrap_nv_mirror_acknowledge(struct nv_vreq *request)
 
 bool __wrap_nv_intent_enter(struct nv_mirror *mirror, uint64_t offset, uint64_t length)
 {
-    return __real_nv_intent_enter(mirror, offset, length) || mutant(2);
+    return __real_nv_intent_enter(mirror, offset, length) || mutant(2) || mutant(19);
 }
 
 /* A sync of nothing: the leg counts as synced. */
@@ -114,6 +126,13 @@ void __wrap_nv_intent_merge(struct nv_mirror *mirror, uint32_t page, const uint8
 {
     if (!mutant(6) || own)
         __real_nv_intent_merge(mirror, page, slots, readable, own);
+}
+
+void __wrap_nv_page_seal(enum nv_page_kind kind, const struct nv_page_head *head, uint8_t *slot)
+{
+    if (mutant(19) && kind == NV_PAGE_INTENT)
+        memset(slot + NV_PAGE_HEAD, 0, NV_META_PAGE - NV_PAGE_HEAD);
+    __real_nv_page_seal(kind, head, slot);
 }
 
 void __wrap_nv_intent_lost(struct nv_mirror *mirror, uint8_t lanes)
@@ -201,4 +220,26 @@ void __wrap_nv_sync_clear(struct nv_sync *sync)
     if (mutant(16) && atomic_load(&sync->fault))
         atomic_fetch_sub(&sync->faults, 1);
     __real_nv_sync_clear(sync);
+}
+
+void __wrap_nv_task_dirty_pages(struct nv_mirror *mirror, bool forced, void (*then)(struct nv_mirror *mirror))
+{
+    if (mutant(17) && mirror->task.kind == NV_TASK_PREPARE && !forced)
+        then(mirror);
+    else
+        __real_nv_task_dirty_pages(mirror, forced, then);
+}
+
+/* Given up: what was sent wholly and is not answered goes to another connection, beside what the server may still do. */
+void __wrap_nv_remote_link_goes(struct nv_link *link, uint8_t to)
+{
+    __real_nv_remote_link_goes(link, to);
+    for (uint32_t i = 0; mutant(18) && to == NV_LINK_DRAINING && i < link->asks_touched; i++) {
+        struct nv_ask *ask = &link->asks[i];
+        if (ask->state != NV_ASK_SENT || !ask->piece || !nv_ask_changes(ask) || ask->answered)
+            continue;
+        nv_remote_takes_back(ask);
+        ask->piece = NULL;
+        ask->abandoned = true;
+    }
 }

@@ -122,6 +122,13 @@ void world_tell_troubles(struct world *world)
         host_set_troubles(&world->hosts[i]);
 }
 
+static void leg_is_back(struct farm_leg *leg)
+{
+    if (leg->gone)
+        tally(TALLY_BACK);
+    leg->gone = false;
+}
+
 void world_heal(struct world *world, bool all)
 {
     struct farm *farm = &world->farm;
@@ -132,7 +139,7 @@ void world_heal(struct world *world, bool all)
         if (all || farm_chance(&world->farm, 60))
             farm->legs[leg].stuck_before = 0;
         if (all || farm_chance(&world->farm, 300))
-            farm->legs[leg].gone = false;
+            leg_is_back(&farm->legs[leg]);
         if (all || farm_chance(&world->farm, 300))
             farm->legs[leg].path = leg;
     }
@@ -315,7 +322,7 @@ static void set_rules(struct world *world, bool trace)
     farm->rules = (struct client_rules){
         .check = farm->check, .random = &farm->random, .cell_bytes = farm->cell_bytes, .block_min = farm->block_min,
         .cells = farm->cells, .zero_from = farm->zero_from, .zero_to = farm->zero_to, .cells_max = 96,
-        .longs = farm->cache_frames ? 500 : 100,
+        .corner = farm->corner, .longs = farm->cache_frames ? 500 : 100,
         .io_errors = !farm->must_serve, .sync_errors = !farm->must_serve, .trace = trace,
         .acknowledged = farm_acknowledged, .context = farm};
 }
@@ -350,6 +357,8 @@ static void count_operations(void)
 {
     const struct nv_sim_counts counts = nv_sim_counts();
 
+    tally_counts[TALLY_REORDERED] += counts.reordered;
+    tally_counts[TALLY_DELAYED] += counts.delayed;
     tally_counts[TALLY_LEG_ERROR] += counts.errors;
     tally_counts[TALLY_SYNC_ERROR] += counts.syncs_failed;
     tally_counts[TALLY_SHORT] += counts.short_transfers;

@@ -65,9 +65,11 @@ static int run_seeds(unsigned long long first, unsigned long long last, bool tra
 static int run_exhaustive(unsigned part, unsigned parts)
 {
     struct mirror_figures sum = {0};
+    uint64_t sequences;
 
-    printf("%llu runs, ", (unsigned long long)exhaustive_run(part, parts, &sum));
+    printf("%llu runs, ", (unsigned long long)exhaustive_run(part, parts, &sum, &sequences));
     tell(&sum);
+    printf("%llu sequences of operations\n", (unsigned long long)sequences);
     return 0;
 }
 

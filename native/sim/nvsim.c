@@ -622,6 +622,7 @@ static uint64_t run_seed(uint64_t seed, bool trace)
         .zero_from = scenario.zero_from,
         .zero_to = scenario.zero_to,
         .cells_max = 128,
+        .corner = 48,
         .longs = 100,
         .logged = scenario.log.size > 0,
         .io_errors = scenario.faults.read_error || scenario.faults.write_error || scenario.faults.punch_error,
