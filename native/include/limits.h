@@ -93,8 +93,11 @@
 #define NV_LOG_RESERVE_MAX (1u << 20)          /* of the ring, for tombstones and BEGIN; less of a small ring */
 #define NV_LOG_BYPASS_MAX (NV_LOG_DATA_UNITS * NV_LOG_UNIT)
 #define NV_LOG_BATCH 8192u                     /* blocks that are destaged before the next flush below: 32 MiB */
+#define NV_LOG_BATCH_MIN 256u                  /* ... at least, however slow storage is */
+#define NV_LOG_BATCH_MS 100u                   /* ... which a batch is to take at most: who waits for room waits for it */
 #define NV_LOG_RUN_BLOCKS 256u                 /* of one destage write: 1 MiB */
-#define NV_LOG_RUNS 4u                         /* destage writes under way at once */
+#define NV_LOG_RUNS 16u                        /* destage writes under way at once, when there is no room left */
+#define NV_LOG_RUNS_CALM 4u                    /* ... and when a log is emptied */
 #define NV_LOG_BOUNCES 16u                     /* reads of the log under way at once */
 #define NV_LOG_BOUNCE_BLOCKS 16u               /* ... of 64 KiB at most */
 #define NV_LOG_SCAN_BYTES (1u << 20)           /* read at once when a log is opened */

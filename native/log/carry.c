@@ -191,10 +191,13 @@ static void start_run(struct nv_log *log, struct nv_log_run *run)
 
 static uint32_t runs_max(const struct nv_log *log)
 {
-    const bool hurry = log->draining || log->state == NV_LOG_FAILED || log->blocked.first;
     const uint32_t quarters = (uint32_t)(nv_log_used(log) * 4 / log->ring);
 
-    return hurry || quarters >= NV_LOG_RUNS ? NV_LOG_RUNS : 1 + quarters;
+    if (log->state == NV_LOG_FAILED || log->draining) /* nobody waits for room */
+        return NV_LOG_RUNS_CALM;
+    if (log->blocked.first || quarters >= 3)
+        return log->config.runs ? log->config.runs : NV_LOG_RUNS;
+    return 1 + quarters;
 }
 
 void nv_log_carry_on(struct nv_log *log)

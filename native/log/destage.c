@@ -59,21 +59,45 @@ static void pick(struct nv_log *log, uint64_t number, uint64_t limit, bool *left
     destager->batch[destager->count++] = (struct nv_log_pick){version->block, newest};
 }
 
-/* The fuller the log, the longer a batch: more is merged, and the flush below is paid once. */
+/*
+ * The fuller the log, the longer a batch: more is merged, and the flush below is paid once. But only at its end there is
+ * room again in a log that is full, so it is no longer than storage carries in time.
+ */
 static uint32_t batch_max(const struct nv_log *log)
 {
-    return nv_log_used(log) > log->ring / 2 || log->draining || log->state == NV_LOG_FAILED ? NV_LOG_BATCH : NV_LOG_BATCH / 8;
+    const bool full = nv_log_used(log) > log->ring / 2 || log->draining || log->state == NV_LOG_FAILED;
+    const uint32_t wish = full ? NV_LOG_BATCH : NV_LOG_BATCH / 8;
+
+    return log->destager.most < wish ? log->destager.most : wish;
+}
+
+/* What the last batch says of the next one. */
+static void adapt(struct nv_log *log)
+{
+    struct nv_log_destager *destager = &log->destager;
+    const uint64_t took_ms = (nv_io_now_ns(log->config.io) - destager->began_ns) / 1000000u;
+
+    if (took_ms > NV_LOG_BATCH_MS)
+        destager->most = destager->count / 2 < NV_LOG_BATCH_MIN ? NV_LOG_BATCH_MIN : destager->count / 2;
+    else if (took_ms <= NV_LOG_BATCH_MS / 2 && destager->most < NV_LOG_BATCH && destager->count >= destager->most)
+        destager->most = destager->most * 2;
+    if (destager->most > NV_LOG_BATCH)
+        destager->most = NV_LOG_BATCH;
 }
 
 static void collect(struct nv_log *log)
 {
     struct nv_log_destager *destager = &log->destager;
     const uint64_t limit = nv_log_carry_limit(log);
-    const uint32_t max = batch_max(log);
     bool left_out = false;
+    uint32_t max;
 
+    if (destager->most == 0) /* nothing is known of storage yet */
+        destager->most = NV_LOG_BATCH / 8;
+    max = batch_max(log);
     destager->count = destager->next = 0;
     destager->failed = destager->carried = false;
+    destager->began_ns = nv_io_now_ns(log->config.io);
     for (uint64_t number = log->version_tail; number < limit && destager->count < max; number++)
         pick(log, number, limit, &left_out);
     if (destager->count == 0 && log->state == NV_LOG_FAILED) {
@@ -145,6 +169,7 @@ static void flushed(struct nv_log_below *io)
         nv_log_rest(log, false);
         return;
     }
+    adapt(log);
     if (log->destager.covers > log->below_flushed)
         log->below_flushed = log->destager.covers;
     settle_batch(log);

@@ -104,6 +104,7 @@ struct nv_log_config {
     uint32_t stream_bytes;          /* ... and of writers that wrote so many in sequence; 0: no difference */
     uint32_t age_ms;                /* when the oldest logged write is to be destaged */
     uint32_t deadline_ms;           /* a log write that takes longer counts as failed; 0: none does */
+    uint32_t runs;                  /* destage writes under way at once when there is no room left; 0: NV_LOG_RUNS */
     void *context;
     void (*below)(void *context, struct nv_log_below *io);
     void (*event)(void *context, enum nv_log_event event, int64_t value);

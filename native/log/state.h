@@ -122,6 +122,8 @@ struct nv_log_destager {
     enum nv_log_phase phase;
     struct nv_log_pick *batch;      /* NV_LOG_BATCH, sorted by block */
     uint32_t count, next;
+    uint32_t most;                  /* blocks of a batch, as long as storage takes no longer than it should */
+    uint64_t began_ns;              /* the batch */
     struct nv_log_run runs[NV_LOG_RUNS];
     struct nv_log_sync_wait sync;
     struct nv_log_below flush;

@@ -408,7 +408,8 @@ static void open_log(struct world *world, bool discard)
 {
     struct nv_log_config config = {
         .io = world->io, .handle = world->log_handle, .size = world->vvol_size, .bypass_bytes = world->plan.bypass,
-        .stream_bytes = world->plan.stream, .age_ms = world->plan.age_ms, .deadline_ms = world->plan.deadline_ms, .context = world,
+        .stream_bytes = world->plan.stream, .age_ms = world->plan.age_ms, .deadline_ms = world->plan.deadline_ms,
+        .runs = world->plan.seed % 4 ? NV_LOG_RUNS_CALM : NV_LOG_RUNS, .context = world,
         .below = start_below, .event = heard, .discard = discard,
         .claim = {.epoch = ++world->epoch, .generation = 1, .length = world->log_size, .dirty = world->dirty},
     };
