@@ -6,8 +6,39 @@
 #include "log/state.h"
 #include "reactor/crc32c.h"
 
+#define RUN_BYTES (NV_LOG_RUN_BLOCKS * (uint64_t)NV_LOG_UNIT)
+
 static void write_on(struct nv_log_run *run);
 static void read_on(struct nv_log_run *run);
+
+/* ---- memory: what is below may still look at it when the write is over (a leg that hangs) ---- */
+
+static uint16_t *users_of(struct nv_log *log, const uint8_t *data)
+{
+    const uint64_t into = (uint64_t)(data - log->destager.run_memory);
+
+    assert(into < NV_LOG_RUN_MEMORIES * RUN_BYTES);
+    return &log->destager.memory_users[into / RUN_BYTES];
+}
+
+/* NULL: all of it is kept. */
+static uint8_t *take_memory(struct nv_log *log)
+{
+    for (uint32_t i = 0; i < NV_LOG_RUN_MEMORIES; i++)
+        if (log->destager.memory_users[i] == 0) {
+            log->destager.memory_users[i] = 1;
+            return log->destager.run_memory + i * RUN_BYTES;
+        }
+    return NULL;
+}
+
+void nv_log_memory_back(struct nv_log *log, const uint8_t *data)
+{
+    uint16_t *users = users_of(log, data);
+
+    assert(*users > 0);
+    --*users;
+}
 
 static struct nv_log_version *version_of(const struct nv_log_run *run, uint32_t index)
 {
@@ -33,6 +64,7 @@ bool nv_log_carrying(const struct nv_log *log, uint64_t first, uint64_t blocks)
 static void end_run(struct nv_log_run *run)
 {
     run->used = false;
+    nv_log_memory_back(run->log, run->memory);
     nv_log_unblock(run->log);
     nv_log_carry_on(run->log);
 }
@@ -43,6 +75,8 @@ static void written(struct nv_log_below *io)
 {
     struct nv_log_run *run = (struct nv_log_run *)((char *)io - offsetof(struct nv_log_run, below));
 
+    if (io->kept)
+        ++*users_of(run->log, io->data);
     if (io->error) {
         run->log->destager.failed = true;
         for (uint32_t i = 0; i < run->writing; i++)
@@ -163,13 +197,14 @@ static bool may_go(struct nv_log *log, const struct nv_log_pick *pick)
     return true;
 }
 
-static void start_run(struct nv_log *log, struct nv_log_run *run)
+static void start_run(struct nv_log *log, struct nv_log_run *run, uint8_t *memory)
 {
     struct nv_log_destager *destager = &log->destager;
     const struct nv_log_pick *first = &destager->batch[destager->next];
     const uint8_t kind = nv_log_version(log, first->number)->kind;
 
     run->used = true;
+    run->memory = memory;
     run->from = destager->next;
     run->count = 1;
     while (run->from + run->count < destager->count && run->count < NV_LOG_RUN_BLOCKS) {
@@ -200,6 +235,18 @@ static uint32_t runs_max(const struct nv_log *log)
     return 1 + quarters;
 }
 
+static void give_up(struct nv_log *log)
+{
+    struct nv_log_destager *destager = &log->destager;
+
+    destager->failed = true;
+    for (; destager->next < destager->count; destager->next++) {
+        struct nv_log_version *version = nv_log_version(log, destager->batch[destager->next].number);
+        if (version->state == NV_LOG_CARRIED)
+            version->state = NV_LOG_LIVE;
+    }
+}
+
 void nv_log_carry_on(struct nv_log *log)
 {
     struct nv_log_destager *destager = &log->destager;
@@ -208,13 +255,19 @@ void nv_log_carry_on(struct nv_log *log)
     for (uint32_t i = 0; i < NV_LOG_RUNS; i++)
         busy += destager->runs[i].used;
     for (uint32_t i = 0; i < NV_LOG_RUNS; i++) {
+        uint8_t *memory;
         while (destager->next < destager->count && !may_go(log, &destager->batch[destager->next]))
             destager->next++;
         if (destager->next == destager->count || busy >= runs_max(log))
             break;
         if (destager->runs[i].used)
             continue;
-        start_run(log, &destager->runs[i]);
+        memory = take_memory(log);
+        if (!memory) { /* what is left of the batch is tried again */
+            give_up(log);
+            break;
+        }
+        start_run(log, &destager->runs[i], memory);
         busy++;
     }
     if (busy == 0 && destager->next == destager->count)

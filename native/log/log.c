@@ -94,12 +94,12 @@ static uint32_t list_areas(struct nv_log *log, struct area *areas)
     }
     for (uint32_t i = 0; i < NV_LOG_BOUNCES; i++)
         areas[count++] = (struct area){(void **)&log->bounces[i].memory, NV_LOG_BOUNCE_BLOCKS * (uint64_t)NV_LOG_UNIT};
-    for (uint32_t i = 0; i < NV_LOG_RUNS; i++)
-        areas[count++] = (struct area){(void **)&log->destager.runs[i].memory, NV_LOG_RUN_BLOCKS * (uint64_t)NV_LOG_UNIT};
+    areas[count++] = (struct area){(void **)&log->destager.run_memory,
+                                   NV_LOG_RUN_MEMORIES * (uint64_t)NV_LOG_RUN_BLOCKS * NV_LOG_UNIT};
     return count;
 }
 
-#define AREAS_MAX (6u + 2u * NV_LOG_GROUPS + NV_LOG_BOUNCES + NV_LOG_RUNS)
+#define AREAS_MAX (7u + 2u * NV_LOG_GROUPS + NV_LOG_BOUNCES)
 _Static_assert(NV_LOG_SCAN_BYTES <= NV_LOG_RUN_BLOCKS * NV_LOG_UNIT, "recovery reads into the memory of a run");
 
 static bool take_memory(struct nv_log *log)
@@ -165,6 +165,7 @@ int nv_log_create(const struct nv_log_config *config, struct nv_log **out)
     log->mark_mask = power_above(units) - 1;
     log->version_mask = log->mark_mask;
     log->index_mask = 2 * (log->version_mask + 1) - 1;
+    log->below_writes = 1; /* what the life before wrote below and did not flush, the first FLUSH of this one covers */
     set_up(log);
     if (!take_memory(log)) {
         free(log);

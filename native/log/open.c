@@ -167,7 +167,7 @@ static void read_window(struct nv_log *log, uint64_t offset)
 
     log->window = offset;
     log->window_bytes = left < NV_LOG_SCAN_BYTES ? left : NV_LOG_SCAN_BYTES;
-    transfer(log, NV_OP_READ, 0, NV_LOG_RING + offset, log->destager.runs[0].memory, log->window_bytes, window_read);
+    transfer(log, NV_OP_READ, 0, NV_LOG_RING + offset, log->destager.run_memory, log->window_bytes, window_read);
 }
 
 static void scan_on(struct nv_log *log)
@@ -179,7 +179,7 @@ static void scan_on(struct nv_log *log)
             read_window(log, offset);
             return;
         }
-        if (nv_log_scan_take(&log->scan, log->destager.runs[0].memory + (offset - log->window)) == NV_LOG_SCAN_RECORD &&
+        if (nv_log_scan_take(&log->scan, log->destager.run_memory + (offset - log->window)) == NV_LOG_SCAN_RECORD &&
             !recover(log)) {
             refuse(log, NV_LOG_TOO_MANY, 0);
             return;

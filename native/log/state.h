@@ -94,7 +94,7 @@ struct nv_log_run_read {
 
 struct nv_log_run {                 /* adjacent blocks on their way below */
     struct nv_log *log;
-    uint8_t *memory;
+    uint8_t *memory;                /* while it is used */
     struct nv_log_run_read reads[NV_LOG_RUN_READS];
     struct nv_log_below below;
     uint32_t from, count;           /* in the batch */
@@ -125,6 +125,8 @@ struct nv_log_destager {
     uint32_t most;                  /* blocks of a batch, as long as storage takes no longer than it should */
     uint64_t began_ns;              /* the batch */
     struct nv_log_run runs[NV_LOG_RUNS];
+    uint8_t *run_memory;            /* NV_LOG_RUN_MEMORIES times a run's */
+    uint16_t memory_users[NV_LOG_RUN_MEMORIES]; /* the run that has it, and I/O below that kept it */
     struct nv_log_sync_wait sync;
     struct nv_log_below flush;
     bool failed, carried;

@@ -8,6 +8,7 @@
 #include <string.h>
 
 #include "nbd/session.h"
+#include "volume/logged.h"
 
 static uint64_t connection_cap(const struct nv_reactor *reactor)
 {
@@ -85,6 +86,8 @@ void nv_request_keep(struct nv_vreq *v)
 {
     struct nv_request *request = (struct nv_request *)v;
 
+    if (v->flags & NV_REQUEST_BELOW) /* the log's: it looks at its pins when it is over */
+        return;
     if (request->memory != NV_MEMORY_KEPT) {
         request->kept_memory = request->memory;
         request->kept_buffer = request->buffer;
@@ -112,6 +115,10 @@ void nv_request_unpin(struct nv_vreq *v)
 {
     struct nv_request *request = (struct nv_request *)v;
 
+    if (v->flags & NV_REQUEST_BELOW) {
+        nv_logged_unpin(v);
+        return;
+    }
     assert(v->pins > 0 && request->memory == NV_MEMORY_KEPT);
     if (--v->pins == 0 && request->over)
         nv_request_release(request);

@@ -207,6 +207,7 @@ int nv_volume_open(nv_plane *plane, const void *desc, uint64_t length, uint32_t 
     volume->plane = plane;
     volume->latest = map;
     nv_range_table_init(&volume->ranges);
+    nv_range_table_init(&volume->below);
     nv_cached_open(volume);
     atomic_store(&volume->open_locals, reactors);
     for (uint32_t i = 0; i < reactors; i++) {
@@ -217,6 +218,7 @@ int nv_volume_open(nv_plane *plane, const void *desc, uint64_t length, uint32_t 
     if (map->legs && nv_mirror_create(volume, map, nv_plane_reactor(plane, volume->id % reactors)) != 0) {
         nv_table_remove(&plane->volumes, volume->id);
         nv_range_table_free(&volume->ranges);
+        nv_range_table_free(&volume->below);
         free(volume);
         nv_object_unuse(map);
         return nv_fail(ENOMEM, "no memory for a mirror");

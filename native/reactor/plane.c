@@ -277,6 +277,7 @@ void nv_volume_forget(nv_plane *plane, struct nv_volume *volume)
     nv_cached_close(volume);
     nv_object_unuse(volume->latest);
     nv_range_table_free(&volume->ranges);
+    nv_range_table_free(&volume->below);
     free(volume->limits);
     free(volume);
 }

@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "sim/disk.h"
 #include "sim/tally.h"
 #include "volume/meta.h"
 
@@ -19,6 +20,16 @@ static void put_label(const struct farm *farm, uint32_t leg, uint8_t *region)
 
     memcpy(label.uuid, farm->uuid, sizeof label.uuid);
     nv_label_encode(&label, region + NV_META_PAGE);
+}
+
+static void make_logs(struct farm *farm)
+{
+    uint8_t *image = calloc(1, farm->log.size);
+
+    assert(image);
+    for (uint32_t i = 0; i < FARM_HOSTS; i++)
+        farm->log.files[i] = nv_sim_file(sim_disk_create(image, farm->log.size), 1, false);
+    free(image);
 }
 
 void farm_make_disks(struct farm *farm)
@@ -39,6 +50,20 @@ void farm_make_disks(struct farm *farm)
         leg->snapshot_generation = 1;
         farm->registry.legs[i] = (nv_leg_record){.id = FARM_LEG_ID(i), .state = NV_LEG_IN_SYNC, .stamp_generation = 1};
     }
+    if (farm->log.size)
+        make_logs(farm);
+}
+
+void farm_power_cut_logs(struct farm *farm)
+{
+    uint8_t *image = farm->log.size ? malloc(farm->log.size) : NULL;
+
+    for (uint32_t i = 0; image && i < FARM_HOSTS; i++) {
+        struct sim_disk *disk = nv_sim_disk(farm->log.files[i]);
+        sim_disk_crash(disk, &farm->log.random, image);
+        sim_disk_reset(disk, image);
+    }
+    free(image);
 }
 
 void farm_free(struct farm *farm)

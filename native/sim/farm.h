@@ -60,6 +60,18 @@ struct farm_message {
     uint64_t sent_step;
 };
 
+/* Write-back logs, one of each host; the chances are their own, so that seeds without them are what they were. */
+struct farm_log {
+    struct sim_random random;
+    uint64_t size;                  /* of each disk; 0: there are none */
+    int files[FARM_HOSTS];
+    nv_log_policy policy;
+    /* control's: */
+    bool dirty;                     /* the log of `host`, this one, holds data of the volume */
+    uint32_t host;
+    uint8_t id[16];
+};
+
 /* How often, of 1000, which step is taken; what is left is the hosts' work. */
 struct farm_shares {
     uint16_t messages, advance, trouble, heal, tend, control, end;
@@ -80,6 +92,7 @@ struct farm {
     bool in_memory;                 /* the legs are files in memory: of one host, which has them as long as it lives */
     uint32_t host_count;            /* that the volume is bound to */
     bool leased;                    /* a host ends by itself before another one is bound; a cache needs that */
+    struct farm_log log;
     uint32_t cache_mode, cache_frames; /* NV_CACHE_MODE_*; 0 frames: the filters have no cache */
     uint32_t lives, steps;
     uint32_t good;                  /* this leg has no trouble of its own; FARM_LEGS: none is promised that */
@@ -111,6 +124,10 @@ void farm_draw(struct farm *farm, uint64_t seed);
 void farm_plain(struct farm *farm);
 /* Make the disks in the world that has begun, freshly formatted: all legs in sync at epoch 0, generation 1. */
 void farm_make_disks(struct farm *farm);
+/* Whom the volume may be bound to: any host, unless a log holds its data (host_log.c). */
+uint32_t farm_some_host(struct farm *farm);
+/* Power goes at every log. */
+void farm_power_cut_logs(struct farm *farm);
 void farm_free(struct farm *farm);
 
 /* The registry: one compare-and-swap; its record is the answer. */

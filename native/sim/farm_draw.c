@@ -248,6 +248,27 @@ static void draw_far(struct farm *farm)
         draw_silence(farm, &random);
 }
 
+/*
+ * A log at each host. What it answers asks no leg: only a lease keeps a host from that when another one has the volume
+ * already. All of the volume has storage.
+ */
+static void draw_log(struct farm *farm)
+{
+    struct farm_log *log = &farm->log;
+
+    log->random.state = farm->seed ^ 0x6d6c6f676d6c6f67ull;
+    if (farm->in_memory || farm->sticky || !sim_random_chance(&log->random, 300))
+        return;
+    farm->leased = true;
+    farm->zero_from = farm->zero_to = 0;
+    log->size = NV_LOG_RING + NV_LOG_RING_MIN + sim_random_below(&log->random, 64) * NV_LOG_UNIT;
+    log->policy.age_ms = (uint32_t)sim_random_below(&log->random, 400);
+    if (sim_random_chance(&log->random, 512))
+        log->policy.bypass_bytes = (1 + (uint32_t)sim_random_below(&log->random, 16)) * NV_LOG_UNIT;
+    if (sim_random_chance(&log->random, 300))
+        log->policy.stream_bytes = 16u << 10;
+}
+
 void farm_draw(struct farm *farm, uint64_t seed)
 {
     *farm = (struct farm){.seed = seed, .random = {seed * 0x9e3779b97f4a7c15ull + 77}, .owner = FARM_HOSTS,
@@ -270,6 +291,7 @@ void farm_draw(struct farm *farm, uint64_t seed)
     for (uint32_t leg = 0; leg < farm->leg_count; leg++)
         draw_runs(farm, &farm->legs[leg]);
     draw_far(farm);
+    draw_log(farm);
 }
 
 void farm_plain(struct farm *farm)

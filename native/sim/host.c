@@ -97,6 +97,7 @@ static void open_volume(struct host *host)
     if (nv_volume_open(host->plane, record, length, &host->volume) != 0)
         nv_sim_violation("the mirror does not open: %s", nv_last_error());
     host->opened = true;
+    host_open_log(host);
     host_set_cache(host, host->farm->cache_mode);
 }
 
@@ -254,6 +255,7 @@ static void took_events(struct host *host, const nv_event *event)
                 farm_made_whole(host->farm, i, host->bound_step);
         break;
     default:
+        host_log_event(host, event);
         break;
     }
     if (host->begun)
@@ -565,6 +567,12 @@ void host_lease_ends(struct host *host)
         nv_sim_violation("host %u is not fenced at the end of its lease", host->index);
 }
 
+/* Something that it could answer from without asking a leg. */
+static bool has_at_hand(const struct host *host)
+{
+    return host->farm->cache_frames || host->farm->log.size;
+}
+
 void host_depose(struct host *host)
 {
     host_fence_files(host);
@@ -572,7 +580,7 @@ void host_depose(struct host *host)
         if (host->clients[i])
             client_deposed(host->clients[i]);
     host->deposed = true;
-    for (uint32_t i = 0; host->farm->cache_frames && i < 4u * HOST_CLIENTS; i++) /* what it may have at hand */
+    for (uint32_t i = 0; has_at_hand(host) && i < 4u * HOST_CLIENTS; i++)
         if (host->clients[i % HOST_CLIENTS])
             client_read(host->clients[i % HOST_CLIENTS], farm_below(host->farm, 6) * 8, 8);
 }
@@ -584,6 +592,7 @@ void host_kill(struct host *host)
         host_settle(host, i);
         nv_sim_trouble(host->files[i])->gone = true;
     }
+    host_end_log(host);
     for (uint32_t leg = 0; leg < host->farm->leg_count; leg++) /* control heard of it, or hears from the next host */
         host->farm->legs[leg].suspect |= sim_disk_has_lost(nv_sim_disk(host->farm->legs[leg].file));
     farm_cut(host->farm, host->index); /* its messages die with it */

@@ -53,6 +53,10 @@ struct host {
     struct client *clients[HOST_CLIENTS];
     uint32_t numbers[HOST_CLIENTS];
     uint64_t *next_id;              /* of connections */
+    bool log_open, log_found, draining;
+    int log_file;
+    uint32_t log_object;
+    uint8_t log_id[16];
     bool verifying;
     uint64_t verified, differed, repaired;
 };
@@ -104,6 +108,15 @@ void host_link_lost(struct host *host, const nv_event *event);
 bool host_far_has_flushed(const struct host *host, uint32_t leg);
 /* Its client knows of every connection that has ended. */
 bool host_far_is_sound(const struct host *host, uint32_t leg);
+
+/* host_log.c: the log in front of the mirror, which the farm's hosts have or not. */
+void host_open_log(struct host *host);
+void host_log_event(struct host *host, const nv_event *event);
+void host_end_log(struct host *host);
+/* Nothing is left to carry below. */
+bool host_log_rests(const struct host *host);
+/* Control may drain the log at any time, and have it written again. */
+void host_drain_or_allow(struct host *host);
 
 /* host_watch.c: the plane has the leg in sync; operations of it are under way, late ones included. */
 bool host_leg_in_sync(const struct host *host, uint32_t leg);

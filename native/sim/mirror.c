@@ -172,16 +172,16 @@ static void control(struct world *world)
     struct host *host = world_serving(world);
 
     if (!host) {
-        world_bind(world, &world->hosts[below(world, world->farm.host_count)]);
+        world_bind(world, &world->hosts[farm_some_host(&world->farm)]);
         return;
     }
     if (host->refused || host->failed) {
         if (host->refused && host->why == NV_WHY_OLD_REGISTRY)
             nv_sim_violation("the registry is called old, and is not");
         world_heal(world, chance(world, 512));
-        world_bind(world, &world->hosts[below(world, world->farm.host_count)]);
+        world_bind(world, &world->hosts[farm_some_host(&world->farm)]);
     } else if (chance(world, 4u * world->farm.rebind)) {
-        world_bind(world, &world->hosts[below(world, world->farm.host_count)]);
+        world_bind(world, &world->hosts[farm_some_host(&world->farm)]);
     }
 }
 
@@ -261,7 +261,9 @@ static void work(struct world *world, struct host *host)
 
 static void rarely(struct world *world, struct host *host)
 {
-    if (chance(world, 100))
+    if (world->farm.log.size && sim_random_chance(&world->farm.log.random, 300))
+        host_drain_or_allow(host);
+    else if (chance(world, 100))
         host_set_cache(host, (uint32_t)below(world, 3));
     else if (chance(world, 700))
         host_clear_faults(host);
@@ -320,8 +322,9 @@ static void end(struct world *world)
     else
         check_crash(world->farm.check, true);
     world->farm.rules.read_only = true;
-    world_bind(world, &world->hosts[0]);
-    world_read_everything(world, &world->hosts[0]);
+    host = &world->hosts[world->farm.log.dirty ? world->farm.log.host : 0];
+    world_bind(world, host);
+    world_read_everything(world, host);
     world_stop(world, world_recover(world));
 }
 

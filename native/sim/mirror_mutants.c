@@ -22,11 +22,15 @@
  *  17  a leg is labelled for a resync before what it lacks is saved           nv_task_dirty_pages
  *  18  a change that a server has not answered is sent again at once          nv_remote_link_goes
  *  19  a write has no intent: none is ever written down                        nv_page_seal, nv_intent_enter
+ *  20  a log goes on acknowledging behind a fence                              nv_logged_fence
+ *  21  what a log carries and copies between legs pass each other             nv_mirror_orders_by
+ *  22  a FLUSH leaves out what the filter's life before wrote past the log    nv_log_open
  */
 #include <errno.h>
 #include <string.h>
 
 #include "backend/nbd.h"
+#include "log/state.h"
 #include "sim/farm.h"
 #include "sim/mutant.h"
 #include "volume/meta.h"
@@ -60,6 +64,12 @@ void __real_nv_range_enter(struct nv_range_table *table, struct nv_range *range)
 void __wrap_nv_range_enter(struct nv_range_table *table, struct nv_range *range);
 void __real_nv_cached_fence(struct nv_volume *volume);
 void __wrap_nv_cached_fence(struct nv_volume *volume);
+void __real_nv_logged_fence(struct nv_logged *logged);
+void __wrap_nv_logged_fence(struct nv_logged *logged);
+bool __real_nv_mirror_orders_by(struct nv_mirror *mirror, struct nv_range_table *table);
+bool __wrap_nv_mirror_orders_by(struct nv_mirror *mirror, struct nv_range_table *table);
+void __real_nv_log_open(struct nv_log *log);
+void __wrap_nv_log_open(struct nv_log *log);
 enum nv_cache_fill __real_nv_cache_fill(struct nv_cache *cache, const struct nv_cache_spot *spot, uint64_t since,
                                         const uint8_t *bytes, bool ahead);
 enum nv_cache_fill __wrap_nv_cache_fill(struct nv_cache *cache, const struct nv_cache_spot *spot, uint64_t since,
@@ -242,4 +252,22 @@ void __wrap_nv_remote_link_goes(struct nv_link *link, uint8_t to)
         ask->piece = NULL;
         ask->abandoned = true;
     }
+}
+
+void __wrap_nv_logged_fence(struct nv_logged *logged)
+{
+    if (!mutant(20))
+        __real_nv_logged_fence(logged);
+}
+
+bool __wrap_nv_mirror_orders_by(struct nv_mirror *mirror, struct nv_range_table *table)
+{
+    return mutant(21) || __real_nv_mirror_orders_by(mirror, table);
+}
+
+void __wrap_nv_log_open(struct nv_log *log)
+{
+    if (mutant(22))
+        log->below_writes = 0;
+    __real_nv_log_open(log);
 }

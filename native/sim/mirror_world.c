@@ -9,6 +9,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#define LAST_MOVES 30u              /* of a host that has been told to stop */
+
 static struct world *now;
 static int64_t followed = -1; /* a cell whose bytes on each leg are told when they change, for a person who looks for a bug */
 
@@ -63,6 +65,15 @@ void world_kill(struct world *world, struct host *host)
     farm_inspect(&world->farm);
 }
 
+/* A host that was told to stop goes on for a moment; nothing that it answers now may have an effect, or bytes. */
+static void linger(struct host *host)
+{
+    for (uint32_t i = 0; i < LAST_MOVES; i++) {
+        nv_sim_step();
+        host_move(host);
+    }
+}
+
 /*
  * Bind to a host: a new epoch, and every leg lets nothing of an older one through any more. What the old host had not
  * answered may have happened or not; what it had answered is there.
@@ -82,6 +93,8 @@ void world_bind(struct world *world, struct host *host)
         }
     check_crash(world->farm.check, !something_lost(world));
     farm_inspect(&world->farm);
+    if (host->plane && world->farm.log.size)
+        linger(host);
     if (host->plane)
         world_kill(world, host);
     world->farm.owner = host->index;
@@ -100,6 +113,7 @@ void world_kill_all(struct world *world)
 void world_outage(struct world *world, bool everywhere)
 {
     const uint64_t before = world->farm.crashes;
+    bool lost;
 
     world_say(world, "outage everywhere", everywhere);
     world_kill_all(world);
@@ -109,7 +123,10 @@ void world_outage(struct world *world, bool everywhere)
             tally(TALLY_POWER_CUT);
             farm_power_cut(&world->farm, leg);
         }
-    check_crash(world->farm.check, !something_lost(world));
+    lost = world->farm.log.size && (everywhere || sim_random_chance(&world->farm.log.random, 300));
+    if (lost)
+        farm_power_cut_logs(&world->farm);
+    check_crash(world->farm.check, !lost && !something_lost(world));
     world_follow(world);
     farm_inspect(&world->farm);
 }
@@ -196,7 +213,7 @@ bool world_at_rest(struct world *world, struct host *host)
     for (uint32_t i = 0; i < status.leg_count; i++)
         if (status.legs[i].state != NV_LANE_IN_SYNC)
             return false;
-    return status.intents == 0 && status.flags == 0 && status.leg_count == world->farm.leg_count;
+    return status.intents == 0 && status.flags == 0 && status.leg_count == world->farm.leg_count && host_log_rests(host);
 }
 
 bool world_move(struct world *world)
@@ -217,7 +234,7 @@ struct host *world_recover(struct world *world)
     for (uint32_t i = 0;; i++) {
         struct host *host = world_serving(world);
         if (!host || host->refused || host->failed)
-            world_bind(world, &world->hosts[farm_below(&world->farm, world->farm.host_count)]);
+            world_bind(world, &world->hosts[farm_some_host(&world->farm)]);
         else if (i % 64 == 63) {
             host_clear_faults(host);
             host_tend(host, true);
@@ -324,7 +341,7 @@ static void set_rules(struct world *world, bool trace)
         .cells = farm->cells, .zero_from = farm->zero_from, .zero_to = farm->zero_to, .cells_max = 96,
         .corner = farm->corner, .longs = farm->cache_frames ? 500 : 100,
         .io_errors = !farm->must_serve, .sync_errors = !farm->must_serve, .trace = trace,
-        .acknowledged = farm_acknowledged, .context = farm};
+        .logged = farm->log.size > 0, .acknowledged = farm->log.size ? NULL : farm_acknowledged, .context = farm};
 }
 
 struct world *world_create(void)

@@ -151,7 +151,8 @@ static void piece_over(struct nv_copy *copy, int error)
 {
     struct nv_mirror *mirror = copy->mirror;
 
-    nv_range_leave(&mirror->volume->ranges, &copy->range);
+    nv_range_leave(copy->order, &copy->range);
+    copy->order = NULL;
     copy->error = error;
     copy->at += copy->length;
     mirror->copier.copied_bytes += copy->kind == NV_COPY_VERIFY ? 0 : copy->length;
@@ -327,6 +328,16 @@ static void range_ready(struct nv_range *range)
     nv_mirror_pump(mirror);
 }
 
+bool nv_mirror_orders_by(struct nv_mirror *mirror, struct nv_range_table *table)
+{
+    bool all = true;
+
+    mirror->order = table;
+    for (uint32_t i = 0; i < NV_COPY_DEPTH; i++)
+        all &= !mirror->copier.copies[i].order || mirror->copier.copies[i].order == table;
+    return all;
+}
+
 /* Nobody wants the rest any more. */
 static bool is_idle(const struct nv_copy *copy)
 {
@@ -417,8 +428,9 @@ static void next_piece(struct nv_copy *copy)
             return;
         copy->range = (struct nv_range){.offset = copy->at, .length = copy->length, .reactor = mirror->reactor,
                                         .ready = range_ready};
-        nv_range_enter(&mirror->volume->ranges, &copy->range);
-        if (nv_range_release(&mirror->volume->ranges, &copy->range)) {
+        copy->order = mirror->order;
+        nv_range_enter(copy->order, &copy->range);
+        if (nv_range_release(copy->order, &copy->range)) {
             copy->tried = 0;
             read_source(copy);
         }

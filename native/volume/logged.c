@@ -1,9 +1,9 @@
 /*
- * See logged.h. A request's way through the log: slots, parts, what goes below. The front's side is in logged_front.c.
+ * See logged.h. A request's way through the log: slots, parts, turns. What goes below is in logged_below.c, the front's side
+ * in logged_front.c.
  *
- * Invariants: a slot has one client's request and at most one request of the log under way; `done` of what is below never
- * runs from inside nv_logged_below(): it lands in a list that the next pump takes; the log is pumped in each turn of the
- * owner in which anything happened.
+ * Invariants: a slot has one client's request and at most one request of the log under way; the log is pumped in each turn
+ * of the owner in which anything happened; once it is fenced every request fails, also one that has reached the device.
  */
 #include <assert.h>
 #include <errno.h>
@@ -12,105 +12,9 @@
 
 #include "reactor/plane.h"
 #include "volume/logged_state.h"
+#include "volume/mirror.h"
 
 static void go_on(struct nv_logged_slot *slot);
-
-/* ---- below the log ---- */
-
-/* A batch begins with its first write. */
-static void note_batch(struct nv_logged *logged, const struct nv_log_below *io)
-{
-    if (!io->ours || logged->carrying)
-        return;
-    logged->carrying = true;
-    logged->faults = nv_volume_faults(logged->volume, logged->reactor);
-}
-
-/*
- * A batch ends with its flush. That succeeds also when a sync of somebody else has failed since the batch began, dropped
- * what of it was written, and the operator has cleared the fault: then all of it has to be carried once more.
- */
-static int end_batch(struct nv_logged *logged, const struct nv_vreq *v)
-{
-    logged->carrying = false;
-    return v->error || logged->faults == nv_volume_faults(logged->volume, logged->reactor) ? v->error : -EIO;
-}
-
-static void landed(struct nv_vreq *v)
-{
-    struct nv_logged_below *below = (struct nv_logged_below *)v;
-    struct nv_logged *logged = below->logged;
-    const bool ends_batch = below->io->ours && below->io->kind == NV_LOG_FLUSH;
-
-    below->io->error = ends_batch ? end_batch(logged, v) : v->error;
-    below->io->next = NULL;
-    *logged->landed_last = below->io;
-    logged->landed_last = &below->io->next;
-    if (below->io->ours) {
-        below->next = logged->free_below;
-        logged->free_below = below;
-    }
-    nv_reactor_late(logged->reactor, &logged->late);
-}
-
-static struct nv_logged_slot *slot_of(struct nv_log_below *io)
-{
-    return (struct nv_logged_slot *)((char *)io - offsetof(struct nv_logged_slot, log.below));
-}
-
-static struct nv_logged_below *take_below(struct nv_logged *logged, struct nv_log_below *io)
-{
-    struct nv_logged_below *below = logged->free_below;
-
-    if (!io->ours)
-        return &slot_of(io)->below;
-    assert(below);
-    logged->free_below = below->next;
-    return below;
-}
-
-/* What a client said of its zeroing holds below, too; what is carried keeps the space: nobody knows any more who asked. */
-static uint8_t flags_of(struct nv_log_below *io)
-{
-    const uint32_t fua = io->flags & NV_LOG_FUA ? NV_REQUEST_FUA : 0;
-
-    if (io->ours)
-        return (uint8_t)(fua | NV_REQUEST_NO_HOLE);
-    return (uint8_t)(fua | (slot_of(io)->request->flags & (NV_REQUEST_NO_HOLE | NV_REQUEST_FAST)));
-}
-
-/*
- * A trim over what is logged (which comes with FUA, and a tombstone behind it) has to be zeros: did the storage take it for
- * the hint that it is, and do nothing, bytes would come back that are older than the logged ones.
- */
-static uint8_t kind_of(const struct nv_log_below *io)
-{
-    static const uint8_t kinds[] = {[NV_LOG_READ] = NV_REQUEST_READ, [NV_LOG_WRITE] = NV_REQUEST_WRITE,
-                                    [NV_LOG_ZEROES] = NV_REQUEST_ZERO, [NV_LOG_TRIM] = NV_REQUEST_TRIM,
-                                    [NV_LOG_FLUSH] = NV_REQUEST_FLUSH};
-
-    return io->kind == NV_LOG_TRIM && (io->flags & NV_LOG_FUA) ? NV_REQUEST_ZERO : kinds[io->kind];
-}
-
-void nv_logged_below(void *context, struct nv_log_below *io)
-{
-    struct nv_logged *logged = context;
-    struct nv_logged_below *mine = take_below(logged, io);
-
-    note_batch(logged, io);
-    memset(&mine->v, 0, sizeof mine->v);
-    mine->io = io;
-    mine->logged = logged;
-    mine->v.reactor = logged->reactor;
-    mine->v.volume = logged->volume;
-    mine->v.kind = kind_of(io);
-    mine->v.flags = (uint8_t)(flags_of(io) | NV_REQUEST_BELOW);
-    mine->v.offset = io->kind == NV_LOG_FLUSH ? 0 : io->offset;
-    mine->v.length = io->kind == NV_LOG_FLUSH ? 0 : io->length;
-    mine->v.data = io->data;
-    mine->v.finished = landed;
-    nv_volume_below(&mine->v);
-}
 
 /* ---- answers ---- */
 
@@ -156,8 +60,8 @@ static void begin(struct nv_logged *logged, struct nv_vreq *request)
     struct nv_logged_slots *slots = slots_for(logged, request);
     struct nv_logged_slot *slot = slots->free;
 
-    if (does_nothing(request)) { /* so whoever has a slot has something to wait for */
-        answer(logged, request, 0);
+    if (logged->fenced || does_nothing(request)) { /* so whoever has a slot has something to wait for */
+        answer(logged, request, logged->fenced ? -EIO : 0);
         return;
     }
     if (!slot) { /* they come in turn */
@@ -183,14 +87,13 @@ static void end(struct nv_logged_slot *slot, int error)
     slot->request = NULL;
     slot->next = slots->free;
     slots->free = slot;
-    next = slots->waiting;
-    if (next) {
+    while (slots->free && (next = slots->waiting)) {
         slots->waiting = next->queue_next;
         if (!slots->waiting)
             slots->waiting_last = &slots->waiting;
         begin(logged, next);
     }
-    answer(logged, request, error);
+    answer(logged, request, logged->fenced ? -EIO : error);
 }
 
 /* ---- parts: whole blocks at once, a block that is touched in part by itself ---- */
@@ -304,6 +207,10 @@ static void run_status(struct nv_logged *logged, struct nv_vreq *request)
     bool holds;
     const uint64_t alike = nv_log_alike(logged->log, request->offset, request->length, &holds);
 
+    if (logged->fenced) {
+        answer(logged, request, -EIO);
+        return;
+    }
     request->length = alike; /* an answer may be about less than was asked */
     if (holds) {
         nv_volume_extent(request, alike, 0);
@@ -402,7 +309,7 @@ static void pump(struct nv_logged *logged)
     logged->pumping = true;
     do {
         take_landed(logged);
-        if (logged->closing && nv_log_stuck(logged->log))
+        if (logged->fenced || (logged->closing && nv_log_stuck(logged->log)))
             nv_log_shut(logged->log);
         nv_log_pump(logged->log);
     } while (logged->landed_first);
@@ -427,12 +334,33 @@ static void pump_turn(struct nv_turner *turner)
         pump(logged);
 }
 
+/* What a mirror copies between its legs goes by the order below the log from now on; what it began before ends first. */
+static bool copies_are_over(struct nv_logged *logged)
+{
+    struct nv_mirror *mirror = logged->volume->mirror;
+
+    return !mirror || nv_mirror_orders_by(mirror, &logged->volume->below);
+}
+
+static void open_now(struct nv_logged *logged)
+{
+    logged->opening = false;
+    nv_log_open(logged->log);
+    nv_reactor_late(logged->reactor, &logged->late);
+}
+
 static void ticked(struct nv_ticker *ticker, uint64_t now_ns)
 {
     struct nv_logged *logged = (struct nv_logged *)((char *)ticker - offsetof(struct nv_logged, ticker));
     struct nv_log_look look;
 
     (void)now_ns;
+    if (logged->opening) {
+        nv_reactor_want_tick(logged->reactor);
+        if (copies_are_over(logged))
+            open_now(logged);
+        return;
+    }
     nv_log_look(logged->log, &look);
     if (look.state == NV_LOG_CLOSED ||
         (look.used_bytes == 0 && look.held == 0 && look.state != NV_LOG_FAILED && !busy(logged)))
@@ -451,7 +379,11 @@ static void opens(struct nv_reactor *reactor, struct nv_message *message)
     nv_reactor_add_turner(reactor, &logged->turner);
     nv_reactor_add_ticker(reactor, &logged->ticker);
     nv_reactor_want_tick(reactor);
-    nv_log_open(logged->log);
+    if (logged->volume->mirror)
+        nv_mirror_under(logged->volume->mirror, logged);
+    logged->opening = true;
+    if (copies_are_over(logged))
+        open_now(logged);
 }
 
 static void ends(struct nv_reactor *reactor, struct nv_message *message)
@@ -467,6 +399,13 @@ void nv_logged_send_end(struct nv_logged *logged)
 {
     logged->end_message.run = ends;
     nv_reactor_send(logged->reactor, &logged->end_message);
+}
+
+void nv_logged_fence(struct nv_logged *logged)
+{
+    logged->fenced = true;
+    nv_log_shut(logged->log);
+    nv_reactor_late(logged->reactor, &logged->late);
 }
 
 void nv_logged_closes(struct nv_logged *logged)

@@ -4,9 +4,9 @@
  *
  * A request comes here when its turn in the range order has come, which is kept in whole blocks of 4096 bytes while a volume
  * has a log; from other reactors it travels by message, and back. Blocks that a write or a zero touches in part are read,
- * merged and written whole; a trim leaves them alone. What the log hands below runs on the owner, by the owner's map.
- *
- * Not here: mirrors. One may keep a request's memory past its answer, which what the log hands below could not bear.
+ * merged and written whole; a trim leaves them alone. What the log hands below runs on the owner, by the owner's map. A
+ * mirror below has the same owner; it is a client's to the mirror, but for its order (volume.h: `below`): a client's write
+ * that waits for the log must not hold up what is carried below.
  */
 #ifndef NV_LOGGED_H
 #define NV_LOGGED_H
@@ -40,6 +40,11 @@ void nv_logged_send_end(struct nv_logged *logged);
 void nv_logged_run(struct nv_vreq *request);
 
 /* --- the owner --- */
+
+/* A newer epoch exists: nothing is acknowledged any more, nothing carried below. */
+void nv_logged_fence(struct nv_logged *logged);
+/* A mirror's late operation has ended, which used the memory of this request below the log (nv_request_unpin). */
+void nv_logged_unpin(struct nv_vreq *v);
 
 /* The volume is being closed: what waits for something that does not come is answered. */
 void nv_logged_closes(struct nv_logged *logged);

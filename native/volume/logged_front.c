@@ -49,19 +49,21 @@ static void init_slots(struct nv_logged *logged)
         slot->next = slots->free;
         slots->free = slot;
     }
-    for (uint32_t i = 0; i < NV_LOGGED_OWN; i++) {
-        logged->own[i].next = logged->free_below;
-        logged->free_below = &logged->own[i];
+    for (uint32_t i = 0; i < NV_LOGGED_SLOTS + NV_LOGGED_OWN; i++) {
+        logged->below[i].next = logged->free_below;
+        logged->free_below = &logged->below[i];
     }
+    for (uint64_t i = nv_logged_block_total(logged); i > NV_LOGGED_SLOTS; i--)
+        logged->blocks[logged->block_count++] = logged->memory + (i - 1) * NV_LOG_UNIT;
     logged->landed_last = &logged->landed_first;
+    logged->starved_last = &logged->starved_first;
 }
 
 void nv_logged_free(struct nv_logged *logged)
 {
     if (logged->log)
         nv_log_free(logged->log);
-    if (logged->memory)
-        nv_pages_unmap(logged->memory, NV_LOGGED_SLOTS * (uint64_t)NV_LOG_UNIT);
+    nv_logged_free_below(logged);
     if (logged->object)
         logged->object->users--;
     pthread_mutex_destroy(&logged->shown_lock);
@@ -89,19 +91,28 @@ static int create_log(struct nv_logged *logged, uint64_t offset, uint64_t length
 
 /* ---- may there be a log? ---- */
 
+static int check_runs(const struct nv_run *runs, uint64_t count)
+{
+    for (uint64_t i = 0; i < count; i++)
+        if (runs[i].state != NV_RUN_MAPPED)
+            return nv_fail(EINVAL, "%" PRIu64 " bytes at %" PRIu64 " have no storage that what is logged could be carried to",
+                           runs[i].length, runs[i].offset);
+    return 0;
+}
+
 static int check_map(const struct nv_map *map)
 {
-    if (map->legs)
-        return nv_fail(EINVAL, "a mirror cannot have a write-back log yet");
+    int error = 0;
+
     if (map->flags & NV_VOLUME_READ_ONLY)
         return nv_fail(EINVAL, "a read-only volume has no use for a write-back log");
     if (map->block_min > NV_LOG_UNIT)
         return nv_fail(EINVAL, "a minimum block of %u is above %u, the log's", map->block_min, NV_LOG_UNIT);
-    for (uint64_t i = 0; i < map->run_count; i++)
-        if (map->runs[i].state != NV_RUN_MAPPED)
-            return nv_fail(EINVAL, "%" PRIu64 " bytes at %" PRIu64 " have no storage that what is logged could be carried to",
-                           map->runs[i].length, map->runs[i].offset);
-    return 0;
+    if (!map->legs)
+        return check_runs(map->runs, map->run_count);
+    for (uint32_t i = 0; i < map->leg_count && !error; i++)
+        error = check_runs(map->legs[i].runs, map->legs[i].run_count);
+    return error;
 }
 
 static int check_object(const struct nv_map *map, const struct nv_object *object, uint64_t offset, uint64_t length)
@@ -193,8 +204,11 @@ int nv_volume_log_open(nv_plane *plane, uint32_t number, uint32_t object_number,
     logged->object = object;
     object->users++;
     logged->all = calloc(NV_LOGGED_SLOTS, sizeof *logged->all);
-    logged->memory = nv_pages_map(NV_LOGGED_SLOTS * (uint64_t)NV_LOG_UNIT);
-    error = logged->all && logged->memory ? create_log(logged, offset, length, policy) : -ENOMEM;
+    logged->below = calloc(NV_LOGGED_SLOTS + NV_LOGGED_OWN, sizeof *logged->below);
+    logged->blocks = calloc(nv_logged_block_total(logged), sizeof *logged->blocks);
+    logged->memory = nv_pages_map(nv_logged_block_total(logged) * NV_LOG_UNIT);
+    error = logged->all && logged->below && logged->blocks && logged->memory ? create_log(logged, offset, length, policy)
+                                                                              : -ENOMEM;
     if (error) {
         nv_logged_free(logged);
         return nv_fail(-error, "a write-back log of %" PRIu64 " bytes: %s", length, strerror(-error));

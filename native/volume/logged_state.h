@@ -1,6 +1,6 @@
 /*
- * What logged.c and logged_front.c share. All of it is the owner's but for what is said to be the front's; the front looks
- * at `shown`, under its lock.
+ * What logged.c, logged_below.c and logged_front.c share. All of it is the owner's but for what is said to be the front's;
+ * the front looks at `shown`, under its lock.
  */
 #ifndef NV_LOGGED_STATE_H
 #define NV_LOGGED_STATE_H
@@ -19,13 +19,21 @@
 struct nv_logged_below {            /* I/O below the log */
     struct nv_vreq v;
     struct nv_logged *logged;
-    struct nv_log_below *io;
+    struct nv_log_below *io;        /* until it is over */
     struct nv_logged_below *next;   /* of the free ones */
+    uint8_t *data;                  /* READ, WRITE: the memory that it was given */
+    bool over;
+    bool extra;                     /* made in place of one that is kept */
+    /* while late operations keep its memory; whose that is: */
+    bool ours;                      /* the log's */
+    uint8_t *block;                 /* was a slot's */
+    struct nv_vreq *client;         /* a client's request */
+    uint8_t *orphan;                /* nobody's */
+    struct nv_message message;      /* to the client's reactor and back */
 };
 
 struct nv_logged_slot {             /* a client's request in the log */
     struct nv_log_request log;
-    struct nv_logged_below below;   /* of log.below */
     struct nv_logged *logged;
     struct nv_logged_slot *next;    /* of the free ones */
     struct nv_vreq *request;
@@ -67,9 +75,14 @@ struct nv_logged {
     struct nv_log_below *landed_first, **landed_last;
     struct nv_logged_slots slots[2]; /* [1]: of reads, so that changes which wait for long hold up none */
     struct nv_logged_slot *all;     /* NV_LOGGED_SLOTS */
-    struct nv_logged_below own[NV_LOGGED_OWN], *free_below;
+    struct nv_logged_below *below, *free_below; /* NV_LOGGED_SLOTS + NV_LOGGED_OWN, and extra ones */
+    struct nv_log_below *starved_first, **starved_last; /* for one of them */
+    uint8_t **blocks;               /* for slots whose block is kept */
+    uint32_t block_count;
     bool carrying;                  /* a batch is being destaged: */
     uint64_t faults;                /* ... failed syncs below that were known when it began */
+    bool opening;                   /* when the mirror's copies under way are over */
+    bool fenced;
     bool pumping;
     bool was_busy;                  /* after the last pump something was under way */
     bool draining;                  /* LOG_DRAINED is owed */
@@ -82,12 +95,22 @@ struct nv_logged {
     uint8_t *memory;
 };
 
+/* logged_below.c */
+void nv_logged_free_below(struct nv_logged *logged);
+uint8_t *nv_logged_block(struct nv_logged *logged);
+
 /* logged.c */
 void nv_logged_send_open(struct nv_logged *logged);
 void nv_logged_send(struct nv_logged *logged, struct nv_logged_command *command);
 void nv_logged_below(void *context, struct nv_log_below *io);
 void nv_logged_event(void *context, enum nv_log_event event, int64_t value);
 void nv_logged_part_done(struct nv_log_request *log);
+
+/* Blocks in `memory`: one a slot; of a mirror each leg may keep as many while it hangs. */
+static inline uint64_t nv_logged_block_total(const struct nv_logged *logged)
+{
+    return (uint64_t)NV_LOGGED_SLOTS * (logged->volume->mirror ? NV_LEGS_MAX : 1);
+}
 
 /* logged_front.c */
 void nv_logged_tell_opened(struct nv_logged *logged);

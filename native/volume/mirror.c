@@ -14,6 +14,7 @@
 
 #include "reactor/plane.h"
 #include "reactor/reactor.h"
+#include "volume/logged.h"
 #include "volume/mirror_state.h"
 
 /* --- lanes --- */
@@ -436,12 +437,21 @@ void nv_mirror_unfreeze(struct nv_mirror *mirror, uint8_t lanes)
     mirror->reads_due = true;
 }
 
+void nv_mirror_under(struct nv_mirror *mirror, struct nv_logged *logged)
+{
+    mirror->logged = logged;
+    if (mirror->fenced)
+        nv_logged_fence(logged);
+}
+
 void nv_mirror_fence_now(struct nv_mirror *mirror, uint64_t epoch)
 {
     if (mirror->fenced)
         return;
     mirror->fenced = true;
     nv_cached_fence(mirror->volume); /* or hits would be served past the epoch */
+    if (mirror->logged)
+        nv_logged_fence(mirror->logged);
     mirror->reads_due = mirror->starved_due = true;
     mirror->fenced_event.event.args[0] = epoch;
     if (epoch)

@@ -18,9 +18,11 @@
 #include "reactor/events.h"
 #include "reactor/inbox.h"
 
+struct nv_logged;
 struct nv_map;
 struct nv_mirror;
 struct nv_object;
+struct nv_range_table;
 struct nv_reactor;
 struct nv_volume;
 struct nv_vreq;
@@ -68,6 +70,16 @@ void nv_mirror_changed(struct nv_mirror *mirror, const struct nv_map *from, cons
 void nv_mirror_closes(struct nv_mirror *mirror);
 /* Any reactor: no connection of the volume is left; the mirror ends, then VOLUME_CLOSED is raised. */
 void nv_mirror_send_end(struct nv_mirror *mirror);
+
+/* A log is above from now on: it hears of a fence. */
+void nv_mirror_under(struct nv_mirror *mirror, struct nv_logged *logged);
+/*
+ * The order that copies between legs take their places in, from now on: the volume's, or, with a log above, that of what it
+ * hands below. False: copies are still under way by another order.
+ */
+bool nv_mirror_orders_by(struct nv_mirror *mirror, struct nv_range_table *table);
+/* Failed syncs of the last in-sync leg, so far: they may have lost what no other leg has. */
+uint64_t nv_mirror_faults(const struct nv_mirror *mirror);
 
 /* Any reactor: run a request whose turn has come. */
 void nv_mirror_run(struct nv_vreq *request);

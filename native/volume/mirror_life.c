@@ -38,6 +38,7 @@ int nv_mirror_create(struct nv_volume *volume, struct nv_map *map, struct nv_rea
         return -ENOMEM;
     pthread_mutex_init(&mirror->shown_lock, NULL);
     mirror->volume = volume;
+    mirror->order = &volume->ranges;
     mirror->reactor = owner;
     mirror->attaching = true;
     mirror->epoch = map->epoch;
@@ -145,6 +146,11 @@ void nv_mirror_look(struct nv_mirror *mirror, nv_mirror_status *out)
     pthread_mutex_lock(&mirror->shown_lock);
     *out = mirror->shown;
     pthread_mutex_unlock(&mirror->shown_lock);
+}
+
+uint64_t nv_mirror_faults(const struct nv_mirror *mirror)
+{
+    return mirror->sole_faults;
 }
 
 struct nv_reactor *nv_mirror_owner(const struct nv_mirror *mirror)

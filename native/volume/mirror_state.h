@@ -145,6 +145,7 @@ struct nv_copy {                    /* one region, or one range to repair, piece
     uint64_t length;                /* of the present piece */
     struct nv_mio *mio;             /* VERIFY: holds the source's bytes */
     struct nv_range range;
+    struct nv_range_table *order;   /* where it has its place; NULL: no piece of it has one */
     struct nv_mirror *mirror;
 };
 
@@ -177,6 +178,8 @@ struct nv_copier {
 
 struct nv_mirror {
     struct nv_volume *volume;
+    struct nv_range_table *order;   /* of copies (nv_mirror_orders_by) */
+    struct nv_logged *logged;       /* the log above; NULL: none */
     struct nv_reactor *reactor;
     struct nv_lane lanes[NV_LEGS_MAX];
     uint8_t used;                   /* lanes with a leg */

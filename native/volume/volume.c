@@ -19,6 +19,7 @@
 static void step(struct nv_vreq *request);
 static void sync_next(struct nv_vreq *request);
 static void flush(struct nv_vreq *request);
+static void finish_below(struct nv_vreq *request);
 
 _Static_assert(NV_REQUEST_READ == 0 && NV_REQUEST_WRITE == 1, "orders() looks at them first");
 
@@ -298,8 +299,7 @@ void nv_volume_finish(struct nv_vreq *request, int error)
     request->error = error;
     if (__builtin_expect(request->cached.state, 0)) {
         if (request->cached.state == NV_CACHED_BELOW) {
-            release_map(request);
-            request->finished(request);
+            finish_below(request);
             return;
         }
         nv_cached_ends(request);
@@ -516,21 +516,53 @@ static void step(struct nv_vreq *request)
 
 /* --- below the log --- */
 
+static void start_below(struct nv_vreq *request)
+{
+    if (request->kind != NV_REQUEST_FLUSH)
+        run_below(request);
+    else if (request->map->legs)
+        nv_mirror_run(request);
+    else
+        flush(request);
+}
+
+static bool orders_below(const struct nv_vreq *request)
+{
+    return request->volume->mirror && orders(request);
+}
+
+static void below_ready(struct nv_range *range)
+{
+    start_below((struct nv_vreq *)((char *)range - offsetof(struct nv_vreq, range)));
+}
+
 void nv_volume_below(struct nv_vreq *request)
 {
     assert(request->flags & NV_REQUEST_BELOW);
     request->map = local_of(request)->map;
     nv_map_hold(request->map, request->reactor);
     request->cached.state = NV_CACHED_BELOW;
-    if (request->kind == NV_REQUEST_FLUSH)
-        flush(request);
-    else
-        run_below(request);
+    if (orders_below(request)) {
+        request->range = (struct nv_range){.offset = request->offset, .length = request->length,
+                                           .reactor = request->reactor, .ready = below_ready};
+        nv_range_enter(&request->volume->below, &request->range);
+        if (!nv_range_release(&request->volume->below, &request->range))
+            return;
+    }
+    start_below(request);
+}
+
+static void finish_below(struct nv_vreq *request)
+{
+    if (orders_below(request))
+        nv_range_leave(&request->volume->below, &request->range);
+    release_map(request);
+    request->finished(request);
 }
 
 uint64_t nv_volume_faults(const struct nv_volume *volume, const struct nv_reactor *reactor)
 {
-    return faults_of(volume->locals[reactor->index].map);
+    return volume->mirror ? nv_mirror_faults(volume->mirror) : faults_of(volume->locals[reactor->index].map);
 }
 
 void nv_volume_past_log(struct nv_vreq *request)
@@ -569,13 +601,13 @@ static void local_gone(struct nv_reactor *reactor, struct nv_volume_local *local
     left = atomic_fetch_sub(&volume->open_locals, 1) - 1;
     if (left == 0)
         nv_events_raise(&reactor->events, &volume->closed);
-    else if (left == 1 && logged) /* which is what is left */
+    else if (logged && left == (mirror ? 2u : 1u)) /* these are what is left; the log first */
         nv_logged_send_end(logged);
-    else if (left == 1 && mirror)
+    else if (mirror && !logged && left == 1)
         nv_mirror_send_end(mirror);
 }
 
-static void layer_ended(struct nv_volume *volume, struct nv_reactor *reactor)
+void nv_volume_mirror_ended(struct nv_volume *volume, struct nv_reactor *reactor)
 {
     uint32_t before = atomic_fetch_sub(&volume->open_locals, 1);
 
@@ -584,14 +616,12 @@ static void layer_ended(struct nv_volume *volume, struct nv_reactor *reactor)
     nv_events_raise(&reactor->events, &volume->closed);
 }
 
-void nv_volume_mirror_ended(struct nv_volume *volume, struct nv_reactor *reactor)
-{
-    layer_ended(volume, reactor);
-}
-
 void nv_volume_logged_ended(struct nv_volume *volume, struct nv_reactor *reactor)
 {
-    layer_ended(volume, reactor);
+    if (atomic_fetch_sub(&volume->open_locals, 1) == 1)
+        nv_events_raise(&reactor->events, &volume->closed);
+    else
+        nv_mirror_send_end(volume->mirror);
 }
 
 void nv_volume_local_close(struct nv_reactor *reactor, struct nv_volume_local *local)

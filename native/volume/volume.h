@@ -79,6 +79,7 @@ struct nv_volume {
     uint32_t id;
     struct nv_plane *plane;
     struct nv_range_table ranges;
+    struct nv_range_table below;    /* of a mirror with a log: of what goes below, and of copies between its legs */
     struct nv_mirror *mirror;       /* NULL: a plain volume */
     struct nv_logged *logged;       /* its write-back log (volume/logged.h); NULL: none. Set before the first connection */
     bool layered;                   /* it has a log, or the plane a cache: one look tells that there is neither */
@@ -185,7 +186,10 @@ void nv_volume_remap(struct nv_vreq *request);
 
 /* The log's owner: start a request to what is below the log (NV_REQUEST_BELOW). `finished` may run inside. */
 void nv_volume_below(struct nv_vreq *request);
-/* How many syncs have failed so far, of what holds the bytes; also where the operator has cleared the fault. */
+/*
+ * How many syncs have failed so far, of what holds the bytes (of a mirror: of what no other leg had); also where the
+ * operator has cleared the fault.
+ */
 uint64_t nv_volume_faults(const struct nv_volume *volume, const struct nv_reactor *reactor);
 /* Its own reactor: the log has nothing to say about this request, let it go on. */
 void nv_volume_past_log(struct nv_vreq *request);

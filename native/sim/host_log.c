@@ -1,0 +1,118 @@
+/*
+ * A host's write-back log in front of its mirror (host.h), and what control knows of it: who holds data of the volume. The
+ * log's own disk has no troubles but the ends of its host and of its power; what becomes of others is judged in nvlog.
+ */
+#include <assert.h>
+#include <string.h>
+
+#include "sim/host.h"
+
+#define TOKEN_LOG 2010u
+#define TOKEN_DRAIN 2011u
+
+static void draw_id(struct farm *farm, uint8_t id[16])
+{
+    for (uint32_t i = 0; i < 16; i++)
+        id[i] = (uint8_t)sim_random_next(&farm->log.random);
+}
+
+void host_open_log(struct host *host)
+{
+    struct farm *farm = host->farm;
+    const uint32_t align = farm->cell_bytes == SIM_SECTOR ? SIM_SECTOR : 1; /* transfers are cut short at cells */
+    nv_log_policy policy = farm->log.policy;
+
+    if (!farm->log.size)
+        return;
+    policy.dirty = farm->log.dirty && farm->log.host == host->index; /* another's: it is deposed already */
+    memcpy(policy.id, farm->log.id, sizeof policy.id);
+    draw_id(farm, policy.fresh);
+    draw_id(farm, policy.begin);
+    host->log_file = nv_sim_file_again(farm->log.files[host->index]);
+    if (nv_object_open(host->plane, host->log_file, align > 1 ? NV_OBJECT_DIRECT : 0, align, farm->log.size,
+                       &host->log_object) != 0 ||
+        nv_volume_log_open(host->plane, host->volume, host->log_object, 0, farm->log.size, &policy, TOKEN_LOG) != 0)
+        nv_sim_violation("the log of a mirror does not open: %s", nv_last_error());
+    host->log_open = true;
+}
+
+static bool counts(const struct host *host)
+{
+    return host->log_found && !host->deposed && !host->closing && host->epoch == host->farm->registry.epoch;
+}
+
+/* Control commits that this log holds data of the volume, then it may. */
+static void allow(struct host *host)
+{
+    struct farm *farm = host->farm;
+
+    assert(!farm->log.dirty || farm->log.host == host->index);
+    farm->log.dirty = true;
+    farm->log.host = host->index;
+    memcpy(farm->log.id, host->log_id, sizeof farm->log.id);
+    (void)nv_volume_log_allow(host->plane, host->volume); /* perhaps it has not heard the last one */
+}
+
+void host_drain_or_allow(struct host *host)
+{
+    if (!host->farm->log.size || host->draining || !counts(host))
+        return;
+    if (sim_random_chance(&host->farm->log.random, 700))
+        allow(host);
+    else
+        host->draining = nv_volume_log_drain(host->plane, host->volume, TOKEN_DRAIN) == 0;
+}
+
+static void drained(struct host *host, const nv_event *event)
+{
+    host->draining = false;
+    if (event->result == 0 && counts(host))
+        host->farm->log.dirty = false;
+}
+
+void host_log_event(struct host *host, const nv_event *event)
+{
+    switch (event->kind) {
+    case NV_EVENT_LOG_OPENED:
+        if (!host->deposed && (event->args[0] != 0 || event->result != 0))
+            nv_sim_violation("the log of a mirror is refused: %s", nv_log_verdict_word((uint32_t)event->args[0]));
+        memcpy(host->log_id, &event->args[3], sizeof host->log_id);
+        host->log_found = true;
+        if (counts(host) && sim_random_chance(&host->farm->log.random, 900))
+            allow(host);
+        break;
+    case NV_EVENT_LOG_DRAINED:
+        drained(host, event);
+        break;
+    case NV_EVENT_LOG_FAILED:
+    case NV_EVENT_LOG_LOST:
+    case NV_EVENT_LOG_NEEDS_WORD:
+        if (!host->deposed)
+            nv_sim_violation("a log of a mirror has event %u, and its disk has no trouble", event->kind);
+        break;
+    default:
+        break;
+    }
+}
+
+bool host_log_rests(const struct host *host)
+{
+    nv_log_status status;
+
+    return !host->log_open ||
+           (host->log_found && nv_volume_log(host->plane, host->volume, &status) == 0 && status.dirty_bytes == 0);
+}
+
+void host_end_log(struct host *host)
+{
+    if (!host->log_open)
+        return;
+    nv_sim_settle(host->log_file, &host->farm->random);
+    nv_sim_trouble(host->log_file)->gone = true;
+}
+
+/* While a log holds data of the volume it is bound to nobody but the log's host. */
+uint32_t farm_some_host(struct farm *farm)
+{
+    return farm->log.dirty ? farm->log.host : (uint32_t)farm_below(farm, farm->host_count);
+}
