@@ -46,13 +46,13 @@ class Problem:
 class FarmFileError(NvError):
     """A farm file that cannot be used; `problems` holds each error with its position."""
 
-    def __init__(self, file: str, problems: list[Problem], code: Code = Code.CONFIG) -> None:
+    def __init__(self, file: str, problems: list[Problem]) -> None:
         self.file = file
         self.problems = sorted(set(problems))
         shown = [f"{file}:{one.line}:{one.column}: {one.message}" for one in self.problems[:FINDINGS_SHOWN_MAX]]
         if len(self.problems) > FINDINGS_SHOWN_MAX:
             shown.append(f"... and {len(self.problems) - FINDINGS_SHOWN_MAX} more")
-        super().__init__(code, "\n".join(shown), "see docs/farm-file.md")
+        super().__init__(Code.CONFIG, "\n".join(shown), "see docs/farm-file.md")
 
 
 def load(path: str | Path) -> Farm:
@@ -73,13 +73,12 @@ def parse(raw: bytes, *, file: str, base: Path) -> Farm:
     """A farm from YAML bytes; `file` names it in errors, relative paths start at `base`. Raises FarmFileError."""
     tree = _Tree(file)
     data = tree.read(raw)
-    farm, problems, unsupported = _validate(data, tree)
+    farm, problems = _validate(data, tree)
     if farm is not None:
         _resolve_paths(farm, base, tree)
         problems += _same_place(farm, tree)
-        unsupported = unsupported and not any(True for _ in _same_place(farm, tree))
     if problems or farm is None:
-        raise FarmFileError(file, problems, Code.UNSUPPORTED if unsupported else Code.CONFIG)
+        raise FarmFileError(file, problems)
     return farm
 
 
@@ -254,8 +253,8 @@ def _syntax_problem(error: yaml.MarkedYAMLError, text: str) -> Problem:
 # ---- values to the model ----
 
 
-def _validate(data: dict[str, Any], tree: _Tree) -> tuple[Farm | None, list[Problem], bool]:
-    """The farm, its problems, and whether every problem is only a feature that is not built yet.
+def _validate(data: dict[str, Any], tree: _Tree) -> tuple[Farm | None, list[Problem]]:
+    """The farm and its problems.
 
     What is wrong is cut out and the rest is validated again, so that a typing error in one line does not
     hide a wrong reference in another."""
@@ -273,13 +272,12 @@ def _validate(data: dict[str, Any], tree: _Tree) -> tuple[Farm | None, list[Prob
                 _cut(data, loc)
                 cut.add(loc)
     else:
-        return None, problems, False
-    unsupported, told = not problems, {(one.line, one.column) for one in problems}
+        return None, problems
+    told = {(one.line, one.column) for one in problems}
     for finding in check_farm(farm):
         if finding.missing not in declared and not tree.places_within(finding.loc) & told:
-            unsupported = unsupported and finding.unsupported
             problems.append(tree.problem(finding.loc, finding.message))
-    return farm, problems, unsupported
+    return farm, problems
 
 
 def _plain(loc: tuple[int | str, ...]) -> Loc:

@@ -12,7 +12,7 @@ SIZE_MAX = 1 << 62
 
 
 def check_profile(name: str, profile: ProfileConfig) -> None:
-    """Raise CONFIG for what makes no sense, UNSUPPORTED, by name, for what is not built yet."""
+    """Raise CONFIG for what makes no sense."""
     if profile.mirror is not None:
         named = [*profile.mirror.legs, *profile.mirror.spares]
         twice = sorted({store for store in named if named.count(store) > 1})
@@ -22,9 +22,8 @@ def check_profile(name: str, profile: ProfileConfig) -> None:
                 f"profile {name}: datastore {twice[0]} is named twice in its mirror: copies on one are lost together",
                 "name each once",
             )
-    for keys, sentence, unsupported in log_findings(profile):
-        code = Code.UNSUPPORTED if unsupported else Code.CONFIG
-        raise NvError(code, f"profile {name}: {sentence}", f"correct cache.{'.'.join(keys)}")
+    for keys, sentence in log_findings(profile):
+        raise NvError(Code.CONFIG, f"profile {name}: {sentence}", f"correct cache.{'.'.join(keys)}")
     path = profile.logging.path if profile.logging is not None else None
     if path is not None and not path.startswith("/"):
         raise NvError(

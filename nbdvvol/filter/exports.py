@@ -397,14 +397,18 @@ class ExportTable:
     async def _begin_log(self, export: Export) -> None:
         """A log that was asked for begins, if no client is in the way."""
         running = export.running
-        if running is not None and running.mirror is None and running.log.due:
+        if running is not None and running.log.due and (running.mirror is None or running.mirror.dead is None):
             await self._reopen(export, running)
 
     async def _reopen(self, export: Export, running: _Running) -> None:
         """Close its volume and open it anew, under its epoch: it stays this host's."""
         export.running = None
         try:
-            await self._plane.close_volume(running.volume)
+            if running.mirror is not None:
+                self._leases.drop(export.uuid)
+                await running.mirror.close()
+            else:
+                await self._plane.close_volume(running.volume)
             await running.log.close()
             export.log_kept = running.log.kept
         finally:
@@ -545,6 +549,12 @@ class ExportTable:
         assert running is not None
         if spec is None or spec.epoch != running.spec.epoch:
             return
+        if spec.read_only and running.log.usable:
+            running.log.follow(spec)
+            if not running.log.clean:
+                raise NvError(Code.BUSY, "it becomes read-only once its write-back log is drained")
+            await self._reopen(export, running)
+            return
         if running.mirror is not None:
             if spec.mirror is None or spec.size != running.spec.size:
                 raise NvError(Code.INVALID, "a mirror keeps its kind and size while it is bound", "unbind it first")
@@ -552,12 +562,6 @@ class ExportTable:
             running.mirror.follow(spec)
             export.running = replace(running, spec=spec)
             self._tell(export)
-            return
-        if spec.read_only and running.log.usable:
-            running.log.follow(spec)
-            if not running.log.clean:
-                raise NvError(Code.BUSY, "it becomes read-only once its write-back log is drained")
-            await self._reopen(export, running)
             return
         objects = await self._acquire(spec, running.objects)
         fresh = {key: held for key, held in objects.items() if running.objects.get(key) is not held}

@@ -1,4 +1,4 @@
-"""What a farm must satisfy beyond its fields' types: references, combinations, and what is not built yet.
+"""What a farm must satisfy beyond its fields' types: references and combinations.
 
 Pure: looks at no file and no machine. `farmfile.py` adds positions to what is found here; control's API
 runs the same checks, so that both doors refuse the same farms with the same words.
@@ -50,7 +50,6 @@ class Finding:
     loc: Loc
     message: str
     missing: tuple[str, str] | None = None
-    unsupported: bool = False
 
     def __str__(self) -> str:
         return f"{'.'.join(self.loc)}: {self.message}"
@@ -65,11 +64,10 @@ def check_farm(farm: Farm) -> list[Finding]:
 
 
 def require_sound(farm: Farm) -> None:
-    """Raise NvError (CONFIG, or UNSUPPORTED when only unbuilt features are asked for) unless the farm is sound."""
+    """Raise NvError CONFIG unless the farm is sound."""
     found = check_farm(farm)
     if found:
-        code = Code.UNSUPPORTED if all(one.unsupported for one in found) else Code.CONFIG
-        raise NvError(code, "; ".join(map(str, found)), "correct the farm file and apply it again")
+        raise NvError(Code.CONFIG, "; ".join(map(str, found)), "correct the farm file and apply it again")
 
 
 def datastore_of(farm: Farm, vvol: VVolConfig) -> str | None:
@@ -238,8 +236,8 @@ def _profile(loc: Loc, name: str, profile: ProfileConfig, farm: Farm) -> Iterato
 
 
 def _cache(loc: Loc, name: str, cache: CacheConfig, profile: ProfileConfig) -> Iterator[Finding]:
-    for key, sentence, unsupported in log_findings(profile):
-        yield Finding((*loc, *key), f"profile {name}: {sentence}", unsupported=unsupported)
+    for key, sentence in log_findings(profile):
+        yield Finding((*loc, *key), f"profile {name}: {sentence}")
     if cache.mode == "none" and cache.ram:
         yield Finding((*loc, "ram"), "mode none keeps nothing in RAM: leave it out, or choose mode read")
 
@@ -249,21 +247,18 @@ def has_log_folder(profile: ProfileConfig, host: HostConfig) -> bool:
     return profile.logging is None or profile.logging.path is not None or host.logs is not None
 
 
-def log_findings(profile: ProfileConfig) -> Iterator[tuple[tuple[str, ...], str, bool]]:
-    """What is wrong with a profile's write-back log: (keys below `cache`, sentence, whether it is only not built)."""
+def log_findings(profile: ProfileConfig) -> Iterator[tuple[tuple[str, ...], str]]:
+    """What is wrong with a profile's write-back log: (keys below `cache`, sentence)."""
     cache = profile.cache
     if cache is None:
         return
     if cache.mode != "writeback":
         if cache.log is not None:
-            yield ("log",), f"mode {cache.mode} writes no log: leave it out, it is for mode writeback", False
-        return
-    if profile.mirror is not None:
-        yield ("mode",), "cache mode writeback over a mirror is not built yet; choose writethrough or read", True
-    if cache.log is None:
-        yield ("log",), "mode writeback needs a log: say how large, such as `log: {size: 1GiB}`", False
+            yield ("log",), f"mode {cache.mode} writes no log: leave it out, it is for mode writeback"
+    elif cache.log is None:
+        yield ("log",), "mode writeback needs a log: say how large, such as `log: {size: 1GiB}`"
     elif cache.log.size % LOG_UNIT:
-        yield ("log", "size"), f"{cache.log.size} bytes are not a multiple of {LOG_UNIT}, the log's unit", False
+        yield ("log", "size"), f"{cache.log.size} bytes are not a multiple of {LOG_UNIT}, the log's unit"
 
 
 def _mirror(loc: Loc, mirror: MirrorConfig, farm: Farm) -> Iterator[Finding]:

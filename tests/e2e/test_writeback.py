@@ -235,6 +235,43 @@ def test_a_log_that_does_not_fit_makes_it_slower_and_nothing_else(small_tmpfs: P
     assert list(small_tmpfs.iterdir()) == []
 
 
+def test_over_a_mirror_it_outlives_its_filter_and_a_leg(farms: MakeFarm) -> None:
+    """Kills of the filter while writes are logged; a leg that is away meanwhile misses nothing."""
+    whole = spec()
+    for name in ("one", "two"):
+        whole["datastores"][name] = {"kind": "dir", "path": name}
+    gold: JsonDict = {"mirror": {"legs": ["one", "two"]}, "cache": {"mode": "read"}}
+    whole["profiles"]["gold"] = gold
+    farm = farms(whole)
+    for name in ("one", "two"):
+        (farm.folder / name).mkdir()
+    farm.start_split()
+    gold["cache"] = {"mode": "writeback", "log": LAZY}
+    farm.apply(whole)
+    serving(farm)
+    ledger = Ledger(45)
+    for away in (False, True):
+        writer = Writer(ledger, farm.open("root", wait_s=20))
+        writer.progress(150)
+        farm.filters["local"].kill_group()
+        writer.join()
+        if away:
+            (farm.folder / "two").rename(farm.folder / "away")
+        farm.start_filter()
+        with farm.open("root", wait_s=40) as nbd:
+            ledger.verify(nbd)
+        serving(farm)
+    drained = farm.cli("cache", "drain", "root").stdout
+    assert "to the storage" in drained
+    (farm.folder / "away").rename(farm.folder / "two")
+    wait_until("the leg is back", lambda: all(leg["state"] == "in-sync" for leg in farm.vvol("vm1/root")["legs"]), 60)
+    assert "all in-sync legs are alike" in farm.cli("mirror", "verify", "root").stdout
+    farm.task(farm.api("POST", "/v1/vvols/vm1/root/unbind", {}))
+    farm.task(farm.api("POST", "/v1/vvols/vm1/root/bind", {}))
+    with farm.open("root", wait_s=20) as nbd:
+        ledger.verify(nbd)
+
+
 def test_a_log_whose_disk_fails_costs_speed_and_nothing_else(lun: Lun, farms: MakeFarm) -> None:
     """The log is a block device that runs out of space under it; no client gets an error, and nothing is lost."""
     farm = farms(spec({"size": "16MiB", "path": str(lun.device), "age": "1h"})).start()

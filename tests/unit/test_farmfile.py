@@ -219,11 +219,12 @@ def test_names_that_fail_elsewhere_are_not_called_undeclared() -> None:
     assert len(found) == 1 and "datastores.a.kind" in found[0]
 
 
-def test_what_is_not_built_is_refused_by_name() -> None:
-    text = "profiles: {gold: {mirror: {legs: [local]}, cache: {mode: writeback, log: {path: l, size: 1MiB}}}}"
-    with pytest.raises(farmfile.FarmFileError, match="gold: cache mode writeback over a mirror is not built") as caught:
-        parse(GOOD + text)
-    assert caught.value.code is Code.UNSUPPORTED
+def test_a_mirror_may_have_a_log() -> None:
+    log = "log: {path: logs, size: 1MiB, bypass: 0, age: 250ms, deadline: 0}"
+    found = parse(GOOD + "profiles: {gold: {mirror: {legs: [local]}, cache: {mode: writeback, " + log + "}}}")
+    assert found.profiles["gold"].logging is not None
+    words = found.profiles["gold"].logging.words()
+    assert words.startswith("log 1MiB, in /") and words.endswith("/logs, bypass 0, age 250ms, deadline 0")
 
 
 def test_limits_are_read() -> None:
