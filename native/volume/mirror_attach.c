@@ -48,10 +48,31 @@ static void attached(struct nv_mirror *mirror)
     nv_task_end(mirror);
 }
 
-static void write_labels(struct nv_mirror *mirror)
+static void labels_may_follow(struct nv_mio *mio)
 {
+    struct nv_mirror *mirror = mio->mirror;
+
+    (void)nv_mirror_judge(mio); /* the last leg serves also with a fault latched */
+    nv_mio_end(mio);
     if (!begin_again(mirror))
         nv_task_labels(mirror, mirror->in_sync, false, attached);
+}
+
+/*
+ * The label that was found may be one that a filter was writing when it died: there to be read, and not durable. It is
+ * made so before its other slot is written, or a power cut could tear both.
+ */
+static void write_labels(struct nv_mirror *mirror)
+{
+    struct nv_mio *mio;
+
+    if (begin_again(mirror))
+        return;
+    mio = nv_mio_get(mirror, nv_mirror_map(mirror), NULL);
+    nv_mio_round(mio, labels_may_follow);
+    NV_EACH_LANE(lane, mirror->in_sync)
+        nv_mio_sync(mio, lane);
+    nv_mio_go(mio);
 }
 
 static void write_dirty(struct nv_mirror *mirror)
