@@ -34,7 +34,8 @@ async def _counters(links: Links, host: str) -> HostCounters | None:
     try:
         answer = await links.ask(host, link.Look(id=question_id()), link.Counters, LOOK_TIMEOUT_S)
     except NvError as error:
-        log.warning("no counters of this host", host=host, error=str(error))
+        if error.code is not Code.UNAVAILABLE:  # else it has just left, or is about to come
+            log.warning("no counters of this host", host=host, error=str(error))
         return None
     return answer.counters
 

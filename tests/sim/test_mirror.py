@@ -18,7 +18,7 @@ import pytest
 SEEDS = 9_000
 CRASH_POINTS = 50_000
 SANITIZED = 400
-MUTANT_SEEDS = 4_000
+MUTANT_SEEDS = 12_000
 FIRST_SEED = {22: 8_001}
 """Where the budget of a mutant begins, if not at 1."""
 MUTANTS = {
