@@ -309,3 +309,28 @@ def test_a_mirror_is_cached_above_its_legs(tmp_path: Path) -> None:
     with pytest.raises((NbdError, Closed)):
         client.read(0, 4096)
     rig.close()
+
+
+def test_eight_legs_of_which_seven_are_lost_and_come_back(tmp_path: Path) -> None:
+    rig = MirrorRig(tmp_path, legs=8)
+    try:
+        rig.serve()
+        client = rig.client()
+        data = [pattern(number, 0, MIB) for number in range(8)]
+        client.write(0, data[0])
+        client.flush()
+        for leg in range(2, 9):
+            rig.fail(leg)
+            client.write((leg - 1) * MIB, data[leg - 1])
+        client.flush()
+        assert client.read(0, 8 * MIB) == b"".join(data)
+        for leg in range(2, 9):
+            assert f"stale {leg}" in rig.registry.asked
+            comes_back(rig, leg)
+        client.disconnect()
+        rig.want(None)
+        eventually("it is released", lambda: rig.registry.lines[-1] == "released 1 epoch 2")
+        assert rig.bytes_of(1)[: 8 * MIB] == b"".join(data)
+        assert all(rig.bytes_of(leg) == rig.bytes_of(1) for leg in range(2, 9))
+    finally:
+        rig.close()
