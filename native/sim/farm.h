@@ -100,6 +100,7 @@ struct farm {
     struct farm_shares shares;
     uint32_t aim, aims;             /* a filter is to die when it does this (enum tally), and how often still */
     bool calm;                      /* no more troubles */
+    bool unbroken;                  /* no end before all is calm: what differs then was not reconciled */
     bool sticky;                    /* who hangs leaves only what it was asked before undone */
     uint16_t hasty;                 /* how often the operator clears a fault at once */
     uint16_t hang, silence, drop, reboot, read_errors, write_errors, sync_errors, cut, kill, rebind, spoil, swap, jump; /* chances */

@@ -112,6 +112,7 @@ static void draw_sticky(struct farm *farm)
     if (!farm->sticky)
         return;
     farm->must_serve = false;
+    farm->unbroken = true;
     farm->lives = 1;
     farm->steps = 1500;
     farm->policy.op_deadline_ms = 300;
@@ -122,6 +123,25 @@ static void draw_sticky(struct farm *farm)
     farm->shares.advance = between(farm, 20, 60);
     farm->shares.tend = between(farm, 20, 60);
     farm->shares.heal = between(farm, 10, 30);
+    farm->shares.end = 0;
+}
+
+/*
+ * Of the seeds in which legs are restarted some know of little else: what a leg lost is not made good by a reconciliation,
+ * or by a resync for another reason, before anybody looks.
+ */
+static void draw_restarts(struct farm *farm)
+{
+    if (!farm->reboot || farm->sticky || !farm_chance(farm, 250))
+        return;
+    farm->unbroken = true;
+    farm->lives = 1;
+    farm->policy.intent_idle_ms = (uint32_t)farm_below(farm, 400);
+    farm->reboot = between(farm, 60, 250);
+    farm->hasty = farm_chance(farm, 512) ? between(farm, 300, 900) : 0;
+    farm->hang = farm->drop = farm->kill = farm->rebind = farm->cut = farm->jump = 0;
+    farm->read_errors = farm->write_errors = farm->sync_errors = farm->aims = 0;
+    farm->shares.advance = between(farm, 20, 60);
     farm->shares.end = 0;
 }
 
@@ -234,7 +254,7 @@ static void draw_silence(struct farm *farm, struct sim_random *random)
 static void draw_far(struct farm *farm)
 {
     struct sim_random random = {farm->seed * 0x9e3779b97f4a7c15ull + 101};
-    const bool any = !farm->in_memory && sim_random_chance(&random, 400);
+    const bool any = !farm->in_memory && sim_random_chance(&random, farm->unbroken ? 700 : 400);
     const bool silent = any && !farm->must_serve && farm->hang && sim_random_chance(&random, 800);
     const uint32_t timeout_ms = farm->must_serve ? 20000 : 250 + (uint32_t)sim_random_below(&random, silent ? 500 : 4000);
 
@@ -280,6 +300,7 @@ void farm_draw(struct farm *farm, uint64_t seed)
     if (farm->in_memory)
         farm->hang = farm->drop = farm->swap = 0;
     draw_sticky(farm);
+    draw_restarts(farm);
     if (farm->must_serve) { /* slow is not hung, and nobody gives up */
         farm->policy.hold_deadline_ms = NV_DEADLINE_MAX_MS;
         farm->policy.op_deadline_ms = 20000;

@@ -352,7 +352,7 @@ static void live(struct world *world, uint32_t steps)
         step(world);
         world_follow(world);
     }
-    if (world->farm.sticky) /* what is stuck may land when all is calm, and nothing is reconciled before */
+    if (world->farm.unbroken) /* also what is stuck may land when all is calm */
         return;
     if (chance(world, 300))
         close_cleanly(world);

@@ -11,7 +11,7 @@
  *   6  an unclean attach forgets the intents that it finds                   nv_intent_merge
  *   7  a lost leg's dirty map starts empty                                    nv_intent_lost
  *   8  a resync begins while an old write to the leg is still in flight       nv_mirror_next_task
- *   9  a leg that has rebooted is taken back as if nothing had happened       nv_sync_fail
+ *   9  a leg that has rebooted is taken back as if nothing had happened       nv_object_latch_fault, nv_sync_fail
  *  10  the second leg's bytes are taken later, when the client may have changed them   nv_mio_piece
  *  11  legs let hosts of an older epoch through                               farm_outclaimed, farm_fence
  *  12  a leg's label is not held against its stamp                            nv_legs_begin
@@ -52,6 +52,8 @@ void __real_nv_intent_lost(struct nv_mirror *mirror, uint8_t lanes);
 void __wrap_nv_intent_lost(struct nv_mirror *mirror, uint8_t lanes);
 bool __real_nv_mirror_next_task(struct nv_mirror *mirror);
 bool __wrap_nv_mirror_next_task(struct nv_mirror *mirror);
+int __real_nv_object_latch_fault(nv_plane *plane, uint32_t object);
+int __wrap_nv_object_latch_fault(nv_plane *plane, uint32_t object);
 void __real_nv_sync_fail(struct nv_sync *sync, struct nv_reactor *reactor, int error);
 void __wrap_nv_sync_fail(struct nv_sync *sync, struct nv_reactor *reactor, int error);
 bool __real_farm_outclaimed(uint64_t epoch, uint32_t attempt, uint64_t by_epoch, uint32_t by_attempt);
@@ -167,6 +169,11 @@ bool __wrap_nv_mirror_next_task(struct nv_mirror *mirror)
     for (uint32_t lane = 0; lane < NV_LEGS_MAX; lane++)
         mirror->lanes[lane].outstanding += late[lane];
     return began;
+}
+
+int __wrap_nv_object_latch_fault(nv_plane *plane, uint32_t object)
+{
+    return mutant(9) ? 0 : __real_nv_object_latch_fault(plane, object);
 }
 
 /* The client's own: what its server owed is forgotten with the set. */
