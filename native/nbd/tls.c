@@ -360,6 +360,17 @@ struct cursor {
     size_t offset; /* in vector[0] */
 };
 
+/* Past `size` bytes of the present vector, which has so many. */
+static void cursor_advance(struct cursor *at, size_t size)
+{
+    at->offset += size;
+    if (at->offset == at->vector->iov_len) {
+        at->vector++;
+        at->count--;
+        at->offset = 0;
+    }
+}
+
 static size_t cursor_copy(struct cursor *at, unsigned char *out, size_t capacity)
 {
     size_t taken = 0;
@@ -370,12 +381,7 @@ static size_t cursor_copy(struct cursor *at, unsigned char *out, size_t capacity
         if (part)
             memcpy(out + taken, (const unsigned char *)at->vector->iov_base + at->offset, part);
         taken += part;
-        at->offset += part;
-        if (at->offset == at->vector->iov_len) {
-            at->vector++;
-            at->count--;
-            at->offset = 0;
-        }
+        cursor_advance(at, part);
     }
     return taken;
 }
@@ -386,12 +392,7 @@ static const unsigned char *cursor_take(struct cursor *at, size_t size)
     if (at->count == 0 || at->vector->iov_len - at->offset < size)
         return NULL;
     const unsigned char *taken = (const unsigned char *)at->vector->iov_base + at->offset;
-    at->offset += size;
-    if (at->offset == at->vector->iov_len) {
-        at->vector++;
-        at->count--;
-        at->offset = 0;
-    }
+    cursor_advance(at, size);
     return taken;
 }
 

@@ -102,10 +102,6 @@ class LogReport(Model):
     lost_at: list[int] = Field(default_factory=list, max_length=16)
     """Offsets in the VVol of the first blocks of 4 KiB that were lost."""
 
-    def words(self) -> str:
-        """For people: how much it holds."""
-        return holding_words(self.dirty_bytes, self.oldest_age_ms)
-
 
 def holding_words(dirty_bytes: int, oldest_age_ms: int) -> str:
     """For people: how much a log holds that is not below."""

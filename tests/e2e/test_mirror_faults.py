@@ -234,12 +234,7 @@ def test_a_hanging_leg_that_cannot_fence_waits_for_the_operator(farms: MakeFarm,
         overwrite(nbd, data)
         peers[0].freeze(False)  # what it was asked before lands now
         overwrite(nbd, data)
-        wait_until("the operator is asked", lambda: asks_the_operator(farm), 40)
-        time.sleep(2.0)
-        assert asks_the_operator(farm) and states(farm) == {"one": "in-sync", "far": "stale"}
-        peers[0].kill()
-        peers[0].start()
-        bring_back(farm)
+        waits_for_the_operator(farm, peers[0])
         assert difference(bytes(data), nbd.read(0, SIZE)) == ""
     assert "alike" in verified(farm)
     wait_until("all is well", lambda: "all is well" in farm.cli("status", "-x", check=False).stdout, 30)
@@ -267,14 +262,19 @@ def test_a_doubt_about_a_leg_outlives_the_filter(farms: MakeFarm, peers: list[Pe
     with farm.open("disk", wait_s=40) as nbd:
         peers[0].freeze(False)
         overwrite(nbd, data)
-        wait_until("the operator is asked", lambda: asks_the_operator(farm), 40)
-        time.sleep(2.0)
-        assert asks_the_operator(farm) and states(farm) == {"one": "in-sync", "far": "stale"}
-        peers[0].kill()
-        peers[0].start()
-        bring_back(farm)
+        waits_for_the_operator(farm, peers[0])
         assert difference(bytes(data), nbd.read(0, SIZE)) == ""
     assert "alike" in verified(farm)
+
+
+def waits_for_the_operator(farm: Farm, peer: Peer) -> None:
+    """... and comes back by his word, once the leg's server has been restarted."""
+    wait_until("the operator is asked", lambda: asks_the_operator(farm), 40)
+    time.sleep(2.0)
+    assert asks_the_operator(farm) and states(farm) == {"one": "in-sync", "far": "stale"}
+    peer.kill()
+    peer.start()
+    bring_back(farm)
 
 
 def asks_the_operator(farm: Farm) -> bool:

@@ -10,7 +10,7 @@ from nbdvvol.dataplane.log import LogPolicy
 from nbdvvol.dataplane.types import Run
 from tests.lib import nbdwords as w
 from tests.lib.fakeserver import Asked, FakeServer, Wire
-from tests.unit.plane_rig import Rig, eventually, rig
+from tests.unit.plane_rig import Client, Rig, eventually, rig
 from tests.unit.remote_rig import Remote
 from tests.unit.test_plane_remote import served, servers
 from tests.unit.test_plane_remote_loss import Held, fails
@@ -20,63 +20,63 @@ SLOTS = 256
 """Requests of a connection that are parsed and not answered yet (limits.h)."""
 
 
+class Lossy:
+    """A server's handler: the first change of the one kind at 0 reaches its cache and is not answered yet, the first
+    FLUSH drops what is in the cache, like Linux after a failed write-back, and fails.
+    """
+
+    def __init__(self, command: int) -> None:
+        self.command = command
+        self.kept: list[tuple[Wire, Asked]] = []
+        self.flushes = 0
+
+    def __call__(self, server: FakeServer, wire: Wire, asked: Asked) -> list[bytes] | None:
+        if asked.command == self.command and asked.offset == 0 and not self.kept:
+            server.bytes[: asked.length] = asked.payload or bytes(asked.length)
+            self.kept.append((wire, asked))
+            return []
+        if asked.command != w.CMD_FLUSH:
+            return None
+        self.flushes += 1
+        if self.flushes > 1:
+            return None
+        server.bytes[:] = server.durable
+        return [wire.error(asked, errno.EIO, "writeback")]
+
+    def loses_it(self, remote: Remote, neighbour: Client) -> None:
+        """Another client's FLUSH loses the change, the operator clears that, and then the change is answered."""
+        eventually("it is with the server", lambda: self.kept)
+        neighbour.write(8192, b"B" * 512)
+        fails(errno.EIO, neighbour.flush)
+        remote.rig.call(remote.rig.plane.clear_fault, remote.object)
+        wire, asked = self.kept[0]
+        wire.send(wire.ok(asked))
+
+
 @pytest.mark.parametrize("command", [w.CMD_WRITE_ZEROES, w.CMD_TRIM])
 def test_fua_does_not_outlive_a_failed_sync(rig: Rig, servers: list[FakeServer], command: int) -> None:
     """The change reaches the cache, a neighbour's FLUSH loses it, the operator clears that, and then the change's own
     sync succeeds: it has nothing to write any more.
     """
-    kept: list[tuple[Wire, Asked]] = []
-    flushes: list[Asked] = []
-
-    def handler(server: FakeServer, wire: Wire, asked: Asked) -> list[bytes] | None:
-        if asked.command == command:
-            server.bytes[asked.offset : asked.offset + asked.length] = bytes(asked.length)
-            kept.append((wire, asked))
-            return []
-        if asked.command == w.CMD_FLUSH:
-            flushes.append(asked)
-        if asked.command != w.CMD_FLUSH or len(flushes) > 1:
-            return None
-        server.bytes[:] = server.durable  # the pages are dropped
-        return [wire.error(asked, errno.EIO, "writeback")]
-
-    server = served(servers, handler=handler)
+    lossy = Lossy(command)
+    server = served(servers, handler=lossy)
     server.bytes[:4096] = b"A" * 4096
     server.durable = bytes(server.bytes)
     remote = Remote(rig, server)
     volume = remote.volume()
     client, neighbour = rig.connect(volume), rig.connect(volume)
     cookie = client.send(command, 0, 4096, flags=w.CMD_FLAG_FUA)
-    eventually("it is with the server", lambda: kept)
-    neighbour.write(8192, b"B" * 512)
-    fails(errno.EIO, neighbour.flush)
-    rig.call(rig.plane.clear_fault, remote.object)
-    wire, asked = kept[0]
-    wire.send(wire.ok(asked))
+    lossy.loses_it(remote, neighbour)
     assert client.wait(cookie).error == errno.EIO
-    assert server.durable[:4096] == b"A" * 4096 and len(flushes) == 2, "the server has said yes to the sync of nothing"
+    assert server.durable[:4096] == b"A" * 4096 and lossy.flushes == 2, "the server has said yes to the sync of nothing"
 
 
 def test_a_batch_of_the_log_does_not_outlive_a_failed_sync(rig: Rig, servers: list[FakeServer]) -> None:
     """What is carried below is in the server's cache when another volume's FLUSH loses it, the operator clears that,
     and the log's own flush succeeds with nothing to write: the log must not take it for durable.
     """
-    kept: list[tuple[Wire, Asked]] = []
-    flushes: list[Asked] = []
-
-    def handler(server: FakeServer, wire: Wire, asked: Asked) -> list[bytes] | None:
-        if asked.command == w.CMD_WRITE and asked.offset == 0 and not kept:
-            server.bytes[: asked.length] = asked.payload
-            kept.append((wire, asked))
-            return []
-        if asked.command == w.CMD_FLUSH:
-            flushes.append(asked)
-        if asked.command != w.CMD_FLUSH or len(flushes) > 1:
-            return None
-        server.bytes[:] = server.durable  # the pages are dropped
-        return [wire.error(asked, errno.EIO, "writeback")]
-
-    server = served(servers, handler=handler)
+    lossy = Lossy(w.CMD_WRITE)
+    server = served(servers, handler=lossy)
     remote = Remote(rig, server)
     volume, others = remote.volume(), remote.volume()
     log = rig.file_object(8 << 20, "log")
@@ -86,12 +86,7 @@ def test_a_batch_of_the_log_does_not_outlive_a_failed_sync(rig: Rig, servers: li
     client.write(0, b"A" * 4096)
     assert rig.call(rig.plane.log_stats, volume).logged == 1
     drained = rig.start(rig.plane.drain_log(volume))
-    eventually("it is with the server", lambda: kept)
-    neighbour.write(8192, b"B" * 512)
-    fails(errno.EIO, neighbour.flush)
-    rig.call(rig.plane.clear_fault, remote.object)
-    wire, asked = kept[0]
-    wire.send(wire.ok(asked))
+    lossy.loses_it(remote, neighbour)
     drained.result(20)
     assert server.durable[:4096] == b"A" * 4096
 
