@@ -85,8 +85,13 @@ def describe(disk: Path) -> Machine:
     )
 
 
+_WRITTEN = (":!perf/results", ":!README.md", ":!docs/performance.md")
+
+
 def commit(root: Path) -> str:
-    """The tree's commit, with `+changes` where files differ from it."""
+    """The tree's commit, with `+changes` where files differ from it: all but those that `perf` itself writes."""
     head = _first_line(["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"])
-    changed = _first_line(["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"])
+    changed = _first_line(
+        ["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no", "--", ".", *_WRITTEN]
+    )
     return (head or "unknown") + ("+changes" if changed else "")
