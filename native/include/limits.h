@@ -50,7 +50,7 @@
 /* one connection */
 #define NV_REQUESTS_PER_CONNECTION 256u        /* parsed and not yet wholly answered */
 #define NV_RX_CHUNK (64u << 10)                /* receive chunk; the private one bounds idle memory */
-#define NV_INLINE_PAYLOAD (16u << 10)          /* a payload up to this is written from the chunk */
+#define NV_INLINE_PAYLOAD (16u << 10)          /* a payload up to this is received with its neighbours, into the chunk */
 #define NV_RX_WINDOW_MIN 512u                  /* receive size right after a large payload */
 #define NV_TX_REQUESTS 256u                    /* replies gathered into one send */
 #define NV_TX_IOV (2u * NV_TX_REQUESTS)

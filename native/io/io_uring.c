@@ -189,17 +189,32 @@ static void prepare_socket(struct io_uring_sqe *sqe, struct nv_op *op)
     io_uring_prep_sendmsg(sqe, op->handle, message, MSG_NOSIGNAL | MSG_WAITALL);
 }
 
+/* One range, as nearly all have, is told by itself: the kernel reads no array of ours. */
+static void prepare_transfer(struct io_uring_sqe *sqe, const struct nv_op *op)
+{
+    const bool one = op->iov_count == 1 && op->iov->iov_len <= INT32_MAX;
+    const bool read = op->kind == NV_OP_READ;
+
+    if (one && read)
+        io_uring_prep_read(sqe, op->handle, op->iov->iov_base, (unsigned)op->iov->iov_len, op->offset);
+    else if (one)
+        io_uring_prep_write(sqe, op->handle, op->iov->iov_base, (unsigned)op->iov->iov_len, op->offset);
+    else if (read)
+        io_uring_prep_readv(sqe, op->handle, op->iov, op->iov_count, op->offset);
+    else
+        io_uring_prep_writev(sqe, op->handle, op->iov, op->iov_count, op->offset);
+    if (!read)
+        sqe->rw_flags = op->flags & NV_OP_DSYNC ? RWF_DSYNC : 0;
+}
+
 static void prepare(struct io_uring_sqe *sqe, struct nv_op *op)
 {
     struct __kernel_timespec *timer = (struct __kernel_timespec *)op->port;
 
     switch (op->kind) {
     case NV_OP_READ:
-        io_uring_prep_readv(sqe, op->handle, op->iov, op->iov_count, op->offset);
-        break;
     case NV_OP_WRITE:
-        io_uring_prep_writev(sqe, op->handle, op->iov, op->iov_count, op->offset);
-        sqe->rw_flags = op->flags & NV_OP_DSYNC ? RWF_DSYNC : 0;
+        prepare_transfer(sqe, op);
         break;
     case NV_OP_SYNC:
         io_uring_prep_fsync(sqe, op->handle, IORING_FSYNC_DATASYNC);

@@ -123,8 +123,7 @@ static inline __attribute__((always_inline)) void admit(struct nv_conn *conn, st
 {
     conn->current = request;
     if (request->type == NBD_CMD_WRITE && request->payload > 0) {
-        conn->rx_state = request->payload <= NV_INLINE_PAYLOAD && conn->local->map->memory_align == 1 ? NV_RX_INLINE
-                                                                                                 : NV_RX_ADMIT;
+        conn->rx_state = request->payload <= NV_INLINE_PAYLOAD ? NV_RX_INLINE : NV_RX_ADMIT;
     } else if (request->type == NBD_CMD_BLOCK_STATUS && request->payload > 0) {
         if (request->payload >= 8 && request->payload % 4 == 0 && request->payload <= 8 + 4 * NV_CONTEXTS_MAX) {
             conn->rx_state = NV_RX_INLINE;
@@ -274,7 +273,7 @@ static bool parse_inline(struct nv_conn *conn)
     if (available(conn) < request->payload)
         return false;
     if (request->type == NBD_CMD_WRITE && conn->local->map->memory_align > 1) {
-        conn->rx_state = NV_RX_ADMIT; /* the map changed under the request: it needs aligned memory now */
+        conn->rx_state = NV_RX_ADMIT; /* it needs aligned memory, and a copy costs less than two receives of its own */
         return true;
     }
     conn->rx_start += request->payload;
