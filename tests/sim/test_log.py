@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
+
+from tests.lib.pairs import in_pairs
 
 pytestmark = pytest.mark.timeout(500)  # the first test builds the simulators
 
@@ -63,10 +67,22 @@ MUTANTS = {
 }
 
 
+Hunts = dict[str, Future[subprocess.CompletedProcess[str]]]
+
+
+@pytest.fixture(scope="module")
+def hunts(request: pytest.FixtureRequest, folder: Path) -> Iterator[Hunts]:
+    def hunt(bug: str) -> subprocess.CompletedProcess[str]:
+        number, seeds = MUTANTS[bug]
+        return run(folder / "nvlog_mutants", "--seeds", seeds, mutant=number)
+
+    with in_pairs(request, "bug", hunt) as found:
+        yield found
+
+
 @pytest.mark.parametrize("bug", MUTANTS)
-def test_a_deliberate_bug_is_seen(folder: Path, bug: str) -> None:
-    number, seeds = MUTANTS[bug]
-    result = run(folder / "nvlog_mutants", "--seeds", seeds, mutant=number)
+def test_a_deliberate_bug_is_seen(hunts: Hunts, bug: str) -> None:
+    result = hunts[bug].result()
     assert result.returncode != 0 and "VIOLATION" in result.stderr, bug
 
 

@@ -10,10 +10,13 @@ import os
 import re
 import subprocess
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+
+from tests.lib.pairs import in_pairs
 
 SEEDS = 9_000
 CRASH_POINTS = 50_000
@@ -49,6 +52,7 @@ MET = 20
 """So often at least each trouble is met, and each way out taken, in the budget of seeds."""
 TALLY = re.compile(r"^ *(\d+) +[\d.]+ a thousand: (.+)$", re.MULTILINE)
 SEQUENCES = re.compile(r"^(\d+) sequences of operations$", re.MULTILINE)
+Hunts = dict[int, Future[subprocess.CompletedProcess[str]]]
 FIGURES = re.compile(r"(\d+) (?:seeds|runs), (\d+) answers judged, (\d+) crash points, (\d+) changes")
 
 
@@ -116,12 +120,22 @@ def test_a_seed_is_the_same_run_every_time(folder: Path) -> None:
     assert alone in after
 
 
+@pytest.fixture(scope="module")
+def hunts(request: pytest.FixtureRequest, folder: Path) -> Iterator[Hunts]:
+    def hunt(mutant: int) -> subprocess.CompletedProcess[str]:
+        first = FIRST_SEED.get(mutant, 1)
+        seeds = f"{first}..{first + MUTANT_SEEDS - 1}"
+        return nvmirror(folder / "nvmirror_mutants", "--seeds", seeds, mutant=mutant)
+
+    with in_pairs(request, "mutant", hunt) as found:
+        yield found
+
+
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda number: MUTANTS[number].replace(" ", "-"))
-def test_the_judge_sees(folder: Path, mutant: int) -> None:
+def test_the_judge_sees(folder: Path, hunts: Hunts, mutant: int) -> None:
     """Each deliberate bug (native/sim/mirror_mutants.c) is a violation within the budget, and its line replays it."""
-    first = FIRST_SEED.get(mutant, 1)
-    run = nvmirror(folder / "nvmirror_mutants", "--seeds", f"{first}..{first + MUTANT_SEEDS - 1}", mutant=mutant)
+    run = hunts[mutant].result()
     assert run.returncode != 0 and "VIOLATION: " in run.stderr, f"survived: {MUTANTS[mutant]}"
     replay = run.stderr.split("replay: ")[1].split("\n")[0].split()
     again = nvmirror(folder / "nvmirror_mutants", *replay[1:], mutant=mutant)

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import os
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+
+from tests.lib.pairs import in_pairs
 
 SEEDS = 2000
 MUTANTS = {
@@ -31,6 +34,8 @@ MUTANTS = {
     15: "blocks written in part are merged in any order",
     16: "zeros under a tombstone are a mere hint",
 }
+
+Hunts = dict[int, Future[subprocess.CompletedProcess[str]]]
 
 
 def nvsim(binary: Path, seeds: range, *more: str, mutant: int = 0) -> subprocess.CompletedProcess[str]:
@@ -59,10 +64,19 @@ def test_a_seed_is_the_same_run_every_time(folder: Path) -> None:
     assert alone.rsplit("\n", 2)[0] in after
 
 
+@pytest.fixture(scope="module")
+def hunts(request: pytest.FixtureRequest, folder: Path) -> Iterator[Hunts]:
+    def hunt(mutant: int) -> subprocess.CompletedProcess[str]:
+        return nvsim(folder / "nvsim_mutants", range(1, SEEDS + 1), mutant=mutant)
+
+    with in_pairs(request, "mutant", hunt) as found:
+        yield found
+
+
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda number: MUTANTS[number].replace(" ", "-"))
-def test_the_judge_sees(folder: Path, mutant: int) -> None:
+def test_the_judge_sees(folder: Path, hunts: Hunts, mutant: int) -> None:
     """Each deliberate bug (native/sim/mutants.c) is a violation within the budget, with a replay line that works."""
-    run = nvsim(folder / "nvsim_mutants", range(1, SEEDS + 1), mutant=mutant)
+    run = hunts[mutant].result()
     assert run.returncode != 0 and "VIOLATION: " in run.stderr, f"survived: {MUTANTS[mutant]}"
     replay = run.stderr.split("replay: ")[1].split("\n")[0].split()
     seed = int(replay[2].split("..")[0])

@@ -9,9 +9,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
+
+from tests.lib.pairs import in_pairs
 
 ROOT = Path(__file__).resolve().parents[2]
 REPORT_EXIT = 66
@@ -69,18 +73,34 @@ def reports(log: Path) -> str:
     return "\n".join(path.read_text(errors="replace") for path in sorted(log.parent.glob(f"{log.name}.*")))
 
 
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("kind", ["asan", "tsan"])
-def test_no_report(kind: str, tmp_path: Path) -> None:
+def run_on(kind: str, log: Path) -> subprocess.CompletedProcess[str]:
+    """Build the data plane with a sanitizer and run its tests on that; what the sanitizer reports is in `log`.PID."""
     build = subprocess.run([ROOT / "scripts/build-native", kind], capture_output=True, text=True, timeout=400)
     assert build.returncode == 0, build.stdout + build.stderr
-    log = tmp_path / "report"
     chosen = environment(kind, log) | {"NBDVVOL_NATIVE": str(ROOT / f"build/{kind}/_native.abi3.so")}
     files = [str(ROOT / f"tests/unit/test_plane_{name}.py") for name in TESTS]
     some = ["-k", NOT_TSAN] if kind == "tsan" else []
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout", "300", *some, *files]
-    result = subprocess.run(command, cwd=ROOT, env=chosen, capture_output=True, text=True, timeout=850)
-    assert not reports(log), reports(log)[:20_000]
+    return subprocess.run(command, cwd=ROOT, env=chosen, capture_output=True, text=True, timeout=850)
+
+
+@pytest.fixture(scope="module")
+def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("reports")
+
+
+@pytest.fixture(scope="module")
+def runs(request: pytest.FixtureRequest, logs: Path) -> Iterator[dict[str, Future[subprocess.CompletedProcess[str]]]]:
+    with in_pairs(request, "sanitizer", lambda kind: run_on(kind, logs / kind)) as found:
+        yield found
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("sanitizer", ["asan", "tsan"])
+def test_no_report(runs: dict[str, Future[subprocess.CompletedProcess[str]]], logs: Path, sanitizer: str) -> None:
+    result = runs[sanitizer].result()
+    found = reports(logs / sanitizer)
+    assert not found, found[:20_000]
     assert result.returncode == 0, (result.stdout + result.stderr)[-20_000:]
 
 
