@@ -211,6 +211,12 @@ async def test_what_a_log_holds_is_recovered_first(bench: Bench) -> None:
     assert bench.reports.answer("dirty").log == HELD.hex()
 
 
+def test_every_log_that_is_not_the_right_one_is_called_by_what_it_is() -> None:
+    words = writelog_module._VERDICTS
+    assert set(words) == set(LogVerdict) - {LogVerdict.USABLE}
+    assert len(set(words.values())) == len(words)
+
+
 async def test_it_is_not_served_without_a_log_that_holds_data(bench: Bench) -> None:
     gone = {"held": HELD.hex(), "file": str(bench.folder / "gone")}
     await bench.take(bench.spec(gone))

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +17,7 @@ from nbdvvol.dataplane.errors import PlaneError
 from nbdvvol.dataplane.types import CacheMode, CachePolicy, CacheStats, Run
 from tests.lib import nbdwords as w
 from tests.lib.rawio import STYLES, Style
+from tests.unit.mirror_rig import MirrorRig
 from tests.unit.plane_rig import Rig, describe, eventually, running
 
 SIZE = 4 << 20
@@ -138,6 +141,52 @@ def test_a_stream_is_read_ahead(cached: Rig) -> None:
     assert found.ahead <= 256 + 16
 
 
+def test_reading_ahead_grows_with_a_stream_and_shrinks_when_it_was_in_vain(cached: Rig) -> None:
+    most = 64
+    volume, _, content = opened(cached, CachePolicy(CacheMode.READ, ahead_bytes=most * BLOCK))
+    client, position = cached.connect(volume, SIZE), 0
+
+    def read(blocks: int) -> int:
+        """Go on; how far ahead of the reader it has been fetched, in blocks."""
+        nonlocal position
+        for _ in range(blocks):
+            assert client.read(position * BLOCK, BLOCK) == content[position * BLOCK : (position + 1) * BLOCK]
+            position += 1
+            eventually("all is there that was asked for", settled)
+        return furthest() - position
+
+    def furthest() -> int:
+        found = stats(cached, volume)
+        return found.ahead + found.misses  # all of them in order, each block once
+
+    def settled() -> bool:
+        found = stats(cached, volume)
+        return found.filled == found.ahead + found.misses
+
+    assert read(1) == 0, "one request is no stream"
+    assert 0 < read(1) <= 4, "a stream that has just begun is hardly trusted"
+    assert 4 < read(8) <= 16
+    assert most // 2 - 1 <= read(100) <= most
+    before = stats(cached, volume)
+    cached.wait(cached.plane.cache_volume(volume, CachePolicy()))
+    cached.wait(cached.plane.cache_volume(volume, CachePolicy(CacheMode.READ, ahead_bytes=most * BLOCK)))
+    while stats(cached, volume).ahead == before.ahead:
+        assert position < SIZE // BLOCK - 2 * most
+        client.read(position * BLOCK, BLOCK)
+        position += 1
+    assert stats(cached, volume).ahead - before.ahead <= most // 4, "what was fetched was gone again"
+
+
+def test_nothing_is_fetched_ahead_of_who_reads_here_and_there(cached: Rig) -> None:
+    volume, _, content = opened(cached, CachePolicy(CacheMode.READ, ahead_bytes=256 << 10))
+    client = cached.connect(volume, SIZE)
+    blocks = list(range(0, SIZE // BLOCK, 3))
+    random.Random(3).shuffle(blocks)
+    for block in blocks[:200]:
+        assert client.read(block * BLOCK, BLOCK) == content[block * BLOCK : (block + 1) * BLOCK]
+    assert stats(cached, volume).ahead == 0
+
+
 def test_a_client_with_many_requests_under_way_is_not_read_ahead_of(cached: Rig) -> None:
     """It asks for what would be fetched ahead at once: both would read the same from the storage."""
     volume, number, content = opened(cached, CachePolicy(CacheMode.READ, ahead_bytes=512 << 10))
@@ -195,6 +244,46 @@ def test_floors_are_cut_to_half_of_the_cache(cached: Rig) -> None:
     second = cached.call(cached.plane.open_volume, describe(SIZE, [Run(0, SIZE, number, 0)]))
     cached.wait(cached.plane.cache_volume(second, CachePolicy(CacheMode.READ, floor_bytes=CACHE)))
     assert stats(cached, first).floor_bytes == stats(cached, second).floor_bytes == CACHE // 4
+
+
+@pytest.mark.parametrize("floor", [0, CACHE // 4], ids=["none", "floor"])
+def test_a_floor_is_what_neighbours_cannot_take(cached: Rig, floor: int) -> None:
+    """Another volume reads more than the cache holds, at random, most of it twice."""
+    mine, number, content = opened(cached, CachePolicy(CacheMode.READ, floor_bytes=floor))
+    other = cached.call(cached.plane.open_volume, describe(SIZE, [Run(0, SIZE, number, 0)]))
+    cached.wait(cached.plane.cache_volume(other, READ))
+    blocks = list(range(SIZE // BLOCK))
+    held = blocks[: CACHE // 4 // BLOCK]
+    rand = random.Random(4)
+    client, greedy = cached.connect(mine, SIZE), cached.connect(other, SIZE)
+    rand.shuffle(held)
+    for block in held:
+        client.read(block * BLOCK, BLOCK)
+    for _ in range(3):
+        rand.shuffle(blocks)
+        for cookie in [greedy.send(w.CMD_READ, block * BLOCK, BLOCK) for block in blocks]:
+            greedy.wait(cookie).check()
+    before = stats(cached, mine)
+    for block in held:
+        assert client.read(block * BLOCK, BLOCK) == content[block * BLOCK : (block + 1) * BLOCK]
+    hits = stats(cached, mine).hits - before.hits
+    assert cached.call(cached.plane.cache_totals).evictions > len(blocks)
+    assert hits == len(held) if floor else hits < len(held) // 4
+
+
+def test_writes_go_through_to_all_legs(tmp_path: Path) -> None:
+    rig = MirrorRig(tmp_path, cache_bytes=CACHE)
+    try:
+        volume = rig.serve()
+        rig.wait(rig.plane.cache_volume(volume, WRITETHROUGH))
+        client, data = rig.client(), os.urandom(8 * BLOCK)
+        client.write(BLOCK, data)
+        assert [rig.bytes_of(leg)[BLOCK : 9 * BLOCK] for leg in (1, 2)] == [data, data]
+        found = stats(rig, volume)
+        assert (found.written, client.read(BLOCK, 8 * BLOCK)) == (8, data)
+        assert stats(rig, volume).hits - found.hits == 8
+    finally:
+        rig.close()
 
 
 def test_bad_policies_and_missing_memory_are_refused(cached: Rig) -> None:

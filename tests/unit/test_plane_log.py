@@ -5,6 +5,7 @@ That no acknowledged write is lost and no read too old is judged in the simulato
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 from collections.abc import Iterator
@@ -219,6 +220,35 @@ def test_another_log_is_refused_and_nothing_is_served(rig: Rig, held: bytes | No
     emptied = Logged(rig, discard=True)
     assert emptied.found.verdict is LogVerdict.USABLE
     assert emptied.connect().read(0, BLOCK) == bytes(BLOCK)
+
+
+@pytest.mark.parametrize(
+    ("other", "verdict"),
+    [
+        ({"uuid": b"another VVol's id"[:16]}, LogVerdict.OTHER_VVOL),
+        ({"epoch": 1}, LogVerdict.REGISTRY_OLD),
+        ({"generation": 1}, LogVerdict.REGISTRY_OLD),
+    ],
+    ids=["vvol", "epoch", "generation"],
+)
+def test_a_log_of_another_vvol_or_of_what_comes_later_is_refused(
+    rig: Rig, other: dict[str, object], verdict: LogVerdict
+) -> None:
+    """An older registry gives an epoch or a generation that the log has seen the end of."""
+    disk = rig.file_object(SIZE)
+    made = dataclasses.replace(describe(SIZE, [Run(0, SIZE, disk, 0)]), epoch=2, generation=2)
+    log, held = rig.file_object(LOG, "log"), None
+    for desc in (made, dataclasses.replace(made, **other)):  # type: ignore[arg-type]
+        volume = rig.call(rig.plane.open_volume, desc)
+        found = rig.wait(rig.plane.open_log(volume, log, 0, LOG, LogPolicy(held=held, age_ms=LAZY)))
+        client = rig.connect(volume, SIZE)
+        if held is None:
+            rig.call(rig.plane.allow_log, volume)
+            client.write(0, b"x" * BLOCK)
+            held = found.id
+        rig.wait(rig.plane.close_volume(volume))
+    assert found.verdict is verdict
+    assert rig.path("disk").read_bytes()[:BLOCK] == bytes(BLOCK), "nothing of it is carried to the other's place"
 
 
 def test_no_log_where_there_is_none(rig: Rig) -> None:

@@ -32,6 +32,7 @@ TESTS = [
     "remote_bad",
     "trace",
     "cache",
+    "cache_stress",
     "log",
     "log_fail",
 ]
