@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import random
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,8 +20,10 @@ from typing import Any
 
 import pytest
 
-from nbdvvol.dataplane.types import ReactorStats, Run
+from nbdvvol.dataplane.log import LogPolicy
+from nbdvvol.dataplane.types import CacheMode, CachePolicy, ReactorStats
 from perf import counts, generators
+from perf.plane import shuffled
 from tests.lib import nbdwords as w
 from tests.lib.rawio import Request, Style
 from tests.unit.plane_rig import Client, Rig, running
@@ -31,6 +34,11 @@ READS = 32
 WRITES = 15
 """A batch of them fits into one receive chunk."""
 BATCHES = 50
+CACHES = {"hit": 2 << 20, "churn": SIZE // 4}
+"""Bytes of the host's cache, where a lane has one."""
+LOG = 64 << 20
+MANY = 50_000
+"""Runs of a map; `python -m perf counts` has a million of them, which take seconds to write down."""
 START_UP = 4
 """Of the whole run: what attaching a tracer, or a batch before, may leave over."""
 
@@ -68,17 +76,28 @@ LIMITS = {
     # A file in memory: the payload is stored through the view; the ring has the receives and the sends of the replies.
     # 300 of the instructions move 4 KiB past the processor's cache; 130 would move them through it, in more time.
     "store": Limits(receives=2, ring_entries=4, system_calls=6, instructions=WRITES * 2800),
+    # Blocks in the cache: the send reads its frames, as the pages of a file in memory.
+    "hit": Limits(receives=1, ring_entries=2, system_calls=5, instructions=READS * 1700),
+    # Blocks that push others out: a ring read each, a copy into a frame; nothing of it takes memory from anybody.
+    "churn": Limits(receives=1, ring_entries=2 * READS + 1, system_calls=2 * READS + 2),
+    # Blocks that go into the log: those of a receive are one write of it. The log's own are two, if two receives are.
+    # Of the instructions 4,000 copy and sum up a block.
+    "logged": Limits(receives=2, ring_entries=2 + 2 + 2, system_calls=8, instructions=WRITES * 5500),
 }
 
 
 class Lane:
     """One connection whose reactor's costs are known."""
 
-    def __init__(self, rig: Rig, client: Client, file: int) -> None:
+    def __init__(self, rig: Rig, client: Client, file: int, blocks: list[int]) -> None:
         self.rig = rig
         self.client = client
         self.file = file
         self.thread = 0
+        self.blocks = blocks
+        """Which are asked for; `walks`: other ones with each batch."""
+        self.walks = False
+        self.at = 0
 
     @property
     def answers_at_once(self) -> bool:
@@ -94,10 +113,12 @@ class Lane:
 
     def batch(self, command: int, count: int) -> None:
         """All requests in one send, then all replies."""
+        places = [self.blocks[(self.at + i) % len(self.blocks)] for i in range(count)]
+        self.at += count if self.walks else 0
         payload = bytes(BLOCK) if command == w.CMD_WRITE else b""
         requests = b"".join(
-            self.client.header(Request(command, 0, i * BLOCK, BLOCK), i, payload=bool(payload)) + payload
-            for i in range(count)
+            self.client.header(Request(command, 0, block * BLOCK, BLOCK), i, payload=bool(payload)) + payload
+            for i, block in enumerate(places)
         )
         self.client.stream.send(requests)
         each = (20 + 8 if self.client.agreed.structured else 16) + BLOCK if command == w.CMD_READ else 16
@@ -114,23 +135,51 @@ class Lane:
 
 
 @contextmanager
-def lane(on: str, style: Style = "simple") -> Iterator[Lane]:
-    """A volume on a file of the tree's file system, with or without O_DIRECT, or in memory (tmpfs)."""
+def lane(on: str, style: Style = "simple", run_count: int = 1, size: int = SIZE) -> Iterator[Lane]:
+    """A volume on a file of the tree's file system, with or without O_DIRECT, or in memory (tmpfs).
+
+    With a cache (one of CACHES) or a log ("logged")."""
     before = counts.threads_of(os.getpid())
-    with running(reactors=1, spin_us=0) as rig, tempfile.TemporaryFile(dir=Path(__file__).parent) as disk:
+    cache = CACHES.get(on, 0)
+    with (
+        running(reactors=1, spin_us=0, cache_bytes=cache) as rig,
+        tempfile.TemporaryFile(dir=Path(__file__).parent) as disk,
+    ):
         mine = counts.threads_of(os.getpid()) - before - {rig.thread.native_id or 0}
         file = os.memfd_create("lane") if on == "tmpfs" else os.dup(disk.fileno())
-        os.pwrite(file, os.urandom(SIZE), 0)
+        os.ftruncate(file, size)
         how: dict[str, Any] = {"direct": True, "align": BLOCK} if on == "direct" else {}
+        number = rig.fd_object(file, size, **how)
+        runs = shuffled(size, run_count, number)
+        blocks = range(SIZE // BLOCK) if size == SIZE else random.Random(2).sample(range(size // BLOCK), READS)
+        for block in blocks:
+            at = runs[block].object_offset if run_count > 1 else block * BLOCK
+            os.pwrite(file, os.urandom(BLOCK), at)
         if on == "direct":
             fcntl.fcntl(file, fcntl.F_SETFL, os.O_DIRECT)
-        volume = rig.volume(SIZE, [Run(0, SIZE, rig.fd_object(file, SIZE, **how), 0)], block_min=how.get("align", 1))
-        client = rig.connect(volume, SIZE, style)
-        found = Lane(rig, client, file)
+        volume = rig.volume(size, runs, block_min=how.get("align", 1))
+        if on == "logged":
+            open_log(rig, volume)
+        client = rig.connect(volume, size, style)
+        found = Lane(rig, client, file, list(blocks))
+        if on in CACHES:
+            rig.wait(rig.plane.cache_volume(volume, CachePolicy(CacheMode.READ)))
+            random.Random(1).shuffle(found.blocks)
+            found.walks = on == "churn"
         warm = partial(repeat, 20, partial(found.batch, w.CMD_READ, READS))
         found.thread = counts.busiest_thread(os.getpid(), mine, warm)
         yield found
         os.close(file)
+
+
+def open_log(rig: Rig, volume: int) -> None:
+    """A log from which nothing is carried meanwhile."""
+    log = os.memfd_create("log")
+    os.ftruncate(log, LOG)
+    number = rig.fd_object(log, LOG, direct=True, align=512)
+    os.close(log)
+    rig.wait(rig.plane.open_log(volume, number, 0, LOG, LogPolicy(age_ms=3_600_000)))
+    rig.call(rig.plane.allow_log, volume)
 
 
 def repeat(times: int, what: Callable[[], None]) -> None:
@@ -140,6 +189,8 @@ def repeat(times: int, what: Callable[[], None]) -> None:
 
 def limits_of(found: Lane, on: str, command: int) -> Limits:
     """By what the file system can do: asked, not assumed."""
+    if on in LIMITS:
+        return LIMITS[on]
     if command == w.CMD_WRITE:
         return LIMITS[{"disk": "write", "direct": "direct", "tmpfs": "store"}[on]]
     if on == "tmpfs":
@@ -161,6 +212,10 @@ CASES = [
     pytest.param("direct", "simple", w.CMD_WRITE, WRITES, id="direct-write"),
     pytest.param("tmpfs", "simple", w.CMD_READ, READS, id="tmpfs-read"),
     pytest.param("tmpfs", "simple", w.CMD_WRITE, WRITES, id="tmpfs-write"),
+    pytest.param("hit", "simple", w.CMD_READ, READS, id="cache-hit"),
+    pytest.param("hit", "structured", w.CMD_READ, READS, id="cache-structured-hit"),
+    pytest.param("churn", "simple", w.CMD_READ, READS, id="cache-churn"),
+    pytest.param("logged", "simple", w.CMD_WRITE, WRITES, id="log-write"),
 ]
 
 
@@ -195,3 +250,17 @@ def test_allocations_and_instructions(on: str, style: Style, command: int, count
         assert counts.allocations(profile) <= limits.allocations
         if limits.instructions is not None:
             assert profile.instructions <= limits.instructions, profile.own.most_common(12)
+
+
+def test_a_map_of_very_many_runs_takes_no_more_instructions(steps: Path) -> None:
+    """Neighbours of the volume are strangers in the object: at most 3 % more than one region, read at random."""
+    counted = []
+    for run_count in (1, MANY):
+        with lane("tmpfs", run_count=run_count, size=MANY * BLOCK) as found:
+            work = partial(found.batch, w.CMD_READ, READS)
+            one, four = (
+                counts.stepped(steps, os.getpid(), found.thread, partial(repeat, times, work)).instructions
+                for times in (1, 4)
+            )
+            counted.append(four - one)
+    assert counted[1] <= 1.03 * counted[0]
