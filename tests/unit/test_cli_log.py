@@ -40,7 +40,7 @@ def test_logs_have_a_table(live: bool) -> None:
     heads, [row] = next(table for table in found if table[0][0] == "logged")
     told = dict(zip(heads, map(str, row), strict=True))
     assert (told["logged"], told["state"], told["dirty"], told["oldest"]) == ("vm1/a", "serving", "1MiB", "3s")
-    assert (told["used"], told["size"]) == ("2MiB", "8MiB")
+    assert (told["used"], told["size"], told["destage/s"]) == ("2MiB", "8MiB", "512KiB")
     assert told["requests/s" if live else "requests"] == ("200" if live else "900")
 
 

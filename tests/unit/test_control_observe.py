@@ -27,6 +27,7 @@ from nbdvvol.model.observe import (
     ExportCounters,
     HostCache,
     HostCounters,
+    LogCounters,
     ReactorCounters,
     StageTimes,
     TracedRequest,
@@ -51,6 +52,10 @@ def host_counters(fake: FakeFilter, **more: Any) -> HostCounters:
         cache=CacheCounters(
             mode="read", hit_ratio=0.5, hits=31, misses=32, filled=33, refused=34, written=35, ahead=36, ahead_used=37,
             held_bytes=38, floor_bytes=39, ram_bytes=40,
+        ),
+        log=LogCounters(
+            state="serving", ring_bytes=45, used_bytes=46, dirty_bytes=47, lost_bytes=48, oldest_age_ms=4900,
+            destage_rate=50, logged=51, bypassed=52, groups=53, syncs=54, destaged_bytes=55, merged_bytes=56,
         ),
     )  # fmt: skip
     reactor = ReactorCounters(
@@ -167,6 +172,19 @@ async def test_a_scrape_has_everything_in_prometheus_form(api: Api) -> None:
         series("vvol_cache_held_bytes", **export): 38,
         series("vvol_cache_floor_bytes", **export): 39,
         series("vvol_cache_on", **export): 1,
+        series("vvol_log_serving", **export): 1,
+        series("vvol_log_size_bytes", **export): 45,
+        series("vvol_log_used_bytes", **export): 46,
+        series("vvol_log_dirty_bytes", **export): 47,
+        series("vvol_log_lost_bytes", **export): 48,
+        series("vvol_log_oldest_age_seconds", **export): 4.9,
+        series("vvol_log_destage_bytes_per_second", **export): 50,
+        series("vvol_log_logged_requests_total", **export): 51,
+        series("vvol_log_bypassed_requests_total", **export): 52,
+        series("vvol_log_groups_total", **export): 53,
+        series("vvol_log_syncs_total", **export): 54,
+        series("vvol_log_destaged_bytes_total", **export): 55,
+        series("vvol_log_merged_bytes_total", **export): 56,
         series("host_cache_bytes", host="local"): 41,
         series("host_cache_used_bytes", host="local"): 42,
         series("host_cache_pinned_bytes", host="local"): 43,

@@ -269,6 +269,30 @@ class TestSuites:
             assert names and len(set(names)) == len(names)
             assert all(suite.spec(p) for p in names)
 
+    def test_fios_jobs_cover_what_was_asked_for(self) -> None:
+        """Random and sequential, read, write, mixed 70/30, 4 KiB to 1 MiB, depth 1 to 256, 1 to 16 connections."""
+        found = [suites.load(name) for name in suites.names()]
+        jobs = [suite.spec(one) for suite in found if suite.generator == "fio" for one in suite.point_names()]
+        kinds = {job["rw"] for job in jobs}
+        assert kinds >= {"randread", "randwrite", "read", "write", "randrw", "randtrim", "trimwrite"}
+        assert {job["rwmixread"] for job in jobs if job["rw"] == "randrw"} == {"70"}
+        sizes = {suites.bytes_of(job["bs"]) for job in jobs if "bs" in job}
+        assert (min(sizes), max(sizes)) == (4 << 10, 1 << 20)
+        depths = {int(job["iodepth"]) for job in jobs}
+        assert (min(depths), max(depths)) == (1, 256)
+        assert max(int(job.get("numjobs", "1")) for job in jobs) == 16
+        assert {job["fsync"] for job in jobs if "fsync" in job} >= {"1", "32"}
+        assert any("loops" in job and "verify_backlog" in job for job in jobs), "a long verification"
+        assert {suite.backend for suite in found} == {"tmpfs", "disk", "null"}
+
+    def test_every_server_that_was_named_takes_part(self) -> None:
+        asked = "nbdkit-file nbdkit-memory nbdkit-null qemu-nbd-uring qemu-nbd-threads qemu-storage-daemon nbd-server"
+        beside = "nbdkit-cache nbdkit-writeback qemu-writeback ceiling"
+        found = [suites.load(name) for name in suites.names()]
+        took = {peer.name for suite in found for peer in run.wanted(run.Options(), suite)}
+        assert took >= {*asked.split(), *beside.split()}
+        assert {suite.name for suite in found if suite.storage} >= {"core", "disk", "writeback"}
+
     def test_a_load_becomes_a_command_line(self) -> None:
         load = suites.Load(mix="read=100", block="4k", depth=8, sequential=True, spin_us=0)
         text = " ".join(load.arguments())
