@@ -88,6 +88,7 @@
 #define NV_LOG_ENTRIES 160u                    /* of a record: with its fixed part they fit one unit */
 #define NV_LOG_DATA_UNITS 128u                 /* of a record: 512 KiB */
 #define NV_LOG_RECORD_UNITS (1u + NV_LOG_DATA_UNITS)
+#define NV_LOG_ENTRIES_BESIDE 32u              /* so many are written beside whatever is under way */
 #define NV_LOG_GROUPS 6u                       /* 4 under way, one that is being built, one to spare */
 #define NV_LOG_GROUPS_UNDER_WAY 4u
 #define NV_LOG_RESERVE_MAX (1u << 20)          /* of the ring, for tombstones and BEGIN; less of a small ring */

@@ -1,6 +1,9 @@
 /*
  * Group commit: writes gather in a group, which becomes one record, written at once; the next group gathers meanwhile. At
  * most NV_LOG_GROUPS_UNDER_WAY are under way; they complete in any order and are acknowledged in the order of the ring.
+ *
+ * A record costs the device and us nearly as much with one block as with eight. So beside others that are under way one
+ * begins only when it is as large as all of them together, or large by itself; until then it gathers.
  */
 #include <string.h>
 
@@ -264,12 +267,24 @@ static void write_pad(struct nv_log *log, struct nv_log_group *group)
     log->head += group->pad_units * (uint64_t)NV_LOG_UNIT;
 }
 
+/* Shall it begin now? The end of each one that is under way asks again. */
+static bool begins(const struct nv_log *log, const struct nv_log_group *group)
+{
+    uint32_t entries = 0;
+
+    if (log->in_flight == NV_LOG_GROUPS_UNDER_WAY)
+        return false;
+    for (const struct nv_log_group *other = log->flight; other; other = other->next)
+        entries += other->count;
+    return group->count >= entries || group->count >= NV_LOG_ENTRIES_BESIDE;
+}
+
 void nv_log_submit(struct nv_log *log)
 {
     struct nv_log_group *group = log->building;
     struct nv_log_head head;
 
-    if (!group || log->in_flight == NV_LOG_GROUPS_UNDER_WAY)
+    if (!group || !begins(log, group))
         return;
     assert(group->count > 0);
     log->building = NULL;

@@ -17,6 +17,8 @@
  *  13  a bypass runs beside an older read from below               nv_log_reading
  *  14  what cannot be read from the log counts as settled         nv_log_spoil
  *  15  what comes late is held by a log that is void already      nv_log_hold
+ *  16  of a full log all there is is one batch                    nv_log_move_tail
+ *  17  a full log has no more destage writes under way than a calm one
  */
 #include "log/state.h"
 #include "sim/mutant.h"
@@ -51,6 +53,8 @@ void __real_nv_log_spoil(struct nv_log *log, uint64_t number);
 void __wrap_nv_log_spoil(struct nv_log *log, uint64_t number);
 void __real_nv_log_hold(struct nv_log *log, struct nv_log_request *request);
 void __wrap_nv_log_hold(struct nv_log *log, struct nv_log_request *request);
+void __real_nv_log_move_tail(struct nv_log *log);
+void __wrap_nv_log_move_tail(struct nv_log *log);
 
 bool __wrap_nv_log_sync(struct nv_log *log, struct nv_log_sync_wait *wait)
 {
@@ -160,4 +164,13 @@ void __wrap_nv_log_hold(struct nv_log *log, struct nv_log_request *request)
         nv_log_push(&log->held, request);
     else
         __real_nv_log_hold(log, request);
+}
+
+void __wrap_nv_log_move_tail(struct nv_log *log)
+{
+    if (mutant(16))
+        log->destager.most = NV_LOG_BATCH;
+    if (mutant(17))
+        log->config.runs = NV_LOG_RUNS_CALM;
+    __real_nv_log_move_tail(log);
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -48,6 +49,10 @@ def test_a_crash_at_every_step(folder: Path, seed: str) -> None:
     assert result.returncode == 0, result.stderr
 
 
+FULL_WAIT_MS = 100
+"""What a batch may take; who waits for room waits for the end of one."""
+FULL_RATE = 1.5
+"""Beside the writers' own 16 writes below there are 16 that make room."""
 MUTANTS = {
     "FUA is answered before the log is durable": (1, "1..300"),
     "the tail moves before what is below is flushed": (2, "1..300"),
@@ -78,6 +83,34 @@ def hunts(request: pytest.FixtureRequest, folder: Path) -> Iterator[Hunts]:
 
     with in_pairs(request, "bug", hunt) as found:
         yield found
+
+
+def of_a_full_log(program: Path, mutant: int = 0) -> tuple[float, int]:
+    """By the simulated clock: the rate of writes over that without a log, and the longest wait in milliseconds."""
+    result = run(program, "64", mutant=mutant)
+    found = re.fullmatch(r"(\d+) writes a second, (\d+) without a log, longest wait (\d+) ms\n", result.stdout)
+    assert result.returncode == 0 and found, result.stdout + result.stderr
+    rate, without, longest_ms = (int(word) for word in found.groups())
+    return rate / without, longest_ms
+
+
+def test_a_full_log_is_faster_than_none_and_nobody_waits_for_long(folder: Path) -> None:
+    rate, longest_ms = of_a_full_log(folder / "nvlogfull")
+    assert rate >= FULL_RATE and longest_ms <= FULL_WAIT_MS
+
+
+def test_a_record_begins_beside_others_when_it_is_as_large_as_they_are(folder: Path) -> None:
+    """Single writes, and a device that answers none: records of 1, 1, 2 and 4 blocks, and then four are under way."""
+    result = run(folder / "nvlogfull", "--records")
+    assert (result.returncode, result.stdout) == (0, "1 2 2 3 3 3 3 4 4 4 4 4 4 4 4 4\n"), result.stderr
+
+
+def test_somebody_waits_for_long_where_all_that_is_logged_is_one_batch(folder: Path) -> None:
+    assert of_a_full_log(folder / "nvlogfull_mutants", mutant=16)[1] > FULL_WAIT_MS
+
+
+def test_it_is_slower_where_a_full_log_is_carried_like_a_calm_one(folder: Path) -> None:
+    assert of_a_full_log(folder / "nvlogfull_mutants", mutant=17)[0] < FULL_RATE
 
 
 @pytest.mark.parametrize("bug", MUTANTS)
