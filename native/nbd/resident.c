@@ -39,6 +39,22 @@ static inline __attribute__((always_inline)) uint8_t *look(const struct nv_conn 
     return nv_volume_look(map, request->offset, request->length, &request->v.piece.object);
 }
 
+/*
+ * Have the head of a block fetched into the processor's cache: by the time it is used, the page walk and the first misses are
+ * over. Unrolled: the loop's own steps were a fifth of what a read costs.
+ */
+static inline __attribute__((always_inline)) void fetch(const uint8_t *at, uint64_t length, const int write)
+{
+    if (__builtin_expect(length >= NV_PREFETCH_BYTES, 1)) {
+#pragma GCC unroll 64
+        for (uint32_t i = 0; i < NV_PREFETCH_BYTES; i += LINE)
+            __builtin_prefetch(at + i, write);
+        return;
+    }
+    for (uint32_t i = 0; i < length; i += LINE)
+        __builtin_prefetch(at + i, write);
+}
+
 bool nv_resident_take(struct nv_request *request)
 {
     const struct nv_conn *conn = request->conn;
@@ -49,8 +65,7 @@ bool nv_resident_take(struct nv_request *request)
     at = look(conn, request, conn->local->map);
     if (!at)
         return false;
-    for (uint32_t i = 0; i < NV_PREFETCH_BYTES && i < request->length; i += LINE)
-        __builtin_prefetch(at + i); /* by the time of the send, the page walk and the first misses are over */
+    fetch(at, request->length, 0);
     request->buffer = at;
     request->memory = NV_MEMORY_VIEW;
     return true;
@@ -61,8 +76,8 @@ void nv_resident_expect(const struct nv_request *request)
     struct nv_object *object;
     const uint8_t *at = nv_volume_look(request->conn->local->map, request->offset, request->length, &object);
 
-    for (uint32_t i = 0; at && i < NV_PREFETCH_BYTES && i < request->length; i += LINE)
-        __builtin_prefetch(at + i, 1);
+    if (at)
+        fetch(at, request->length, 1);
 }
 
 /* ---- reads that start again ---- */

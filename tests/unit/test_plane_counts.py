@@ -59,7 +59,7 @@ LIMITS = {
     # Pages in the page cache of a disk's file system: an answer without the ring. Entries: the receive, the send.
     "resident": Limits(receives=1, ring_entries=2, system_calls=READS + 2, instructions=READS * 1700),
     # A file in memory: the send reads its pages. Calls: the send, arming the receive, collecting it, one to sleep.
-    "view": Limits(receives=1, ring_entries=1, system_calls=4, instructions=READS * 1150),
+    "view": Limits(receives=1, ring_entries=1, system_calls=4, instructions=READS * 950),
     # File systems without RWF_NOWAIT: the ring does each read, in a thread of the kernel's, and each may be
     # answered by a send of its own. Calls: at most one a completion, and one to sleep.
     "ring": Limits(receives=1, ring_entries=2 * READS + 1, system_calls=2 * READS + 2),
@@ -75,7 +75,7 @@ LIMITS = {
     ),
     # A file in memory: the payload is stored through the view; the ring has the receives and the sends of the replies.
     # 300 of the instructions move 4 KiB past the processor's cache; 130 would move them through it, in more time.
-    "store": Limits(receives=2, ring_entries=4, system_calls=6, instructions=WRITES * 2800),
+    "store": Limits(receives=2, ring_entries=4, system_calls=6, instructions=WRITES * 2550),
     # Blocks in the cache: the send reads its frames, as the pages of a file in memory.
     "hit": Limits(receives=1, ring_entries=2, system_calls=5, instructions=READS * 1700),
     # Blocks that push others out: a ring read each, a copy into a frame; nothing of it takes memory from anybody.
