@@ -52,6 +52,9 @@
 #define NV_RX_CHUNK (64u << 10)                /* receive chunk; the private one bounds idle memory */
 #define NV_INLINE_PAYLOAD (16u << 10)          /* a payload up to this is received with its neighbours, into the chunk */
 #define NV_RX_WINDOW_MIN 512u                  /* receive size right after a large payload */
+#define NV_RX_LOW_WATER (128u << 10)           /* so much of a large payload is waited for at once, on TCP */
+#define NV_RX_BULK (64u << 10)                 /* a payload from here on is bulk: its sender is at work, nobody spins for it */
+#define NV_BRISK_TURNS 64u                     /* so long a connection with smaller requests is spun for */
 #define NV_TX_REQUESTS 256u                    /* replies gathered into one send */
 #define NV_TX_IOV (2u * NV_TX_REQUESTS)
 #define NV_TX_BYTES (1u << 20)                 /* soft: no further reply joins a send beyond it */
@@ -127,6 +130,7 @@
 #define NV_SHARE_MEMORY 16u                    /* turns after which a volume that was served counts as idle */
 
 /* TLS: ciphertext of one connection, memory taken only while it waits */
+#define NV_TLS_RECORD (16u << 10)               /* plaintext of one record at most (RFC 8446, 5.1) */
 #define NV_TLS_RECEIVE (32u << 10)             /* one receive of ciphertext */
 #define NV_TLS_CHUNK (64u << 10)
 #define NV_TLS_INPUT_MAX (128u << 10)          /* received, not yet read as plaintext */

@@ -156,6 +156,18 @@ void nv_io_reset_on_close(nv_handle handle)
     setsockopt(handle, SOL_SOCKET, SO_LINGER, &none, sizeof none); /* where it fails there is nothing to reset */
 }
 
+bool nv_io_low_water(nv_handle handle, uint32_t bytes)
+{
+    const int low = (int)bytes;
+    int domain = AF_UNIX;
+    socklen_t length = sizeof domain;
+
+    assert(bytes > 0 && bytes <= NV_SOCKET_BUFFER);
+    if (getsockopt(handle, SOL_SOCKET, SO_DOMAIN, &domain, &length) < 0 || domain == AF_UNIX)
+        return false; /* a unix socket takes the option and wakes its reader for every byte all the same */
+    return setsockopt(handle, SOL_SOCKET, SO_RCVLOWAT, &low, sizeof low) == 0;
+}
+
 bool nv_io_hung_up(nv_handle handle)
 {
     struct pollfd look = {.fd = handle, .events = POLLRDHUP};

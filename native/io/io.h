@@ -39,6 +39,7 @@ enum nv_op_kind {
 #define NV_OP_WHOLE 2u                  /* RECV: wait until the buffer is full or the stream ends */
 #define NV_OP_TRY_NOW 4u                /* READ: try without blocking at submission (page cache) */
 #define NV_OP_NOW_UNSUPPORTED 8u        /* set by the port: TRY_NOW can never work on this handle */
+#define NV_OP_LATER 32u                 /* RECV: not before the socket's low water has come, or the stream's end */
 #define NV_OP_NOW 16u                   /* READ, WRITE, SYNC: done at submission; for handles in memory only */
 
 #define NV_EXTENT_HOLE 1u               /* equal to the NBD base:allocation bits */
@@ -147,6 +148,11 @@ void nv_io_shutdown(nv_handle handle);
 void nv_io_shutdown_send(nv_handle handle);
 /* A TCP connection: nv_io_close() ends it at once, and what has not been sent is dropped. */
 void nv_io_reset_on_close(nv_handle handle);
+/*
+ * So many bytes must have come before a RECV with NV_OP_LATER begins (fewer where the socket's buffer is small); until the
+ * next call. Whoever asks for more than the peer is sure to send waits for ever. False: this kind of socket has none.
+ */
+bool nv_io_low_water(nv_handle handle, uint32_t bytes);
 /* True if the peer has closed or shut its sending direction: nothing unparsed may start any more. */
 bool nv_io_hung_up(nv_handle handle);
 

@@ -8,6 +8,8 @@
 
 #include "io/io_sim_world.h"
 
+#define LOW_WATER_MIN (16u << 10)
+
 int nv_sim_socket(void)
 {
     struct sim_socket *socket = calloc(1, sizeof *socket);
@@ -32,7 +34,8 @@ void sim_socket_free(struct sim_socket *socket)
 bool sim_socket_ready(const struct nv_op *op, const struct sim_socket *socket)
 {
     if (op->kind == NV_OP_RECV)
-        return socket->to_server.size > 0 || socket->client_shut || socket->server_shut;
+        return socket->to_server.size >= (op->flags & NV_OP_LATER ? socket->low_water : 1) || socket->client_shut ||
+               socket->server_shut;
     return socket->to_client.size < socket->to_client.capacity || socket->client_closed || socket->server_shut ||
            socket->server_shut_send;
 }
@@ -72,6 +75,19 @@ static size_t queue_pull(void *context, uint8_t *out, size_t size)
 }
 
 /* ---- the port's side ---- */
+
+/* Sockets with small buffers stand for those that have no low water: a world has both. */
+bool nv_io_low_water(nv_handle handle, uint32_t bytes)
+{
+    struct sim_socket *socket = sim_handle_of(handle, HANDLE_SOCKET)->socket;
+    const size_t most = socket->to_server.capacity / 2;
+
+    assert(bytes > 0);
+    if (most < LOW_WATER_MIN)
+        return false;
+    socket->low_water = bytes < most ? bytes : most;
+    return true;
+}
 
 bool sim_recv(struct nv_op *op, struct sim_socket *socket)
 {

@@ -21,6 +21,7 @@ struct sim_socket {
     bool client_shut, client_closed, client_reset;
     bool server_shut, server_shut_send, server_closed;
     bool hurried;
+    size_t low_water;           /* of a RECV with NV_OP_LATER */
 };
 
 struct handle {

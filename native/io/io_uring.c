@@ -182,6 +182,8 @@ static void prepare_socket(struct io_uring_sqe *sqe, struct nv_op *op)
     if (op->kind == NV_OP_RECV) {
         io_uring_prep_recv(sqe, op->handle, op->iov->iov_base, op->iov->iov_len,
                            op->flags & NV_OP_WHOLE ? MSG_WAITALL : 0);
+        if (op->flags & NV_OP_LATER)
+            sqe->ioprio |= IORING_RECVSEND_POLL_FIRST; /* only a poll heeds the low water */
         return;
     }
     struct msghdr *message = (struct msghdr *)op->port;

@@ -355,14 +355,24 @@ static bool decrypt(struct nv_conn *conn)
     return got > 0;
 }
 
+/* In the middle of a large payload, over a socket that tells when much of it has come. */
+static bool in_bulk(const struct nv_conn *conn)
+{
+    return conn->rx_low_water && conn->rx_state == NV_RX_BODY && conn->current->payload >= NV_RX_BULK;
+}
+
 void nv_conn_parse(struct nv_conn *conn)
 {
+    const bool bulk = in_bulk(conn);
+
     nv_gate_begin(conn);
     do {
         conn->rx_stalled = false;
         while (!conn->rx_done && parse_step(conn))
             ;
     } while (decrypt(conn));
+    if (!bulk && !in_bulk(conn))
+        conn->reactor->brisk_turn = conn->reactor->turn;
 }
 
 bool nv_conn_between_requests(const struct nv_conn *conn)
@@ -378,6 +388,10 @@ static void received(struct nv_op *op)
     const int64_t got = op->result;
 
     conn->rx_pending = false;
+    if (op->flags & NV_OP_LATER) {
+        assert(conn->reactor->bulks > 0);
+        conn->reactor->bulks--;
+    }
     nv_reactor_kick(conn->reactor, conn);
     if (got <= 0) {
         if (got != -ECANCELED)
@@ -418,6 +432,39 @@ static bool receive_target(struct nv_conn *conn)
     return true;
 }
 
+/*
+ * How much to wait for before the next receive: much of a large payload, for each wake-up costs both ends more than the
+ * few bytes it may be for. Never more than the client still owes of this payload. Of its ciphertext TLS may hold a record
+ * already, whose plaintext is still missing here.
+ */
+static uint32_t wanted_at_once(const struct nv_conn *conn)
+{
+    uint32_t owed, most = NV_RX_LOW_WATER;
+
+    if (conn->rx_state != NV_RX_BODY || conn->shut)
+        return 1;
+    assert(conn->rx_filled < conn->current->payload);
+    owed = conn->current->payload - conn->rx_filled;
+    if (conn->tls) {
+        if (owed <= 2 * NV_TLS_RECORD)
+            return 1;
+        owed -= NV_TLS_RECORD;
+        most = NV_TLS_RECEIVE;
+    }
+    return owed < most ? owed : most;
+}
+
+static uint8_t receive_flags(struct nv_conn *conn)
+{
+    const uint32_t bytes = wanted_at_once(conn);
+
+    if (conn->rx_low_water && conn->rx_low_water != bytes && nv_io_low_water(conn->handle, bytes))
+        conn->rx_low_water = bytes;
+    if (conn->rx_low_water > 1)
+        return NV_OP_LATER;
+    return conn->rx_state == NV_RX_BODY && !conn->shut && !conn->tls ? NV_OP_WHOLE : 0;
+}
+
 void nv_conn_arm_receive(struct nv_conn *conn)
 {
     if (conn->rx_pending || conn->rx_done || (conn->rx_stalled && !conn->shut))
@@ -434,7 +481,8 @@ void nv_conn_arm_receive(struct nv_conn *conn)
     else if (!receive_target(conn))
         return;
     conn->rx_op.kind = NV_OP_RECV;
-    conn->rx_op.flags = conn->rx_state == NV_RX_BODY && !conn->shut && !conn->tls ? NV_OP_WHOLE : 0;
+    conn->rx_op.flags = receive_flags(conn);
+    conn->reactor->bulks += conn->rx_op.flags & NV_OP_LATER ? 1 : 0;
     conn->rx_op.handle = conn->handle;
     conn->rx_op.iov = &conn->rx_iov;
     conn->rx_op.iov_count = 1;

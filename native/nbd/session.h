@@ -111,6 +111,7 @@ struct nv_conn {
     struct nv_chunk *private_chunk;
     uint32_t rx_start, rx_end;      /* unparsed bytes of the chunk */
     uint32_t rx_window;             /* how much to receive at once */
+    uint32_t rx_low_water;          /* of the socket; 0: it has none */
     uint64_t received_ns;           /* the last receive's moment, while the reactor records */
     uint32_t rx_filled;             /* BODY: payload bytes present; SKIP: bytes still to throw away */
     struct nv_request *current;

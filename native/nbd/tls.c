@@ -20,7 +20,6 @@
 #include "limits.h"
 #include "nbd/tls_internal.h"
 
-#define RECORD_MAX 16384u /* plaintext bytes of one TLS record */
 
 struct chunk {
     struct chunk *next;
@@ -402,12 +401,12 @@ ssize_t nv_tls_write(struct nv_tls *tls, const struct iovec *vector, int count)
     if (tls->broken || !tls->handshaken)
         return -EPROTO;
     struct cursor at = {.vector = vector, .count = count};
-    unsigned char gathered[RECORD_MAX]; /* headers and small payloads: a record each would cost more than the copy */
+    unsigned char gathered[NV_TLS_RECORD]; /* headers and small payloads: a record each would cost more than the copy */
     size_t total = 0;
     /* Room for a whole record is asked for first (OpenSSL would keep half a record to itself and want the
      * very same bytes again), and some is left for alerts and key updates. */
-    while (tls->output.limit - tls->output.size >= RECORD_MAX + NV_TLS_RESERVE) {
-        size_t size = RECORD_MAX, put = 0;
+    while (tls->output.limit - tls->output.size >= NV_TLS_RECORD + NV_TLS_RESERVE) {
+        size_t size = NV_TLS_RECORD, put = 0;
         const unsigned char *record = cursor_take(&at, size);
         if (!record) {
             record = gathered;

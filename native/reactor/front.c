@@ -494,6 +494,7 @@ int nv_connection_new(nv_plane *plane, struct nv_reactor *reactor, int fd, uint6
         nv_conn_free(conn);
         return error;
     }
+    conn->rx_low_water = nv_io_low_water(conn->handle, 1) ? 1 : 0;
     conn->closed.event.token = token;
     *out = conn;
     return 0;

@@ -366,6 +366,12 @@ static bool idle(struct nv_reactor *reactor)
            !reactor->postponed[0] && !reactor->postponed[1];
 }
 
+/* Only large payloads are under way: who sends them is at work, and being woken for the next part costs less than waiting. */
+static bool bulk_alone(const struct nv_reactor *reactor)
+{
+    return reactor->bulks > 0 && reactor->turn - reactor->brisk_turn > NV_BRISK_TURNS;
+}
+
 /* Busy-wait while it has lately paid off: the length doubles when work came in time and halves when it did not. */
 static bool spin(struct nv_reactor *reactor)
 {
@@ -397,22 +403,31 @@ static void spin_longer(struct nv_reactor *reactor, uint64_t slept_ns)
 
 static void sleep_until_work(struct nv_reactor *reactor)
 {
-    const uint64_t start = nv_io_now_ns(reactor->io);
-
     nv_io_sleep_begin(reactor->io);
     if (idle(reactor)) {
         nv_count(&reactor->counters.sleeps, 1);
         nv_io_sleep(reactor->io, UINT64_MAX);
     }
     nv_io_sleep_end(reactor->io);
-    spin_longer(reactor, nv_io_now_ns(reactor->io) - start);
+}
+
+static void wait_for_work(struct nv_reactor *reactor)
+{
+    uint64_t start;
+
+    if (bulk_alone(reactor)) {
+        sleep_until_work(reactor);
+    } else if (!spin(reactor)) {
+        start = nv_io_now_ns(reactor->io);
+        sleep_until_work(reactor);
+        spin_longer(reactor, nv_io_now_ns(reactor->io) - start);
+    }
 }
 
 void nv_reactor_loop(struct nv_reactor *reactor)
 {
     while (!nv_reactor_finished(reactor)) {
-        if (nv_reactor_turn(reactor) || !idle(reactor) || spin(reactor))
-            continue;
-        sleep_until_work(reactor);
+        if (!nv_reactor_turn(reactor) && idle(reactor))
+            wait_for_work(reactor);
     }
 }

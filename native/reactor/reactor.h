@@ -78,6 +78,8 @@ struct nv_reactor {
     bool stopping;                          /* no new client; connections end */
     bool drained;                           /* while stopping: nothing here starts a piece any more */
     bool ending;                            /* every reactor has drained: what served pieces ends too */
+    uint32_t bulks;                         /* receives under way that wait for much of a large payload */
+    uint64_t brisk_turn;                    /* the last turn in which smaller requests came */
     uint64_t spin_ns;                       /* present length of the busy wait */
     uint64_t spin_max_ns;
     pthread_t thread;

@@ -19,6 +19,7 @@
  *  14  reads do not look into the log                      nv_logged_run
  *  15  blocks written in part are merged in any order      nv_range_enter
  *  16  zeros under a tombstone are a mere hint             nv_volume_below
+ *  17  more is waited for than a client owes              nv_io_low_water
  */
 #include <stdatomic.h>
 #include <stddef.h>
@@ -43,6 +44,8 @@ void __real_nv_volume_below(struct nv_vreq *request);
 void __wrap_nv_volume_below(struct nv_vreq *request);
 bool __real_nv_io_hung_up(nv_handle handle);
 bool __wrap_nv_io_hung_up(nv_handle handle);
+bool __real_nv_io_low_water(nv_handle handle, uint32_t bytes);
+bool __wrap_nv_io_low_water(nv_handle handle, uint32_t bytes);
 
 void __real_nv_trace_note_parsed(struct nv_request *request);
 void __wrap_nv_trace_note_parsed(struct nv_request *request);
@@ -113,6 +116,11 @@ void __wrap_nv_range_enter(struct nv_range_table *table, struct nv_range *range)
 bool __wrap_nv_io_hung_up(nv_handle handle)
 {
     return !mutant(6) && __real_nv_io_hung_up(handle);
+}
+
+bool __wrap_nv_io_low_water(nv_handle handle, uint32_t bytes)
+{
+    return __real_nv_io_low_water(handle, mutant(17) && bytes > 1 ? bytes + 512 : bytes);
 }
 
 void __wrap_nv_trace_note_parsed(struct nv_request *request)

@@ -33,6 +33,7 @@ MUTANTS = {
     14: "reads do not look into the log",
     15: "blocks written in part are merged in any order",
     16: "zeros under a tombstone are a mere hint",
+    17: "more is waited for than a client owes",
 }
 
 Hunts = dict[int, Future[subprocess.CompletedProcess[str]]]

@@ -52,6 +52,16 @@ def describe(size: int, runs: Sequence[Run], *, version: int = 1, start: int = 0
     return VolumeDescription(b"rig-volume-uuid!", size, 1, 1, start, version, (leg,), **extra)
 
 
+Pair = Callable[[], tuple[socket.socket, socket.socket]]
+
+
+def tcp_pair() -> tuple[socket.socket, socket.socket]:
+    """Both ends of a TCP connection over loopback."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        mine = socket.create_connection(server.getsockname())
+        return mine, server.accept()[0]
+
+
 class Client(Transmission):
     """A raw client, and how its connection ended."""
 
@@ -129,7 +139,7 @@ class Rig:
 
     def connect(
         self, volume: int, size: int = 1 << 20, style: Style = "simple", *, early: bytes = b"", tflags: int = ALL_FLAGS,
-        timeout_s: float = 10, **params: Any,
+        timeout_s: float = 10, pair: Pair = socket.socketpair, **params: Any,
     ) -> Client:  # fmt: skip
         """A client in the transmission phase of `volume`."""
         structured = style != "simple"
@@ -138,7 +148,7 @@ class Rig:
         contexts = {"base:allocation": CONTEXT} if structured else {}
         params.setdefault("contexts", tuple(ContextId(number, name) for name, number in contexts.items()))
         wish = ConnectionParams(structured=structured, extended=style == "extended", tflags=flags, **params)
-        mine, theirs = socket.socketpair()
+        mine, theirs = pair()
         self.sockets.append(mine)
 
         async def hand_over() -> asyncio.Future[ConnectionEnd]:

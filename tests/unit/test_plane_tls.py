@@ -29,7 +29,7 @@ from tests.lib import nbdwords as w
 from tests.lib.pki import client_context
 from tests.lib.rawio import Style, Transmission
 from tests.lib.rawnbd import Facts, Haggled, Stream, option_bytes
-from tests.unit.plane_rig import ALL_FLAGS, Rig, eventually, rig, running
+from tests.unit.plane_rig import ALL_FLAGS, Pair, Rig, eventually, rig, running
 
 __all__ = ["rig"]
 SIZE = 1 << 20
@@ -38,9 +38,9 @@ SIZE = 1 << 20
 class Peer:
     """Both ends of one connection: our client's TLS socket and the plane's haggling."""
 
-    def __init__(self, rig: Rig, context: TlsContext, timeout_ms: int = 5000) -> None:
+    def __init__(self, rig: Rig, context: TlsContext, timeout_ms: int = 5000, pair: Pair = socket.socketpair) -> None:
         self.rig = rig
-        self.raw, theirs = socket.socketpair()
+        self.raw, theirs = pair()
         self.raw.settimeout(10)
         self.server: TlsConnection = rig.call(rig.plane.open_tls, theirs.fileno(), context, timeout_ms)
         theirs.close()
@@ -81,9 +81,16 @@ def files(pki: Path, **more: Any) -> TlsConfig:
     return TlsConfig(**{key: str(pki / name) for key, name in names.items()}, **more)
 
 
-def entered(rig: Rig, server: TlsContext, pki: Path, style: Style = "simple", behind: bytes = b"") -> Transmission:
+def entered(
+    rig: Rig,
+    server: TlsContext,
+    pki: Path,
+    style: Style = "simple",
+    behind: bytes = b"",
+    pair: Pair = socket.socketpair,
+) -> Transmission:
     """A client past GO; `behind` is sent in one record with its GO."""
-    peer = Peer(rig, server)
+    peer = Peer(rig, server, pair=pair)
     waiting = rig.start(peer.server.ready())
     peer.handshake(client_context(pki, "vm1"))
     assert waiting.result(10) == "vm1"
