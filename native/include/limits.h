@@ -107,8 +107,13 @@
 #define NV_LOG_BOUNCE_BLOCKS 16u               /* ... of 64 KiB at most */
 #define NV_LOG_SCAN_BYTES (1u << 20)           /* read at once when a log is opened */
 #define NV_LOG_STREAMS 4u                      /* sequential writers that are told apart */
+#define NV_LOG_PACED_MS 10u                    /* of a rate: what one destage write takes, and what it may catch up with */
+#define NV_LOG_PACED_BLOCKS 32u                /* ... but so many blocks at least: 128 KiB */
+#define NV_LOG_PACED_BATCH_MS 1000u            /* ... until the next flush below */
+#define NV_LOG_TIMER_MAX_MS 100u               /* its longest timer: what must end is not held up by one */
 #define NV_LOG_RETRY_MS 1000u                  /* after a destage that failed */
 #define NV_LOG_REST_MS 10u                     /* after a look that found nothing to destage */
+#define NV_LOG_LOST_SPANS 1024u                /* of a log, that are told one by one; the rest as a sum */
 #define NV_LOGGED_SLOTS 384u                   /* requests of one volume in its log at once; others wait */
 #define NV_LOGGED_READ_SLOTS 128u              /* of them, for reads */
 #define NV_LOG_ALIKE_BLOCKS 1024u              /* that a block status looks at one by one */

@@ -327,7 +327,8 @@ typedef struct {
     uint32_t stream_bytes;           /* ... and of who wrote so many in sequence; 0: no difference */
     uint32_t age_ms;                 /* when the oldest logged write is to be carried below */
     uint32_t deadline_ms;            /* a log write that takes longer counts as failed; 0: none does */
-    uint64_t reserved[4];
+    uint64_t destage_rate;           /* bytes a second that are carried below at most, while nobody waits for it; 0: no limit */
+    uint64_t reserved[3];
 } nv_log_policy;
 
 #define NV_LOG_STATE_CLOSED 0        /* refused: every request fails */
@@ -361,10 +362,18 @@ typedef struct {
 int nv_volume_log_open(nv_plane *plane, uint32_t volume, uint32_t object, uint64_t offset, uint64_t length,
                        const nv_log_policy *policy, uint64_t token);
 int nv_volume_log_allow(nv_plane *plane, uint32_t volume);  /* the registry has it: write into it, again if it was drained */
-int nv_volume_log_limit(nv_plane *plane, uint32_t volume, const nv_log_policy *policy); /* bypass, stream, age, deadline */
+int nv_volume_log_limit(nv_plane *plane, uint32_t volume, const nv_log_policy *policy); /* bypass, stream, age, deadline, rate */
 int nv_volume_log_drain(nv_plane *plane, uint32_t volume, uint64_t token);
 int nv_volume_log_forget(nv_plane *plane, uint32_t volume); /* the registry has that nothing in it is to be replayed */
 int nv_volume_log(nv_plane *plane, uint32_t volume, nv_log_status *out);
+typedef struct {
+    uint64_t offset;
+    uint64_t length;
+} nv_log_span;
+
+/* What was logged and can be read nowhere, in the volume's order, 250 ms old at most: how many there are of `capacity`, or
+ * -errno. Event LOG_LOST tells that there is more. */
+int nv_volume_log_lost(nv_plane *plane, uint32_t volume, nv_log_span *out, uint32_t capacity);
 const char *nv_log_verdict_word(uint32_t verdict);
 
 /* ---- a trace: records of single requests of one volume, while it runs; one trace at a time ---- */

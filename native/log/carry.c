@@ -202,18 +202,20 @@ static void start_run(struct nv_log *log, struct nv_log_run *run, uint8_t *memor
     struct nv_log_destager *destager = &log->destager;
     const struct nv_log_pick *first = &destager->batch[destager->next];
     const uint8_t kind = nv_log_version(log, first->number)->kind;
+    const uint32_t most = nv_log_run_most(log);
 
     run->used = true;
     run->memory = memory;
     run->from = destager->next;
     run->count = 1;
-    while (run->from + run->count < destager->count && run->count < NV_LOG_RUN_BLOCKS) {
+    while (run->from + run->count < destager->count && run->count < most) {
         const struct nv_log_pick *next = first + run->count;
         if (next->block != first->block + run->count || !may_go(log, next) || nv_log_version(log, next->number)->kind != kind)
             break;
         run->count++;
     }
     destager->next += run->count;
+    nv_log_took_time(log, run->count);
     run->at = run->next_read = run->reading = 0;
     run->again = false;
     for (uint32_t i = 0; i < run->count; i++)
@@ -226,7 +228,7 @@ static void start_run(struct nv_log *log, struct nv_log_run *run, uint8_t *memor
 
 static uint32_t runs_max(const struct nv_log *log)
 {
-    const uint32_t quarters = (uint32_t)(nv_log_used(log) * 4 / log->ring);
+    const uint32_t quarters = nv_log_quarters(log);
 
     if (log->state == NV_LOG_FAILED || log->draining) /* nobody waits for room */
         return NV_LOG_RUNS_CALM;
@@ -252,6 +254,7 @@ void nv_log_carry_on(struct nv_log *log)
     struct nv_log_destager *destager = &log->destager;
     uint32_t busy = 0;
 
+    destager->waits = false;
     for (uint32_t i = 0; i < NV_LOG_RUNS; i++)
         busy += destager->runs[i].used;
     for (uint32_t i = 0; i < NV_LOG_RUNS; i++) {
@@ -262,6 +265,8 @@ void nv_log_carry_on(struct nv_log *log)
             break;
         if (destager->runs[i].used)
             continue;
+        if (!nv_log_has_time(log))
+            break;
         memory = take_memory(log);
         if (!memory) { /* what is left of the batch is tried again */
             give_up(log);

@@ -1,7 +1,7 @@
 /*
  * Destaging, a batch at a time: the log is synced; of what is synced the oldest versions are taken, of each block the
  * newest synced one, and carried below in the order of the VVol (carry.c); what is below is flushed; then they are settled
- * and the tail moves (super.c). How much is under way depends on how full the log is.
+ * and the tail moves (super.c). How much is under way depends on how full the log is, and on the rate (pace.c).
  */
 #include <stdlib.h>
 
@@ -14,6 +14,15 @@ static bool is_due(const struct nv_log *log, uint64_t now_ns)
     if (log->draining || log->state == NV_LOG_FAILED || log->blocked.first || nv_log_used(log) > log->ring / 4)
         return true;
     return now_ns - log->marks[log->mark_tail & log->mark_mask].since_ns >= log->config.age_ms * 1000000ull;
+}
+
+/* The rate is there to leave storage to others: it counts only while nobody needs what is carried to be over. */
+bool nv_log_paced(const struct nv_log *log)
+{
+    const bool serves = log->state == NV_LOG_SERVING || log->state == NV_LOG_THROUGH;
+
+    return log->config.rate > 0 && serves && !log->draining && !log->stopped && !log->blocked.first &&
+           nv_log_quarters(log) < 3;
 }
 
 void nv_log_rest(struct nv_log *log, bool moved)
@@ -66,9 +75,10 @@ static void pick(struct nv_log *log, uint64_t number, uint64_t limit, bool *left
 static uint32_t batch_max(const struct nv_log *log)
 {
     const bool full = nv_log_used(log) > log->ring / 2 || log->draining || log->state == NV_LOG_FAILED;
-    const uint32_t wish = full ? NV_LOG_BATCH : NV_LOG_BATCH / 8;
+    const uint32_t wish = full ? NV_LOG_BATCH : NV_LOG_BATCH / 8, most = nv_log_batch_most(log);
+    const uint32_t least = log->destager.most < wish ? log->destager.most : wish;
 
-    return log->destager.most < wish ? log->destager.most : wish;
+    return least < most ? least : most;
 }
 
 /* What the last batch says of the next one. */
@@ -77,6 +87,8 @@ static void adapt(struct nv_log *log)
     struct nv_log_destager *destager = &log->destager;
     const uint64_t took_ms = (nv_io_now_ns(log->config.io) - destager->began_ns) / 1000000u;
 
+    if (destager->waited)
+        return;
     if (took_ms > NV_LOG_BATCH_MS)
         destager->most = destager->count / 2 < NV_LOG_BATCH_MIN ? NV_LOG_BATCH_MIN : destager->count / 2;
     else if (took_ms <= NV_LOG_BATCH_MS / 2 && destager->most < NV_LOG_BATCH && destager->count >= destager->most)
@@ -96,7 +108,7 @@ static void collect(struct nv_log *log)
         destager->most = NV_LOG_BATCH / 8;
     max = batch_max(log);
     destager->count = destager->next = 0;
-    destager->failed = destager->carried = false;
+    destager->failed = destager->carried = destager->waited = false;
     destager->began_ns = nv_io_now_ns(log->config.io);
     for (uint64_t number = log->version_tail; number < limit && destager->count < max; number++)
         pick(log, number, limit, &left_out);
@@ -128,6 +140,7 @@ void nv_log_destage(struct nv_log *log)
     const uint64_t now_ns = nv_io_now_ns(log->config.io);
     const bool alive = log->state == NV_LOG_THROUGH || log->state == NV_LOG_SERVING || log->state == NV_LOG_FAILED;
 
+    nv_log_resume(log);
     if (destager->phase != NV_LOG_RESTING || !alive || log->stopped || log->needs_word || now_ns < destager->retry_ns ||
         !is_due(log, now_ns))
         return;

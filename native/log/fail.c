@@ -6,6 +6,9 @@
  *
  * If not even that superblock can be written, control's word is needed (NV_LOG_NEEDS_WORD): it commits that this log is
  * never replayed, and nv_log_forget() says so.
+ *
+ * What takes longer than the deadline has failed, too, and is waited for no more; it may still happen, at any time later. Reads
+ * have no deadline: what can be read only from a device that hangs waits for that.
  */
 #include <errno.h>
 
@@ -65,7 +68,25 @@ void nv_log_fail(struct nv_log *log, int error)
     hold_all(log, &log->waiting);
     hold_all(log, &log->entombing);
     hold_all(log, &log->blocked);
+    nv_log_sync_fails(log, error);
     log->config.event(log->config.context, NV_LOG_FAILING, error);
+}
+
+static bool is_late(const struct nv_log *log, bool under_way, uint64_t since_ns)
+{
+    const uint64_t deadline_ns = log->config.deadline_ms * 1000000ull;
+
+    return under_way && deadline_ns && nv_io_now_ns(log->config.io) - since_ns > deadline_ns;
+}
+
+void nv_log_watch(struct nv_log *log)
+{
+    const struct nv_log_destager *destager = &log->destager;
+
+    if ((log->flight && is_late(log, true, log->flight->since_ns)) || is_late(log, log->syncing, log->sync_since_ns))
+        nv_log_fail(log, -ETIMEDOUT);
+    if (is_late(log, destager->super_out && !destager->given_up, destager->super_since_ns))
+        nv_log_give_up_super(log);
 }
 
 void nv_log_is_void(struct nv_log *log)

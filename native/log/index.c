@@ -2,6 +2,9 @@
  * What is logged: versions, marks and the index (state.h). Linear probing; a slot that becomes free is filled by moving
  * later ones of its chain back, so there are no gravestones and a search ends at the first free slot.
  */
+#include <errno.h>
+#include <stdlib.h>
+
 #include "log/state.h"
 
 static uint64_t hash(const struct nv_log *log, uint64_t block)
@@ -224,4 +227,52 @@ void nv_log_empty(struct nv_log *log)
             drop_block(log, slot);
     }
     log->mark_tail = log->mark_head;
+}
+
+/* ---- what is lost ---- */
+
+static int by_number(const void *left, const void *right)
+{
+    const uint64_t *a = left, *b = right;
+
+    return *a < *b ? -1 : *a > *b;
+}
+
+static uint32_t join(const struct nv_log *log, const uint64_t *blocks, uint64_t count, struct nv_log_span *out, uint32_t max)
+{
+    uint32_t spans = 0;
+
+    for (uint64_t i = 0; i < count; i++) {
+        const uint64_t offset = blocks[i] * NV_LOG_UNIT, left = log->config.size - offset;
+        const uint64_t length = left < NV_LOG_UNIT ? left : NV_LOG_UNIT;
+        if (spans > 0 && out[spans - 1].offset + out[spans - 1].length == offset)
+            out[spans - 1].length += length;
+        else if (spans < max)
+            out[spans++] = (struct nv_log_span){offset, length};
+        else
+            break;
+    }
+    return spans;
+}
+
+int nv_log_lost(const struct nv_log *log, struct nv_log_span *out, uint32_t max)
+{
+    uint64_t *blocks, count = 0;
+    uint32_t spans;
+
+    if (log->lost_blocks == 0)
+        return 0;
+    blocks = malloc(log->lost_blocks * sizeof *blocks);
+    if (!blocks)
+        return -ENOMEM;
+    for (uint64_t number = log->version_tail; number < log->version_head; number++) {
+        const struct nv_log_version *version = nv_log_version(log, number);
+        if (version->bad && version->state != NV_LOG_SETTLED && nv_log_newest(log, version->block) == number)
+            blocks[count++] = version->block;
+    }
+    assert(count == log->lost_blocks);
+    qsort(blocks, count, sizeof *blocks, by_number);
+    spans = join(log, blocks, count, out, max);
+    free(blocks);
+    return (int)spans;
 }

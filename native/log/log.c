@@ -185,7 +185,8 @@ void nv_log_free(struct nv_log *log)
 bool nv_log_idle(const struct nv_log *log)
 {
     bool busy = log->in_flight || log->syncing || log->below_busy || log->opening ||
-                log->destager.phase != NV_LOG_RESTING;
+                log->destager.phase != NV_LOG_RESTING || log->destager.timer_out ||
+                log->destager.super_out;
 
     for (uint32_t i = 0; i < NV_LOG_BOUNCES; i++)
         busy |= log->bounces[i].used;
@@ -333,10 +334,7 @@ void nv_log_pump(struct nv_log *log)
 
 void nv_log_tick(struct nv_log *log)
 {
-    const uint64_t now_ns = nv_io_now_ns(log->config.io);
-
-    if (log->flight && log->config.deadline_ms && now_ns - log->flight->since_ns > log->config.deadline_ms * 1000000ull)
-        nv_log_fail(log, -ETIMEDOUT);
+    nv_log_watch(log);
     nv_log_pump(log);
 }
 
@@ -348,13 +346,16 @@ void nv_log_allow(struct nv_log *log)
     log->state = NV_LOG_SERVING;
 }
 
-void nv_log_limit(struct nv_log *log, uint32_t bypass_bytes, uint32_t stream_bytes, uint32_t age_ms, uint32_t deadline_ms)
+void nv_log_limit(struct nv_log *log, const struct nv_log_limits *limits)
 {
-    assert(bypass_bytes <= NV_LOG_BYPASS_MAX);
-    log->config.bypass_bytes = bypass_bytes;
-    log->config.stream_bytes = stream_bytes;
-    log->config.age_ms = age_ms;
-    log->config.deadline_ms = deadline_ms;
+    assert(limits->bypass_bytes <= NV_LOG_BYPASS_MAX);
+    log->config.bypass_bytes = limits->bypass_bytes;
+    log->config.stream_bytes = limits->stream_bytes;
+    log->config.age_ms = limits->age_ms;
+    log->config.deadline_ms = limits->deadline_ms;
+    if (log->config.rate != limits->rate)
+        log->destager.due_ns = 0; /* what has been carried was weighed by the old one */
+    log->config.rate = limits->rate;
 }
 
 void nv_log_drain(struct nv_log *log)
@@ -411,6 +412,7 @@ void nv_log_look(const struct nv_log *log, struct nv_log_look *out)
     out->used_bytes = nv_log_used(log);
     out->dirty_blocks = log->dirty_blocks;
     out->lost_blocks = log->lost_blocks;
+    out->losses = log->losses;
     out->held = 0;
     for (const struct nv_log_request *request = log->held.first; request; request = request->next)
         out->held++;

@@ -105,6 +105,7 @@ struct nv_log_config {
     uint32_t stream_bytes;          /* ... and of writers that wrote so many in sequence; 0: no difference */
     uint32_t age_ms;                /* when the oldest logged write is to be destaged */
     uint32_t deadline_ms;           /* a log write that takes longer counts as failed; 0: none does */
+    uint64_t rate;                  /* bytes a second that are destaged at most, while nobody waits for it; 0: no limit */
     uint32_t runs;                  /* destage writes under way at once when there is no room left; 0: NV_LOG_RUNS */
     void *context;
     void (*below)(void *context, struct nv_log_below *io);
@@ -115,6 +116,7 @@ struct nv_log_look {
     enum nv_log_state state;
     uint64_t ring_bytes, used_bytes;
     uint64_t dirty_blocks, lost_blocks;
+    uint64_t losses;                /* blocks that were lost, ever */
     uint64_t oldest_age_ms;
     uint64_t held;                  /* requests that wait for the log to be void */
     uint64_t blocked;               /* bypasses that had to wait: for a destage write or read below, or for room */
@@ -131,7 +133,11 @@ const struct nv_log_found *nv_log_found(const struct nv_log *log);
 /* Control has committed that this log may hold data: write into it. */
 void nv_log_allow(struct nv_log *log);
 /* Other limits, from now on; what was routed or counted by the old ones stays as it is. bypass_bytes: NV_LOG_BYPASS_MAX. */
-void nv_log_limit(struct nv_log *log, uint32_t bypass_bytes, uint32_t stream_bytes, uint32_t age_ms, uint32_t deadline_ms);
+struct nv_log_limits {
+    uint32_t bypass_bytes, stream_bytes, age_ms, deadline_ms;
+    uint64_t rate;
+};
+void nv_log_limit(struct nv_log *log, const struct nv_log_limits *limits);
 /* Carry everything below and log nothing more: NV_LOG_DRAINED follows, unless something was lost. */
 void nv_log_drain(struct nv_log *log);
 /* Control has committed that nothing in this log is to be replayed (NV_LOG_NEEDS_WORD). */
@@ -154,6 +160,11 @@ void nv_log_tick(struct nv_log *log);
 bool nv_log_idle(const struct nv_log *log);
 void nv_log_look(const struct nv_log *log, struct nv_log_look *out);
 enum nv_log_state nv_log_state(const struct nv_log *log);
+struct nv_log_span {
+    uint64_t offset, length;        /* bytes */
+};
+/* What can be read nowhere, from the VVol's beginning on, as many spans as fit; -ENOMEM. It takes its time. */
+int nv_log_lost(const struct nv_log *log, struct nv_log_span *out, uint32_t max);
 /*
  * From `offset` on so many bytes, at most `length`, are alike: `holds`: the log has something of each of their blocks, or
  * it is not known yet; else of none. Not all that are alike may be found.

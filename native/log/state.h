@@ -124,6 +124,10 @@ struct nv_log_destager {
     uint32_t count, next;
     uint32_t most;                  /* blocks of a batch, as long as storage takes no longer than it should */
     uint64_t began_ns;              /* the batch */
+    uint64_t due_ns;                /* pace.c: when the next run may begin, ... */
+    struct nv_op timer;             /* ... which is waited for; */
+    bool timer_out, waits;
+    bool waited;                    /* so was some run of the batch: how long that took says nothing of storage */
     struct nv_log_run runs[NV_LOG_RUNS];
     uint8_t *run_memory;            /* NV_LOG_RUN_MEMORIES times a run's */
     uint16_t memory_users[NV_LOG_RUN_MEMORIES]; /* the run that has it, and I/O below that kept it */
@@ -137,6 +141,8 @@ struct nv_log_destager {
     uint8_t *memory;                /* one unit */
     struct nv_log_super super;      /* as it will be when the write is done */
     uint64_t marks;                 /* likewise: those that the tail passes */
+    bool super_out, given_up;       /* the write is under way; it has taken too long, and nobody waits for it any more */
+    uint64_t super_since_ns;
 };
 
 struct nv_log_stream {
@@ -174,6 +180,7 @@ struct nv_log {
     struct nv_log_sync_wait *sync_waiting;
     struct nv_op sync_op;
     bool syncing;
+    uint64_t sync_since_ns;
     uint64_t sync_covers, sync_versions;
     /* requests */
     struct nv_log_list waiting;     /* for a group */
@@ -283,6 +290,8 @@ void nv_log_submit(struct nv_log *log);
 /* True: everything acknowledged so far is durable already. Else wait->done comes. */
 bool nv_log_sync(struct nv_log *log, struct nv_log_sync_wait *wait);
 void nv_log_flush(struct nv_log *log, struct nv_log_request *request);
+/* The log has failed: whoever waits for a sync hears it now, the sync under way may never end. */
+void nv_log_sync_fails(struct nv_log *log, int error);
 
 /* ---- read.c ---- */
 void nv_log_read(struct nv_log *log, struct nv_log_request *request);
@@ -305,6 +314,8 @@ void nv_log_below(struct nv_log *log, struct nv_log_below *io);
 void nv_log_destage(struct nv_log *log);
 /* All of the batch has been written below, or has failed. */
 void nv_log_carried(struct nv_log *log);
+/* The rate counts: not in a log that is three quarters full, nor while a bypass waits, it is drained, has failed or ends. */
+bool nv_log_paced(const struct nv_log *log);
 /* Nothing is to be done for now; `moved`: something was. */
 void nv_log_rest(struct nv_log *log, bool moved);
 
@@ -313,14 +324,34 @@ void nv_log_carry_on(struct nv_log *log);
 /* Is a destage write of one of these blocks under way? */
 bool nv_log_carrying(const struct nv_log *log, uint64_t first, uint64_t blocks);
 
+/* ---- pace.c: in its time ---- */
+/* Blocks of a run, and of a batch, by the rate at most. */
+uint32_t nv_log_run_most(const struct nv_log *log);
+uint32_t nv_log_batch_most(const struct nv_log *log);
+/* True: a run may begin. Else nv_log_carry_on() comes when it may, or from nv_log_resume(). */
+bool nv_log_has_time(struct nv_log *log);
+/* A run of so many blocks has begun. */
+void nv_log_took_time(struct nv_log *log, uint32_t blocks);
+/* Look again at what waits for its time: the rate may count no more. */
+void nv_log_resume(struct nv_log *log);
+
 /* ---- super.c: the tail ---- */
 void nv_log_move_tail(struct nv_log *log);
 void nv_log_make_void(struct nv_log *log);
-/* Bytes of the ring that are in use. */
+/* The superblock takes too long. */
+void nv_log_give_up_super(struct nv_log *log);
+/* Bytes of the ring that are in use; whole quarters of it. */
 uint64_t nv_log_used(const struct nv_log *log);
+
+static inline uint32_t nv_log_quarters(const struct nv_log *log)
+{
+    return (uint32_t)(nv_log_used(log) * 4 / log->ring);
+}
 
 /* ---- fail.c ---- */
 void nv_log_fail(struct nv_log *log, int error);
+/* What takes longer than the deadline has failed. */
+void nv_log_watch(struct nv_log *log);
 void nv_log_is_void(struct nv_log *log);
 /* It waits until the log is void, then it begins anew. */
 void nv_log_hold(struct nv_log *log, struct nv_log_request *request);

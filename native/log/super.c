@@ -3,6 +3,8 @@
  * versions are all settled and that nobody reads; only when it is durable is their space free and are their blocks covered
  * no more. After a failure the same write makes the whole log void.
  */
+#include <errno.h>
+
 #include "log/state.h"
 
 uint64_t nv_log_used(const struct nv_log *log)
@@ -57,7 +59,23 @@ static void write_super(struct nv_log *log, void (*done)(struct nv_op *op))
     destager->op = (struct nv_op){.kind = NV_OP_WRITE, .flags = NV_OP_DSYNC, .handle = log->config.handle,
                                   .iov = &destager->iov, .iov_count = 1, .done = done,
                                   .offset = log->config.offset + (destager->super.sequence & 1) * NV_LOG_UNIT};
+    destager->super_out = true;
+    destager->given_up = false;
+    destager->super_since_ns = nv_io_now_ns(log->config.io);
     nv_io_submit(log->config.io, &destager->op);
+}
+
+/* True: the write is over, and somebody waits for that. */
+static bool is_over(struct nv_log *log, struct nv_op *op)
+{
+    struct nv_log_destager *destager = &log->destager;
+
+    if (nv_log_goes_on(log, op))
+        return false;
+    destager->super_out = false;
+    if (nv_log_outcome(op) == 0)
+        log->super = destager->super;
+    return !destager->given_up;
 }
 
 /*
@@ -79,14 +97,13 @@ static void tail_moved(struct nv_op *op)
     struct nv_log *log = (struct nv_log *)((char *)op - offsetof(struct nv_log, destager.op));
     const int error = nv_log_outcome(op);
 
-    if (nv_log_goes_on(log, op))
+    if (!is_over(log, op))
         return;
     if (error) {
         nv_log_fail(log, error);
         nv_log_rest(log, true);
         return;
     }
-    log->super = log->destager.super;
     free_space(log, log->destager.marks);
     nv_log_rest(log, true);
     nv_log_unblock(log);
@@ -117,28 +134,52 @@ void nv_log_move_tail(struct nv_log *log)
     write_super(log, tail_moved);
 }
 
+/* It could not be made void on its device. */
+static void ask_for_word(struct nv_log *log, int error)
+{
+    if (log->forgotten) {
+        nv_log_is_void(log);
+        return;
+    }
+    log->needs_word = true;
+    log->config.event(log->config.context, NV_LOG_NEEDS_WORD, error);
+}
+
 static void made_void(struct nv_op *op)
 {
     struct nv_log *log = (struct nv_log *)((char *)op - offsetof(struct nv_log, destager.op));
     const int error = nv_log_outcome(op);
 
-    if (nv_log_goes_on(log, op))
+    if (!is_over(log, op))
         return;
-    if (!error)
-        log->super = log->destager.super;
     nv_log_rest(log, true);
-    if (!error || log->forgotten) {
+    if (error)
+        ask_for_word(log, error);
+    else
         nv_log_is_void(log);
-    } else {
-        log->needs_word = true;
-        log->config.event(log->config.context, NV_LOG_NEEDS_WORD, error);
-    }
+}
+
+void nv_log_give_up_super(struct nv_log *log)
+{
+    struct nv_log_destager *destager = &log->destager;
+    const bool voiding = destager->phase == NV_LOG_VOIDING;
+
+    destager->given_up = true;
+    nv_log_fail(log, -ETIMEDOUT);
+    nv_log_rest(log, true);
+    if (voiding)
+        ask_for_word(log, -ETIMEDOUT);
 }
 
 void nv_log_make_void(struct nv_log *log)
 {
     struct nv_log_destager *destager = &log->destager;
 
+    if (destager->super_out) { /* one that was given up: another one might overtake it, and leave none that is whole */
+        nv_log_rest(log, true);
+        ask_for_word(log, -ETIMEDOUT);
+        return;
+    }
     destager->super = log->super;
     destager->super.tail = log->head % log->ring; /* behind whatever may still be on its way */
     destager->super.next = log->next;

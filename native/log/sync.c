@@ -24,6 +24,11 @@ static void answer(struct nv_log *log, int error)
     }
 }
 
+void nv_log_sync_fails(struct nv_log *log, int error)
+{
+    answer(log, error);
+}
+
 static void sync_done(struct nv_op *op)
 {
     struct nv_log *log = (struct nv_log *)((char *)op - offsetof(struct nv_log, sync_op));
@@ -31,7 +36,6 @@ static void sync_done(struct nv_op *op)
     log->syncing = false;
     if (op->result < 0) {
         nv_log_fail(log, (int)op->result);
-        answer(log, (int)op->result);
         return;
     }
     if (log->sync_covers > log->synced) { /* else a DSYNC write came first */
@@ -46,6 +50,7 @@ static void sync_done(struct nv_op *op)
 static void start_sync(struct nv_log *log)
 {
     log->syncing = true;
+    log->sync_since_ns = nv_io_now_ns(log->config.io);
     log->counts.syncs++;
     log->sync_covers = log->completed;
     log->sync_versions = log->version_head;

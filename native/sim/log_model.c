@@ -151,7 +151,7 @@ void model_flush(const struct model *model, uint32_t *covered)
 void model_flushed(struct model *model, const uint32_t *covered)
 {
     for (uint32_t i = 0; i < model->blocks; i++)
-        if (covered[i] > model->block[i].durable)
+        if (covered[i] > model->block[i].durable && covered[i] > model->block[i].gone)
             model->block[i].durable = covered[i];
 }
 
@@ -159,6 +159,7 @@ void model_lost(struct model *model, uint64_t block)
 {
     model->block[block].lost = true;
     model->block[block].durable = 0; /* until it is overwritten, and that flushed */
+    model->block[block].gone = model->block[block].acknowledged; /* nor by a FLUSH that was under way */
     model->block[block].life = 0;    /* what is below may be of any life */
 }
 

@@ -27,7 +27,8 @@ struct model_block {
     uint32_t life;                  /* versions from this number on are of this life */
     uint32_t base[MODEL_SECTORS];   /* of an earlier life only this one, which survived */
     uint32_t seen[MODEL_SECTORS];   /* the newest that a read returned */
-    bool lost;                      /* the log has said that it cannot be read any more */
+    bool lost;                      /* the log has said that it cannot be read any more: */
+    uint32_t gone;                  /* ... no version up to this one */
     bool zero[MODEL_VERSIONS];      /* version 0: the beginning */
     bool failed[MODEL_VERSIONS];    /* answered with an error: may be there, or in part, or not */
     uint8_t dead[MODEL_VERSIONS];   /* of a failed one, a bit per sector: a later read found it not there */

@@ -19,7 +19,13 @@
  *  15  what comes late is held by a log that is void already      nv_log_hold
  *  16  of a full log all there is is one batch                    nv_log_move_tail
  *  17  a full log has no more destage writes under way than a calm one
+ *  18  a rate counts in a full log, too                           nv_log_paced
+ *  19  ... and in one that is drained                             nv_log_paced
+ *  20  no rate counts                                             nv_log_paced
+ *  21  only a record has a deadline: a sync that hangs is waited for  nv_log_watch
  */
+#include <errno.h>
+
 #include "log/state.h"
 #include "sim/mutant.h"
 
@@ -55,6 +61,10 @@ void __real_nv_log_hold(struct nv_log *log, struct nv_log_request *request);
 void __wrap_nv_log_hold(struct nv_log *log, struct nv_log_request *request);
 void __real_nv_log_move_tail(struct nv_log *log);
 void __wrap_nv_log_move_tail(struct nv_log *log);
+bool __real_nv_log_paced(const struct nv_log *log);
+bool __wrap_nv_log_paced(const struct nv_log *log);
+void __real_nv_log_watch(struct nv_log *log);
+void __wrap_nv_log_watch(struct nv_log *log);
 
 bool __wrap_nv_log_sync(struct nv_log *log, struct nv_log_sync_wait *wait)
 {
@@ -173,4 +183,23 @@ void __wrap_nv_log_move_tail(struct nv_log *log)
     if (mutant(17))
         log->config.runs = NV_LOG_RUNS_CALM;
     __real_nv_log_move_tail(log);
+}
+
+bool __wrap_nv_log_paced(const struct nv_log *log)
+{
+    if (mutant(18) && !log->draining)
+        return log->config.rate > 0;
+    if (mutant(19) && log->draining)
+        return log->config.rate > 0;
+    return !mutant(20) && __real_nv_log_paced(log);
+}
+
+void __wrap_nv_log_watch(struct nv_log *log)
+{
+    const uint64_t deadline_ns = log->config.deadline_ms * 1000000ull;
+
+    if (!mutant(21))
+        __real_nv_log_watch(log);
+    else if (log->flight && deadline_ns && nv_io_now_ns(log->config.io) - log->flight->since_ns > deadline_ns)
+        nv_log_fail(log, -ETIMEDOUT);
 }

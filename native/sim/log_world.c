@@ -283,6 +283,7 @@ static void make_trouble(struct world *world)
         log->sync_error = chance(world, 300) ? 100 : 0;
         log->gone = chance(world, 60);
         log->hung = world->plan.deadline_ms && chance(world, 200); /* what is slow may still happen, long after it was given up */
+        log->stuck_writes = world->plan.deadline_ms && chance(world, 200);
         world->troubled = true;
     }
     if (chance(world, world->plan.leg_trouble)) {
@@ -409,7 +410,7 @@ static void open_log(struct world *world, bool discard)
     struct nv_log_config config = {
         .io = world->io, .handle = world->log_handle, .size = world->vvol_size, .bypass_bytes = world->plan.bypass,
         .stream_bytes = world->plan.stream, .age_ms = world->plan.age_ms, .deadline_ms = world->plan.deadline_ms,
-        .runs = world->plan.seed % 4 ? NV_LOG_RUNS_CALM : NV_LOG_RUNS, .context = world,
+        .rate = world->plan.rate, .runs = world->plan.seed % 4 ? NV_LOG_RUNS_CALM : NV_LOG_RUNS, .context = world,
         .below = start_below, .event = heard, .discard = discard,
         .claim = {.epoch = ++world->epoch, .generation = 1, .length = world->log_size, .dirty = world->dirty},
     };
@@ -518,11 +519,25 @@ static void crash(struct world *world)
     world->crashes++;
 }
 
+/* The log's writes hang, for ever: everything is answered all the same, once what is below is well. */
+static void outlast(struct world *world)
+{
+    struct nv_sim_trouble *leg = nv_sim_trouble(world->leg_file);
+
+    if (!nv_sim_trouble(world->log_file)->stuck_writes || nv_sim_trouble(world->log_file)->hung)
+        return;
+    *leg = (struct nv_sim_trouble){.hung = false};
+    world->leg_fault = 0;
+    world->forgiven = true;
+    settle(world, all_answered, "requests wait for a log whose writes hang");
+}
+
 static void leave_cleanly(struct world *world)
 {
     static uint8_t bytes[MODEL_BLOCKS * MODEL_BLOCK];
     struct nv_log_look look;
 
+    outlast(world);
     end_trouble(world);
     world->leg_fault = 0; /* the operator's word; until then every sync fails: what one lost is lost */
     world->forgiven = true;

@@ -18,6 +18,7 @@ struct world_plan {
     uint64_t seed;
     uint32_t blocks, ring, depth, lives, steps;
     uint32_t bypass, stream, age_ms, deadline_ms;
+    uint64_t rate;
     uint16_t log_trouble;           /* chance in 1024 of a life: its log device fails in some way */
     uint16_t leg_trouble;
     bool pure;                      /* nothing goes past the log, nothing fails: prefixes are judged */
@@ -73,5 +74,8 @@ struct world {
 
 /* All lives of a plan; ends the process at a violation. */
 void world_run(struct world *world, const struct world_plan *plan);
+
+/* log_pace.c: a log whose destaging has a rate; ends the process at a violation. */
+void pace_run(uint64_t seed);
 
 #endif

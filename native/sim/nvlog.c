@@ -4,6 +4,7 @@
  * usage: nvlog --seeds A..B [--trace]       lives at random: crashes, torn writes, faults of the log's device and below
  *        nvlog --every SEED                 one life, cut off at each of its steps
  *        nvlog --exhaustive LENGTH          every short sequence of requests, cut off at many of its steps
+ *        nvlog --pace A..B                  a rate of destaging, in simulated time
  */
 #include <inttypes.h>
 #include <stdio.h>
@@ -48,6 +49,7 @@ static struct world_plan by_chance(uint64_t seed)
         made.stream = made.log_trouble = made.leg_trouble = 0;
     }
     made.deadline_ms = made.log_trouble && sim_random_chance(&random, 300) ? 20 : 0;
+    made.rate = sim_random_chance(&random, 256) ? 4096ull << sim_random_below(&random, 12) : 0;
     return made;
 }
 
@@ -106,6 +108,16 @@ static int exhaustive(uint32_t length)
     return 0;
 }
 
+static int pace(uint64_t first, uint64_t last)
+{
+    for (uint64_t seed = first; seed <= last; seed++) {
+        plan = (struct world_plan){.seed = seed, .crash_at = -1};
+        pace_run(seed);
+    }
+    printf("seeds %" PRIu64 "..%" PRIu64 ": every rate was held, and held nobody up\n", first, last);
+    return 0;
+}
+
 int main(int argc, char **argv)
 {
     uint64_t first, last;
@@ -117,6 +129,8 @@ int main(int argc, char **argv)
         return every(strtoull(argv[2], NULL, 10));
     if (argc == 3 && strcmp(argv[1], "--exhaustive") == 0 && strtoul(argv[2], NULL, 10) <= 8)
         return exhaustive((uint32_t)strtoul(argv[2], NULL, 10));
-    fputs("usage: nvlog --seeds A..B [--trace] | --every SEED | --exhaustive LENGTH\n", stderr);
+    if (argc == 3 && strcmp(argv[1], "--pace") == 0 && sscanf(argv[2], "%" SCNu64 "..%" SCNu64, &first, &last) == 2)
+        return pace(first, last);
+    fputs("usage: nvlog --seeds A..B [--trace] | --every SEED | --exhaustive LENGTH | --pace A..B\n", stderr);
     return 2;
 }

@@ -98,6 +98,8 @@ static void draw_log(struct scenario *scenario)
         log->policy.bypass_bytes = (1 + (uint32_t)sim_random_below(&log->random, 16)) * NV_LOG_UNIT;
     if (sim_random_chance(&log->random, 300))
         log->policy.stream_bytes = 16u << 10;
+    if (scenario->seed % 4 == 0)
+        log->policy.destage_rate = 4096ull << scenario->seed / 4 % 12;
     if (scenario->cells_first < scenario->cells_final)
         scenario->cells_first = scenario->cells_first / unit * unit;
     if (scenario->cells_first < 64)

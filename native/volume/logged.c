@@ -362,6 +362,8 @@ static void ticked(struct nv_ticker *ticker, uint64_t now_ns)
         return;
     }
     nv_log_look(logged->log, &look);
+    if (nv_logged_show_lost(logged, &look))
+        nv_reactor_want_tick(logged->reactor);
     if (look.state == NV_LOG_CLOSED ||
         (look.used_bytes == 0 && look.held == 0 && look.state != NV_LOG_FAILED && !busy(logged)))
         return;
@@ -418,7 +420,10 @@ static void take_limits(struct nv_logged *logged)
 {
     const nv_log_policy *limits = &logged->limits;
 
-    nv_log_limit(logged->log, limits->bypass_bytes, limits->stream_bytes, limits->age_ms, limits->deadline_ms);
+    nv_log_limit(logged->log, &(struct nv_log_limits){
+        .bypass_bytes = limits->bypass_bytes, .stream_bytes = limits->stream_bytes, .age_ms = limits->age_ms,
+        .deadline_ms = limits->deadline_ms, .rate = limits->destage_rate,
+    });
 }
 
 static void command_arrives(struct nv_reactor *reactor, struct nv_message *message)
@@ -488,6 +493,7 @@ void nv_logged_event(void *context, enum nv_log_event event, int64_t value)
         slot = &logged->lost;
         slot->event.args[0] = (uint64_t)value * NV_LOG_UNIT;
         slot->event.args[1]++;
+        nv_reactor_want_tick(logged->reactor);
         break;
     case NV_LOG_NEEDS_WORD:
         slot = &logged->word;

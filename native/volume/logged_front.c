@@ -77,7 +77,7 @@ static int create_log(struct nv_logged *logged, uint64_t offset, uint64_t length
     struct nv_log_config config = {
         .io = logged->reactor->io, .handle = logged->object->handle, .offset = offset, .discard = policy->discard != 0,
         .size = map->size, .bypass_bytes = policy->bypass_bytes, .stream_bytes = policy->stream_bytes,
-        .age_ms = policy->age_ms, .deadline_ms = policy->deadline_ms, .context = logged, .below = nv_logged_below,
+        .age_ms = policy->age_ms, .deadline_ms = policy->deadline_ms, .rate = policy->destage_rate, .context = logged, .below = nv_logged_below,
         .event = nv_logged_event,
         .claim = {.epoch = map->epoch, .generation = map->generation, .length = length, .dirty = policy->dirty != 0},
     };
@@ -326,6 +326,40 @@ void nv_logged_show(struct nv_logged *logged)
         .destaged_bytes = look.destaged * NV_LOG_UNIT, .merged_bytes = look.merged * NV_LOG_UNIT,
     };
     pthread_mutex_unlock(&logged->shown_lock);
+}
+
+bool nv_logged_show_lost(struct nv_logged *logged, const struct nv_log_look *look)
+{
+    int count;
+
+    if (logged->lost_shown[0] == look->lost_blocks && logged->lost_shown[1] == look->losses)
+        return false;
+    count = nv_log_lost(logged->log, logged->lost_fresh, NV_LOG_LOST_SPANS);
+    if (count < 0)
+        return true; /* again with the next tick */
+    pthread_mutex_lock(&logged->shown_lock);
+    memcpy(logged->lost_spans, logged->lost_fresh, (uint32_t)count * sizeof *logged->lost_spans);
+    logged->lost_count = (uint32_t)count;
+    pthread_mutex_unlock(&logged->shown_lock);
+    logged->lost_shown[0] = look->lost_blocks;
+    logged->lost_shown[1] = look->losses;
+    return true;
+}
+
+int nv_volume_log_lost(nv_plane *plane, uint32_t number, nv_log_span *out, uint32_t capacity)
+{
+    struct nv_logged *logged;
+    int error = find_log(plane, number, &logged);
+    uint32_t count;
+
+    if (error)
+        return error;
+    pthread_mutex_lock(&logged->shown_lock);
+    count = logged->lost_count < capacity ? logged->lost_count : capacity;
+    for (uint32_t i = 0; i < count; i++)
+        out[i] = (nv_log_span){logged->lost_spans[i].offset, logged->lost_spans[i].length};
+    pthread_mutex_unlock(&logged->shown_lock);
+    return (int)count;
 }
 
 int nv_volume_log(nv_plane *plane, uint32_t number, nv_log_status *out)

@@ -92,6 +92,10 @@ struct nv_logged {
     bool asked_to_drain;            /* the front's: until LOG_DRAINED is taken */
     pthread_mutex_t shown_lock;
     nv_log_status shown;
+    struct nv_log_span lost_spans[NV_LOG_LOST_SPANS];
+    uint32_t lost_count;
+    struct nv_log_span lost_fresh[NV_LOG_LOST_SPANS]; /* the owner's, while it looks */
+    uint64_t lost_shown[2];         /* the owner's: blocks that are, and ever were, lost, as shown */
     uint8_t *memory;
 };
 
@@ -115,5 +119,7 @@ static inline uint64_t nv_logged_block_total(const struct nv_logged *logged)
 /* logged_front.c */
 void nv_logged_tell_opened(struct nv_logged *logged);
 void nv_logged_show(struct nv_logged *logged);
+/* ... and where what is lost lies; false: it is shown already. */
+bool nv_logged_show_lost(struct nv_logged *logged, const struct nv_log_look *look);
 
 #endif

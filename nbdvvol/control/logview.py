@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
-from nbdvvol.model.log import LogReport, holding_words
-from nbdvvol.model.resources import LogKept, LogNow, Problem, VVol
-from nbdvvol.model.units import about_size, about_time, format_size
+from nbdvvol.model.log import LogReport, holding_words, range_words
+from nbdvvol.model.resources import LogNow, Problem, VVol
+from nbdvvol.model.units import about_size, about_time, format_rate, format_size
 
 LATE = 4
 """A log whose oldest write waits for so many times the profile's `age` is late ..."""
@@ -42,14 +42,13 @@ def _lost(vvol: VVol, _: frozenset[str]) -> Iterator[Problem]:
     now = vvol.log_now
     if now is None or not now.lost_bytes:
         return
-    places = ", ".join(map(str, now.lost_at))
-    more = " and more" if now.lost_bytes > 4096 * len(now.lost_at) else ""
     yield Problem(
         code="LOG_DATA_LOST",
         subject=vvol.full_name,
-        message=f"{format_size(now.lost_bytes)} that were logged on host {now.host} can be read nowhere: blocks of "
-        f"4 KiB at offset {places}{more}; reads of them fail, and so does FLUSH, until they are overwritten",
-        action=f"check the device of {now.file}; restore those blocks from a backup by writing them",
+        message=f"{format_size(now.lost_bytes)} that were logged on host {now.host} can be read nowhere: "
+        f"{range_words(now.lost, now.lost_bytes)} of it; reads of them fail, and so does FLUSH, until they are "
+        "overwritten",
+        action=f"check the device of {now.file}; restore those bytes from a backup by writing them",
     )
 
 
@@ -94,19 +93,9 @@ def _left(vvol: VVol, connected: frozenset[str]) -> Iterator[Problem]:
     yield Problem(
         code="LOG_PINNED",
         subject=vvol.full_name,
-        message=f"{kept_words(log)}; no other host can serve it until that is in the storage",
+        message=f"{log.words()}; no other host can serve it until that is in the storage",
         action=action,
     )
-
-
-def kept_words(log: LogKept) -> str:
-    """For people: what the log of a host may hold."""
-    if not log.known:
-        return "a write-back log may hold data of it (the registry was rebuilt)"
-    if log.told is None:
-        return f"the log {log.file} on host {log.host} may hold data of it"
-    held = holding_words(log.dirty_bytes, log.oldest_age_ms)
-    return f"the log {log.file} on host {log.host} held {held} of it at {log.told:%Y-%m-%dT%H:%M:%SZ}"
 
 
 def _refused(vvol: VVol, _: frozenset[str]) -> Iterator[Problem]:
@@ -134,13 +123,16 @@ def _late(vvol: VVol, _: frozenset[str]) -> Iterator[Problem]:
     limit_ms = max(LATE * policy.age * 1000, LATE_MS_MIN) if policy is not None else LATE_MS_MIN
     if now is None or now.state == "failed" or now.oldest_age_ms <= limit_ms:
         return
-    yield Problem(
-        code="LOG_LATE",
-        subject=vvol.full_name,
-        message=f"its log on host {now.host} holds {about_size(now.dirty_bytes)}, the oldest logged "
-        f"{about_time(now.oldest_age_ms / 1000)} ago: its storage does not take what is carried to it",
-        action="look at that storage: whether it fails, or is slower than what is written",
-    )
+    message = f"its log on host {now.host} holds {about_size(now.dirty_bytes)}, the oldest logged "
+    message += f"{about_time(now.oldest_age_ms / 1000)} ago: "
+    action = "look at that storage: whether it fails, or is slower than what is written"
+    if policy is not None and policy.destage_rate is not None:
+        message += f"its storage does not take it, or destage-rate {format_rate(policy.destage_rate)} is less than "
+        message += "what is written"
+        action += "; or raise destage-rate in the profile"
+    else:
+        message += "its storage does not take what is carried to it"
+    yield Problem(code="LOG_LATE", subject=vvol.full_name, message=message, action=action)
 
 
 def _waits(vvol: VVol, _: frozenset[str]) -> Iterator[Problem]:

@@ -54,6 +54,8 @@ class LogPolicy:
     """Writes of so many bytes go below at once; 0: none does for its length."""
     stream_bytes: int = 0
     """... and those of who wrote so many in sequence; 0: no difference."""
+    destage_rate: int = 0
+    """Bytes a second that are carried below at most, while nobody waits for that; 0: no limit."""
     deadline_ms: int = 0
     """A log write that takes longer counts as failed; 0: none does."""
     held: bytes | None = None
@@ -102,6 +104,18 @@ class LogEvent:
     errno: int = 0
     offset: int = 0
     count: int = 0
+
+
+LOST_SPANS = 1024
+"""Of a log, that are told one by one (NV_LOG_LOST_SPANS)."""
+
+
+@dataclass(frozen=True, slots=True)
+class LostSpan:
+    """Bytes of a volume that were logged and can be read nowhere any more."""
+
+    offset: int
+    length: int
 
 
 @dataclass(frozen=True, slots=True)

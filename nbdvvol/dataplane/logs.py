@@ -5,7 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from nbdvvol.dataplane.ffi import ffi, lib
-from nbdvvol.dataplane.log import ID_BYTES, LogEvent, LogEventKind, LogFound, LogPolicy, LogState, LogStats, LogVerdict
+from nbdvvol.dataplane.log import (
+    ID_BYTES,
+    LogEvent,
+    LogEventKind,
+    LogFound,
+    LogPolicy,
+    LogState,
+    LogStats,
+    LogVerdict,
+    LostSpan,
+)
 
 _KINDS = {getattr(lib, f"NV_EVENT_{kind.value}"): kind for kind in LogEventKind}
 
@@ -22,6 +32,7 @@ def encode_policy(policy: LogPolicy) -> Any:
     out.stream_bytes = policy.stream_bytes
     out.age_ms = policy.age_ms
     out.deadline_ms = policy.deadline_ms
+    out.destage_rate = policy.destage_rate
     return out
 
 
@@ -44,3 +55,8 @@ def decode_status(status: Any) -> LogStats:
     """How a log is."""
     figures = {name: int(getattr(status, name)) for name in LogStats.__slots__ if name != "state"}
     return LogStats(state=LogState(status.state), **figures)
+
+
+def decode_lost(spans: Any, count: int) -> list[LostSpan]:
+    """Where what is lost lies."""
+    return [LostSpan(int(spans[number].offset), int(spans[number].length)) for number in range(count)]

@@ -17,7 +17,7 @@ from nbdvvol.dataplane import logs
 from nbdvvol.dataplane.errors import PlaneError
 from nbdvvol.dataplane.ffi import check, ffi, last_error, lib
 from nbdvvol.dataplane.legs import Legs, decode_event, decode_status, encode_mirror
-from nbdvvol.dataplane.log import LogEvent, LogFound, LogPolicy, LogStats
+from nbdvvol.dataplane.log import LOST_SPANS, LogEvent, LogFound, LogPolicy, LogStats, LostSpan
 from nbdvvol.dataplane.mirror import LegMachine, MirrorEvent, MirrorStatus, Verified
 from nbdvvol.dataplane.remote import ClientContext, PlaneLink, encode_config
 from nbdvvol.dataplane.remote import encode_params as encode_link_params
@@ -479,7 +479,7 @@ class Plane:
         check(lib.nv_volume_log_allow(self._live, volume))
 
     def limit_log(self, volume: int, policy: LogPolicy) -> None:
-        """Other limits (bypass, stream, age, deadline) from now on. EALREADY: it has not heard the last ones."""
+        """Other limits (bypass, stream, age, rate, deadline) from now on. EALREADY: it has not heard the last ones."""
         check(lib.nv_volume_log_limit(self._live, volume, logs.encode_policy(policy)))
 
     async def drain_log(self, volume: int) -> None:
@@ -497,6 +497,11 @@ class Plane:
         out = ffi.new("nv_log_status *")
         check(lib.nv_volume_log(self._live, volume, out))
         return logs.decode_status(out)
+
+    def log_lost(self, volume: int) -> list[LostSpan]:
+        """What was logged and can be read nowhere, in the volume's order, the first 1024 spans; 250 ms old at most."""
+        out = ffi.new("nv_log_span[]", LOST_SPANS)
+        return logs.decode_lost(out, check(lib.nv_volume_log_lost(self._live, volume, out, LOST_SPANS)))
 
     # --- counters of volumes ---
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from nbdvvol.dataplane.log import LogEvent, LogFound, LogPolicy, LogStats
+    from nbdvvol.dataplane.log import LogEvent, LogFound, LogPolicy, LogStats, LostSpan
     from nbdvvol.dataplane.mirror import LegMachine, MirrorDescription, MirrorEvent, MirrorStatus, Verified
 
 
@@ -509,7 +509,7 @@ class DataPlane(Protocol):
         """The registry has that this log may hold data: write into it, also again after drain_log()."""
 
     def limit_log(self, volume: int, policy: LogPolicy) -> None:
-        """Other limits (bypass, stream, age, deadline) from now on; EALREADY: it has not heard the last ones yet."""
+        """Other limits (bypass, stream, age, rate, deadline) from now on; EALREADY: it has not heard the last ones."""
 
     async def drain_log(self, volume: int) -> None:
         """Log nothing more; returns when all is below, flushed, and the log says so."""
@@ -519,6 +519,9 @@ class DataPlane(Protocol):
 
     def log_stats(self, volume: int) -> LogStats:
         """How a volume's log is."""
+
+    def log_lost(self, volume: int) -> list[LostSpan]:
+        """What was logged and can be read nowhere any more, in the volume's order; at most 1024 spans."""
 
     async def close_volume(self, volume: int) -> None:
         """End its connections (ESHUTDOWN to new requests), drain, forget it."""

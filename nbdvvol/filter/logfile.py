@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import mmap
 import os
 import re
 import stat
@@ -33,6 +34,7 @@ _WORDS = {
     errno.EBUSY: (Code.BUSY, "is in use: mounted, or another VVol's log"),
     errno.ELOOP: (Code.INVALID, "is a symbolic link"),
 }
+_PIECE = 1 << 20
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -46,6 +48,8 @@ class LogFile:
     direct: bool
     block: bool
     align: int
+    identity: tuple[int, int]
+    """By which `is_there` knows it again."""
 
 
 def file_name(full_name: str, uuid: str) -> str:
@@ -87,7 +91,8 @@ def _open_device(path: str, size: int, held: str) -> LogFile:
     try:
         has = os.lseek(fd, 0, os.SEEK_END)
         length = has if held else min(size, has)
-        return LogFile(fd, path, length // LOG_UNIT * LOG_UNIT, True, True, direct_alignment(fd, True))
+        align = direct_alignment(fd, True)
+        return LogFile(fd, path, length // LOG_UNIT * LOG_UNIT, True, True, align, _identity(os.fstat(fd)))
     except BaseException:
         os.close(fd)
         raise
@@ -106,12 +111,26 @@ def _open_file(path: str, size: int, *, make: bool) -> LogFile:
         _lock(fd, path)
         if make and os.fstat(fd).st_size == 0:
             _allocate(fd, path, size)
-        has = os.fstat(fd).st_size
+        what = os.fstat(fd)
         align = direct_alignment(fd, False) if direct else 1
-        return LogFile(fd, path, has // LOG_UNIT * LOG_UNIT, direct, False, align)
+        return LogFile(fd, path, what.st_size // LOG_UNIT * LOG_UNIT, direct, False, align, _identity(what))
     except BaseException:
         os.close(fd)
         raise
+
+
+def _identity(what: os.stat_result) -> tuple[int, int]:
+    return (0, what.st_rdev) if stat.S_ISBLK(what.st_mode) else (what.st_dev, what.st_ino)
+
+
+def is_there(path: str, identity: tuple[int, int]) -> bool:
+    """Whether who starts next would find this log. What cannot be looked at counts as there: its I/O will tell."""
+    try:
+        return _identity(os.stat(path)) == identity  # noqa: PTH116
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
 
 
 def _lock(fd: int, path: str) -> None:
@@ -126,7 +145,7 @@ def _lock(fd: int, path: str) -> None:
 def _allocate(fd: int, path: str, size: int) -> None:
     """All its space, in zeros, and durable; nothing is left of it where that cannot be had."""
     try:
-        os.posix_fallocate(fd, 0, size)
+        _fill(fd, size)
         os.fsync(fd)
         sync_folder(path)
     except OSError as error:
@@ -136,6 +155,24 @@ def _allocate(fd: int, path: str, size: int) -> None:
             text = f"the log {path} of {format_size(size)} does not fit: {error.strerror}"
             raise NvError(Code.NO_SPACE, text, "free space there, or ask for a smaller log") from error
         raise
+
+
+def _fill(fd: int, size: int) -> None:
+    try:
+        os.posix_fallocate(fd, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+            raise
+    else:
+        return
+    with mmap.mmap(-1, _PIECE) as zeros:  # a file system that cannot; libc's way out needs a file without O_DIRECT
+        for at in range(0, size, _PIECE):
+            piece = memoryview(zeros)[: min(_PIECE, size - at)]
+            done = os.pwrite(fd, piece, at)
+            short = done < len(piece)
+            piece.release()
+            if short:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def remove_log_file(path: str, uuid: str) -> None:

@@ -22,17 +22,28 @@ from nbdvvol.dataplane.types import DataPlane
 from nbdvvol.datastores.logformat import RING_OFFSET, decode_super
 from nbdvvol.filter.legplace import quiet, words_of
 from nbdvvol.filter.legs import MirrorError
-from nbdvvol.filter.logfile import LogFile, file_name, open_log_file, remove_log_file
+from nbdvvol.filter.logfile import LogFile, file_name, is_there, open_log_file, remove_log_file
 from nbdvvol.filter.logmachine import Do, LogMachine, Plane
 from nbdvvol.model.errors import Code, NvError
 from nbdvvol.model.farm import CacheLog
 from nbdvvol.model.link import VVolSpec
-from nbdvvol.model.log import LogChange, LogPhase, LogRecord, LogReport, LogSpec, LogWanted
+from nbdvvol.model.log import (
+    LOST_MAX,
+    LogChange,
+    LogPhase,
+    LogRecord,
+    LogReport,
+    LogSpec,
+    LogWanted,
+    LostRange,
+    range_words,
+)
 from nbdvvol.model.units import about_size
 
 _log = structlog.get_logger("writelog")
 REPORT_S = 1.0
-LOST_TOLD = 16
+NOTICE_LOST = 16
+"""Lost ranges that an event names; a report has more, the filter's own log all that the data plane tells."""
 CALL_AGAIN_S = 0.1
 _WANTED: dict[Do, LogWanted] = {Do.ASK_DIRTY: "dirty", Do.ASK_CLEAN: "clean", Do.ASK_FORGET: "forget"}
 _VERDICTS = {
@@ -83,6 +94,7 @@ def policy_of(spec: LogSpec) -> LogPolicy:
         age_ms=round(spec.log.age * 1000),
         bypass_bytes=spec.log.bypass,
         stream_bytes=spec.log.stream,
+        destage_rate=spec.log.destage_rate or 0,
         deadline_ms=round(spec.log.deadline * 1000),
         held=held,
         discard=spec.discard,
@@ -107,12 +119,14 @@ class WriteLog:
         self._machine: LogMachine | None = None
         self._number: int | None = None
         self._path = ""
+        self._identity = (0, 0)
+        self._gone = False  # its file: who starts next would not find it
         self._block = False
         self._phase: LogPhase | None = None  # where there is no machine
         self._why = ""
         self._found: LogFound | None = None
         self._limits: CacheLog | None = None  # in force
-        self._lost: list[int] = []
+        self._lost: list[LostRange] = []
         self._rate = 0.0
         self._carried = 0
         self._told: tuple[object, ...] = ()
@@ -161,7 +175,7 @@ class WriteLog:
     async def _try_open(self, volume: int, log: LogSpec) -> LogFound:
         name, size = file_name(self._name(), self.spec.uuid), log.log.size if log.log is not None else 0
         file = await asyncio.to_thread(open_log_file, log.folder, name, size, log.file if log.held else "")
-        self._path, self._block = file.path, file.block
+        self._path, self._block, self._identity = file.path, file.block, file.identity
         try:
             self._number = self._open_object(file)
         finally:
@@ -283,7 +297,7 @@ class WriteLog:
         before, self.spec = self.spec.log, spec
         log = spec.log
         if self._machine is not None:
-            self._machine.wish(on=log is not None and log.on)
+            self._machine.wish(on=log is not None and log.on and not self._gone)
             self._limit()
             self._drive()
         elif log is not None and log.on and (before is None or before != log):
@@ -348,15 +362,44 @@ class WriteLog:
                 )
                 self._link.notice("log_failed", self._name(), text)
             case LogEventKind.LOST:
-                self._lost = [*self._lost, event.offset][:LOST_TOLD]
-                text = f"{self._path}: the block of 4096 bytes at {event.offset} can be read nowhere any more"
-                self._link.notice("log_lost", self._name(), f"{text}; {event.count} so far")
+                self._look_for_lost(self.stats())
             case LogEventKind.NEEDS_WORD:
                 self._machine.needs_word()
             case LogEventKind.DRAINED:
                 self._drained()
         self._drive()
         self.report()
+
+    async def _look_for_file(self) -> None:
+        """A log whose file was removed or moved works on, but nobody would find it: it is drained and left."""
+        machine = self._machine
+        if machine is None or self._gone or machine.dead or machine.plane is not Plane.SERVING:
+            return
+        if await asyncio.to_thread(is_there, self._path, self._identity) or self._machine is not machine:
+            return
+        self._gone, self._why = True, "its file is gone from there, a restart would not find it"
+        _log.error("a log's file is gone", vvol=self._name(), file=self._path)
+        text = f"{self._path}: {self._why}; what it holds is carried to the storage, writes go there from now on"
+        self._link.notice("log_failed", self._name(), text)
+        machine.wish(on=False)
+        self._drive()
+        self.report()
+
+    def _look_for_lost(self, stats: LogStats | None) -> None:
+        """Which bytes can be read nowhere any more; told when there are others than before."""
+        if stats is None or self.volume is None:
+            return
+        spans = self._plane.log_lost(self.volume) if stats.lost_bytes else []
+        lost = [LostRange(offset=span.offset, length=span.length) for span in spans]
+        if lost == self._lost:
+            return
+        self._lost, before = lost, self._lost
+        if set(map(repr, lost)) <= set(map(repr, before)):  # some of it was overwritten
+            return
+        ranges = [(one.offset, one.length) for one in lost]
+        _log.error("what was logged is lost", vvol=self._name(), file=self._path, ranges=ranges)
+        words = range_words(lost[:NOTICE_LOST], stats.lost_bytes)
+        self._link.notice("log_lost", self._name(), f"{self._path}: {words} of it can be read nowhere any more")
 
     def _drained(self) -> None:
         assert self._machine is not None
@@ -461,6 +504,8 @@ class WriteLog:
             Plane.FAILED: "failed",
             Plane.VOID: "void",
         }
+        if self._gone:
+            phases |= {Plane.DRAINING: "failed", Plane.THROUGH: "void"}
         return phases[self._machine.plane]
 
     def report(self) -> None:
@@ -485,7 +530,7 @@ class WriteLog:
                 oldest_age_ms=stats.oldest_age_ms if stats is not None else 0,
                 destage_rate=self.rate,
                 lost_bytes=stats.lost_bytes if stats is not None else 0,
-                lost_at=self._lost,
+                lost=self._lost[:LOST_MAX],
             )
         )
 
@@ -495,12 +540,16 @@ class WriteLog:
             await asyncio.sleep(REPORT_S)
             if self.due:
                 self._wake()
+            await self._look_for_file()
             stats = self.stats()
             if stats is not None:
+                self._look_for_lost(stats)
                 now = max(stats.destaged_bytes - self._carried, 0) / REPORT_S
                 self._carried = stats.destaged_bytes
                 self._rate = now if now == 0 and self._rate < 1 else 0.5 * self._rate + 0.5 * now
-            told = (self.phase, stats.dirty_bytes, stats.lost_bytes, stats.oldest_age_ms) if stats else (self.phase,)
+            told: tuple[object, ...] = (self.phase, *map(repr, self._lost))
+            if stats is not None:
+                told += (stats.dirty_bytes, stats.lost_bytes, stats.oldest_age_ms)
             if told != self._told:
                 self._told = told
                 self.report()

@@ -226,6 +226,8 @@ class CacheLog(Model):
     """... and those of who has written so many in sequence; 0: it makes no difference."""
     age: Annotated[Duration, Field(ge=0.1, le=3600)] = 5.0
     """What was logged so long ago is carried to the storage, however empty the log is."""
+    destage_rate: Annotated[Rate, Field(ge=64 << 10, le=1 << 40)] | None = Field(default=None, alias="destage-rate")
+    """Bytes a second that are carried to the storage at most while nobody waits for that; None: no limit."""
     deadline: Annotated[Duration, Field(ge=0, le=600)] = 30.0
     """A log whose device takes longer for a write has failed; 0: none does for that."""
 
@@ -235,7 +237,9 @@ class CacheLog(Model):
         said += [f"bypass {format_size(self.bypass) if self.bypass else 0}"]
         said += [f"stream {format_size(self.stream)}"] if self.stream else []
         deadline = format_duration(self.deadline) if self.deadline else "0"
-        return ", ".join([*said, f"age {format_duration(self.age)}", f"deadline {deadline}"])
+        said += [f"age {format_duration(self.age)}"]
+        said += [f"destage-rate {format_rate(self.destage_rate)}"] if self.destage_rate is not None else []
+        return ", ".join([*said, f"deadline {deadline}"])
 
 
 class CacheConfig(Model):

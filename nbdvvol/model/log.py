@@ -76,6 +76,26 @@ class LogRecord(Model):
     message: str = ""
 
 
+class FoundLog(Model):
+    """A log that a host has found just now; empty: none. No part of a request for something to be done with it: that is
+    the same request when it comes again, whatever is found by then."""
+
+    host: str = Field(default="", exclude=True)
+    log: LogId = Field(default="", exclude=True)
+    file: str = Field(default="", exclude=True)
+
+
+LOST_MAX = 64
+"""Ranges that a report names."""
+
+
+class LostRange(Model):
+    """Bytes of a VVol that were logged and can be read nowhere any more."""
+
+    offset: int
+    length: int
+
+
 class LogReport(Model):
     """Filter → control: how a log is. Sent when something changed, each second at most."""
 
@@ -99,8 +119,16 @@ class LogReport(Model):
     """Bytes a second, smoothed."""
     lost_bytes: int = 0
     """That can be read nowhere any more."""
-    lost_at: list[int] = Field(default_factory=list, max_length=16)
-    """Offsets in the VVol of the first blocks of 4 KiB that were lost."""
+    lost: list[LostRange] = Field(default_factory=list, max_length=LOST_MAX)
+    """Where that lies, from the VVol's beginning on; `lost_bytes` may be more."""
+
+
+def range_words(lost: list[LostRange], lost_bytes: int) -> str:
+    """For people: which bytes of a VVol are lost, each range as offset+length."""
+    named = sum(one.length for one in lost)
+    places = ", ".join(f"{one.offset}+{one.length}" for one in lost)
+    more = f" and {lost_bytes - named} more" if lost_bytes > named else ""
+    return f"bytes {places}{more}" if lost else f"{lost_bytes} bytes"
 
 
 def holding_words(dirty_bytes: int, oldest_age_ms: int) -> str:

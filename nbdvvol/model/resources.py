@@ -21,10 +21,10 @@ from nbdvvol.model.farm import (
     SocketConfig,
     VVolType,
 )
-from nbdvvol.model.log import LogPhase
+from nbdvvol.model.log import LogPhase, LostRange, holding_words
 from nbdvvol.model.mirror import LegProgress, LegState, NotServed, ResyncWish, Stamp
 from nbdvvol.model.observe import HostCounters, ReactorCounters
-from nbdvvol.model.units import Name, PositiveSize, about_size, about_time
+from nbdvvol.model.units import Name, PositiveSize, about_size, about_time, format_size
 
 
 class VVolState(enum.StrEnum):
@@ -135,6 +135,19 @@ class LogKept(Model):
     draining: bool = False
     """It is to be carried to the storage, and nothing more is logged."""
 
+    def words(self) -> str:
+        """For people: what it may hold."""
+        if not self.known:
+            return "a write-back log may hold data of it: the registry was rebuilt, and nobody knows of which host"
+        if self.told is None:
+            return f"the log {self.file} on host {self.host} may hold data of it; its host has not said how much"
+        held = holding_words(self.dirty_bytes, self.oldest_age_ms)
+        most = f", at most {format_size(self.size)}" if self.size else ""
+        return (
+            f"the log {self.file} on host {self.host} held {held}, as that host said last, at "
+            f"{self.told:%Y-%m-%dT%H:%M:%SZ}; what was logged since is not counted{most}"
+        )
+
 
 class LogNow(Model):
     """A write-back log as the host that serves the VVol runs it, at its last report."""
@@ -154,8 +167,8 @@ class LogNow(Model):
     used_bytes: int = 0
     ring_bytes: int = 0
     lost_bytes: int = 0
-    lost_at: list[int] = Field(default_factory=list)
-    """Offsets in the VVol of the first blocks of 4 KiB that can be read nowhere any more."""
+    lost: list[LostRange] = Field(default_factory=list)
+    """Where that lies, from the VVol's beginning on; `lost_bytes` may be more."""
 
 
 class Binding(Model):

@@ -49,16 +49,33 @@ def test_a_crash_at_every_step(folder: Path, seed: str) -> None:
     assert result.returncode == 0, result.stderr
 
 
+def test_a_rate_of_destaging_is_held_and_holds_nobody_up(folder: Path) -> None:
+    """In simulated time: nothing outruns it; a full log, a drain, another rate and the log's end do not wait for it."""
+    for program in ("nvlog", "nvlog_mutants"):
+        result = run(folder / program, "--pace", "1..10")
+        assert result.returncode == 0, result.stderr
+
+
+PACE_MUTANTS = {"a rate counts in a full log, too": 18, "... and in one that is drained": 19, "no rate counts": 20}
+
+
+@pytest.mark.parametrize("paced", PACE_MUTANTS)
+def test_a_deliberate_bug_in_the_rate_is_seen(folder: Path, paced: str) -> None:
+    result = run(folder / "nvlog_mutants", "--pace", "1..10", mutant=PACE_MUTANTS[paced])
+    assert result.returncode != 0 and "VIOLATION" in result.stderr, paced
+
+
 FULL_WAIT_MS = 100
 """What a batch may take; who waits for room waits for the end of one."""
 FULL_RATE = 1.5
 """Beside the writers' own 16 writes below there are 16 that make room."""
 MUTANTS = {
+    "only a record has a deadline, not a sync nor the superblock": (21, "601..1200"),
     "FUA is answered before the log is durable": (1, "1..300"),
     "the tail moves before what is below is flushed": (2, "1..300"),
     "recovery goes on past damaged data": (3, "1..300"),
-    "recovery takes what an earlier life left": (4, "701..1500"),
-    "what is not synced is destaged": (5, "601..1400"),
+    "recovery takes what an earlier life left": (4, "4401..4600"),
+    "what is not synced is destaged": (5, "1801..2000"),
     "of a block the oldest version is carried": (6, "1..300"),
     "a bypass leaves no tombstone": (7, "1..300"),
     "what is settled counts as not covered": (8, "1..300"),
@@ -68,7 +85,7 @@ MUTANTS = {
     "a log that failed counts as void without a word on disk": (12, "301..1300"),
     "a bypass runs beside an older read from below": (13, "1..300"),
     "what cannot be read counts as settled": (14, "1..300"),
-    "what comes late is held by a log that is void already": (15, "3401..3700"),
+    "what comes late is held by a log that is void already": (15, "1501..1800"),
 }
 
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from nbdvvol.dataplane.log import LogEvent, LogFound, LogPolicy, LogState, LogStats, LogVerdict
+from nbdvvol.dataplane.log import LogEvent, LogFound, LogPolicy, LogState, LogStats, LogVerdict, LostSpan
 from nbdvvol.dataplane.mirror import MirrorEvent
 from nbdvvol.dataplane.types import (
     CachePolicy,
@@ -62,6 +62,7 @@ class FakeLog:
     id: bytes
     state: LogState = LogState.THROUGH
     dirty_bytes: int = 0
+    lost: list[LostSpan] = field(default_factory=list)
     drained: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -246,7 +247,11 @@ class FakePlane(DataPlane):
     def log_stats(self, volume: int) -> LogStats:
         log = self.logs[volume]
         counts = dict.fromkeys(LogStats.__slots__, 0) | {"dirty_bytes": log.dirty_bytes, "ring_bytes": log.length}
+        counts["lost_bytes"] = sum(span.length for span in log.lost)
         return LogStats(**{**counts, "state": log.state})
+
+    def log_lost(self, volume: int) -> list[LostSpan]:
+        return self.logs[volume].lost
 
     async def change_volume(self, volume: int, desc: VolumeDescription) -> None:
         if desc.map_from != self.volumes[volume].map_to:

@@ -11,7 +11,7 @@ from nbdvvol.control.logview import log_problems
 from nbdvvol.control.registry import bindings, caches, logs, mirrors, tasks, vvols
 from nbdvvol.model import link
 from nbdvvol.model.errors import Code, NvError
-from nbdvvol.model.log import LogChange, LogRecord, LogReport, LogWanted
+from nbdvvol.model.log import LogChange, LogRecord, LogReport, LogWanted, LostRange
 from nbdvvol.model.resources import AddLeg, BindVVol, ResizeVVol, TaskState
 from tests.unit.control_farm import PLAIN, TestFarm, running_farm
 from tests.unit.fake_filter import FakeFilter
@@ -267,10 +267,10 @@ async def test_a_profile_that_leaves_writeback_drains(logged: Logged) -> None:
 
 
 async def test_what_a_log_held_is_given_up_or_taken_by_the_operators_word(logged: Logged) -> None:
-    farm, a = logged.farm, logged.a
+    farm, a, run = logged.farm, logged.a, logged.farm.control.registry.run
     await logged.change("dirty")
     with pytest.raises(NvError, match="its log on host a is in use"):
-        await farm.control.discard_log("vm1", "root")
+        await run(logs.discard, "vm1", "root")
     await a.die()
     a = logged.a = await farm.filter("a")
     epoch = (await farm.vvol()).epoch
@@ -283,8 +283,8 @@ async def test_what_a_log_held_is_given_up_or_taken_by_the_operators_word(logged
 
     await farm.until(missed)
     with pytest.raises(NvError, match="no host tells of a log"):
-        await farm.control.recover_log("vm1", "root")
-    assert (await farm.control.discard_log("vm1", "root")).log is None
+        await run(logs.recover, "vm1", "root", await farm.control.found_log("vm1", "root"))
+    assert (await run(logs.discard, "vm1", "root")).log is None
 
     async def told() -> bool:
         log = a.serving[logged.uuid].log
@@ -300,10 +300,10 @@ async def test_what_a_log_held_is_given_up_or_taken_by_the_operators_word(logged
     await farm.until(used)  # what was taken into use is not overwritten again
     await logged.change("clean", OTHER)
     await logged.says(32 * KIB, state="refused", found=LOG, verdict="unknown-data")
-    taken = (await farm.control.recover_log("vm1", "root")).log
+    taken = (await run(logs.recover, "vm1", "root", await farm.control.found_log("vm1", "root"))).log
     assert taken is not None and (taken.host, taken.log, taken.file) == ("a", LOG, "/logs/r")
     with pytest.raises(NvError, match="may hold data of it") as refused:
-        await farm.control.recover_log("vm1", "root")
+        await run(logs.recover, "vm1", "root", await farm.control.found_log("vm1", "root"))
     assert "cache discard" in refused.value.hint
 
 
@@ -338,7 +338,11 @@ async def test_a_vvol_does_not_grow_from_the_middle_of_a_block(farm: TestFarm) -
         ({"state": "refused", "why": "it is another's"}, "LOG_REFUSED", "it is another's"),
         ({"state": "waits", "why": "clients"}, "LOG_WAITS", "clients"),
         ({"state": "serving", "oldest_age_ms": 60_000}, "LOG_LATE", "1m ago"),
-        ({"state": "failed", "lost_bytes": 8192, "lost_at": [4096]}, "LOG_DATA_LOST", "at offset 4096 and more"),
+        (
+            {"state": "failed", "lost_bytes": 16384, "lost": [LostRange(offset=4096, length=8192)]},
+            "LOG_DATA_LOST",
+            "bytes 4096+8192 and 8192 more of it",
+        ),
     ],
 )
 async def test_what_is_wrong_with_a_log_is_told(logged: Logged, says: dict[str, Any], code: str, words: str) -> None:

@@ -220,11 +220,16 @@ def test_names_that_fail_elsewhere_are_not_called_undeclared() -> None:
 
 
 def test_a_mirror_may_have_a_log() -> None:
-    log = "log: {path: logs, size: 1MiB, bypass: 0, age: 250ms, deadline: 0}"
+    log = "log: {path: logs, size: 1MiB, bypass: 0, age: 250ms, destage-rate: 50MiB/s, deadline: 0}"
     found = parse(GOOD + "profiles: {gold: {mirror: {legs: [local]}, cache: {mode: writeback, " + log + "}}}")
     assert found.profiles["gold"].logging is not None
+    assert found.profiles["gold"].logging.destage_rate == 50 << 20
     words = found.profiles["gold"].logging.words()
-    assert words.startswith("log 1MiB, in /") and words.endswith("/logs, bypass 0, age 250ms, deadline 0")
+    assert words.startswith("log 1MiB, in /")
+    assert words.endswith("/logs, bypass 0, age 250ms, destage-rate 50MiB/s, deadline 0")
+    none = "profiles: {gold: {mirror: {legs: [local]}, cache: {mode: writeback, log: {path: logs, size: 1MiB}}}}"
+    logging = parse(GOOD + none).profiles["gold"].logging
+    assert logging is not None and logging.destage_rate is None and "destage" not in logging.words()
 
 
 def test_limits_are_read() -> None:
@@ -304,6 +309,11 @@ def test_caches_are_read() -> None:
             "profiles: {p: {cache: {mode: writeback, log: {path: x, size: 1GiB, age: 0}}}}",
             "profiles.p.cache.log.age",
             "0.1",
+        ),
+        (
+            "profiles: {p: {cache: {mode: writeback, log: {path: x, size: 1GiB, destage-rate: 1KiB/s}}}}",
+            "profiles.p.cache.log.destage-rate",
+            "greater than or equal to 65536",
         ),
         (
             """

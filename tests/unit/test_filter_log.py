@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,18 @@ import pytest
 
 import nbdvvol.filter.exports as exports_module
 import nbdvvol.filter.writelog as writelog_module
-from nbdvvol.dataplane.log import LogEvent, LogEventKind, LogFound, LogState, LogVerdict
+from nbdvvol.dataplane.log import LogEvent, LogEventKind, LogFound, LogState, LogVerdict, LostSpan
 from nbdvvol.filter.claims import ClaimBook
 from nbdvvol.filter.exports import ExportTable
-from nbdvvol.filter.logfile import file_name, open_log_file, remove_log_file
+from nbdvvol.filter.logfile import file_name, is_there, open_log_file, remove_log_file
 from nbdvvol.filter.objects import ObjectTable
 from nbdvvol.filter.syncfaults import FaultBook
 from nbdvvol.model.errors import Code, NvError
 from nbdvvol.model.farm import CacheLog
 from nbdvvol.model.link import VVolSpec
-from nbdvvol.model.log import LogSpec
+from nbdvvol.model.log import LogSpec, range_words
+from tests.lib.faultfs import FaultFs
+from tests.lib.procs import short_dir
 from tests.unit.fake_plane import FakeLog, FakePlane
 from tests.unit.filter_words import MIB, Reports, file_store, host_state, until, uuid_of, vvol
 
@@ -144,6 +146,7 @@ async def _bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> AsyncIterat
 async def test_it_is_opened_before_anybody_enters_and_logs_after_controls_word(bench: Bench) -> None:
     await bench.take(bench.spec({"log": CacheLog(size=MIB, bypass=0, age=1.5, stream=7, deadline=2)}))
     policy = bench.log.policy
+    assert policy.destage_rate == 0
     assert (policy.age_ms, policy.bypass_bytes, policy.stream_bytes, policy.deadline_ms) == (1500, 0, 7, 2000)
     assert policy.held is None and not policy.discard
     assert [line.split()[0] for line in bench.plane.log] == ["open", "log"], "not allowed yet"
@@ -175,10 +178,11 @@ async def test_it_is_drained_off_and_on_again_while_it_serves(bench: Bench) -> N
 
 async def test_limits_change_while_it_serves(bench: Bench) -> None:
     await bench.logging()
-    await bench.take(bench.spec({"log": CacheLog(size=MIB, bypass=4096, age=1)}))
-    assert (bench.log.policy.bypass_bytes, bench.log.policy.age_ms) == (4096, 1000)
+    await bench.take(bench.spec({"log": CacheLog(size=MIB, bypass=4096, age=1, destage_rate=MIB)}))
+    policy = bench.log.policy
+    assert (policy.bypass_bytes, policy.age_ms, policy.destage_rate) == (4096, 1000, MIB)
     assert bench.log.state is LogState.SERVING and not bench.reports.asked
-    await bench.take(bench.spec({"log": CacheLog(size=MIB, bypass=4096, age=1), "given_up": 1}))
+    await bench.take(bench.spec({"log": CacheLog(size=MIB, bypass=4096, age=1, destage_rate=MIB), "given_up": 1}))
     assert sum(line.startswith("limit_log") for line in bench.plane.log) == 1
 
 
@@ -306,8 +310,9 @@ async def test_a_log_that_fails_is_told_and_used_no_more(bench: Bench) -> None:
     [volume] = bench.plane.volumes
     bench.plane.on_log(LogEvent(LogEventKind.FAILED, volume, errno.ENOSPC))  # type: ignore[misc]
     assert (bench.reports.logs[-1].state, bench.reports.logs[-1].why) == ("failed", os.strerror(errno.ENOSPC))
+    bench.log.lost = [LostSpan(4096, 4096), LostSpan(65536, 12288)]
     bench.plane.on_log(LogEvent(LogEventKind.LOST, volume, offset=4096, count=1))  # type: ignore[misc]
-    assert bench.reports.logs[-1].lost_at == [4096]
+    assert range_words(bench.reports.logs[-1].lost, 20480) == "bytes 4096+4096, 65536+12288 and 4096 more"
     bench.plane.on_log(LogEvent(LogEventKind.NEEDS_WORD, volume))  # type: ignore[misc]
     bench.reports.answer("forget")
     assert bench.plane.log[-1].startswith("forget")
@@ -337,3 +342,56 @@ async def test_a_vvol_becomes_read_only_once_its_log_is_drained(bench: Bench) ->
     await until(lambda: [desc.read_only for desc in bench.plane.volumes.values()] == [True])
     assert not bench.plane.logs
     await until(lambda: not export.error)
+
+
+async def test_a_log_whose_file_is_gone_is_drained_and_left(bench: Bench) -> None:
+    """It works on where it is, but who starts next would not find it."""
+    await bench.logging()
+    [name] = bench.files()
+    (bench.folder / name).rename(bench.folder / "elsewhere")
+    await until(lambda: bench.plane.log[-1].startswith("drain"))
+    assert (bench.reports.logs[-1].state, "is gone" in bench.reports.logs[-1].why) == ("failed", True)
+    await bench.take(bench.spec())
+    bench.log.drained.set()
+    await until(lambda: bench.reports.asked)
+    bench.reports.answer("clean")
+    assert bench.reports.logs[-1].state == "void" and not bench.reports.asked, "it is not asked for again"
+    assert "notice log_failed vm1/disk1" in bench.reports.lines
+
+
+@pytest.fixture
+def fs() -> Iterator[FaultFs]:
+    folder = short_dir()
+    one = FaultFs(folder, room=2 * MIB)
+    yield one
+    one.close()
+    folder.rmdir()
+
+
+def test_all_of_a_logs_space_is_taken_or_none(fs: FaultFs) -> None:
+    """Also on a file system that cannot take it at once; what cannot be had leaves nothing behind."""
+    for number in (errno.EOPNOTSUPP, errno.EIO):
+        fs.fail("allocate", number)
+        if number == errno.EIO:
+            with pytest.raises(NvError, match="Input/output error"):
+                open_log_file(str(fs.folder), "a.log", MIB)
+        else:
+            found = open_log_file(str(fs.folder), "a.log", MIB)
+            os.close(found.fd)
+            assert fs.files["a.log"] == bytes(MIB) and found.length == MIB
+            assert is_there(found.path, found.identity)
+            Path(found.path).unlink()
+            assert not is_there(found.path, found.identity)
+        assert fs.files == {}
+    for number, size in ((0, 4 * MIB), (errno.EOPNOTSUPP, 4 * MIB)):
+        fs.mend()
+        if number:
+            fs.fail("allocate", number)
+        with pytest.raises(NvError, match="of 4MiB does not fit") as refused:
+            open_log_file(str(fs.folder), "a.log", size)
+        assert refused.value.code is Code.NO_SPACE and fs.files == {}
+    fs.mend()
+    fs.fail("sync", errno.EIO)
+    with pytest.raises(NvError, match="Input/output error"):
+        open_log_file(str(fs.folder), "a.log", MIB)
+    assert fs.files == {}, "what is not durable is not used"

@@ -115,6 +115,31 @@ def test_other_limits_hold_from_then_on(rig: Rig) -> None:
         rig.call(rig.plane.limit_log, one.volume, LogPolicy(bypass_bytes=1 << 20))
 
 
+def test_a_rate_holds_destaging_back_and_a_drain_takes_no_notice(rig: Rig) -> None:
+    one = Logged(rig, content=bytes(SIZE), age_ms=1, destage_rate=1).allowed()
+    client, fresh = one.connect(), os.urandom(2 << 20)
+    for at in range(0, len(fresh), 64 << 10):
+        client.write(at, fresh[at : at + (64 << 10)])
+    eventually("a first piece is carried", lambda: one.stats().destaged_bytes > 0)
+    client.flush()
+    found = one.stats()
+    assert found.destaged_bytes <= 128 << 10, "at a byte a second the rest takes weeks"
+    assert found.dirty_bytes == len(fresh) - found.destaged_bytes
+    rig.call(rig.plane.limit_log, one.volume, LogPolicy(age_ms=1))
+    eventually("without a rate it is carried at once", lambda: one.stats().dirty_bytes == 0)
+    rig.call(rig.plane.limit_log, one.volume, LogPolicy(age_ms=1, destage_rate=1))
+    for at in range(0, len(fresh), 64 << 10):
+        client.write(at, fresh[at : at + (64 << 10)][::-1])
+    one.drain()
+    assert one.stats().dirty_bytes == 0
+    assert disk(rig)[: 64 << 10] == fresh[: 64 << 10][::-1]
+    one.allowed()
+    eventually("it is logged again", lambda: one.stats().state is LogState.SERVING)
+    for at in range(0, len(fresh), 64 << 10):
+        client.write(at, bytes(64 << 10))
+    one.close()  # whatever is being carried
+
+
 def test_nothing_is_logged_before_it_is_allowed(rig: Rig) -> None:
     one = Logged(rig, content=bytes(SIZE))
     one.connect().write(0, b"x" * BLOCK)
