@@ -58,12 +58,7 @@ def lost_words(vvol: VVol) -> str:
         return f"the log {now.file} on host {now.host} holds {holding_words(now.dirty_bytes, now.oldest_age_ms)}"
     if log is None:
         return "no log that is known holds data of it; what lies in the place of its log may be overwritten"
-    if not log.known:
-        return "a log may hold data of it: the registry was rebuilt, and nobody knows of which host"
-    if log.told is None:
-        return f"the log {log.file} on host {log.host} may hold data of it, nobody knows how much"
-    held = holding_words(log.dirty_bytes, log.oldest_age_ms)
-    return f"the log {log.file} on host {log.host} held {held}, as that host said last, at {log.told.isoformat()}"
+    return log.words()
 
 
 def recover(name: VVolArgument, run: RunOption = None) -> None:

@@ -21,8 +21,9 @@ from nbdvvol.control.registry import mirrors as tending
 from nbdvvol.control.signal import Signal, Signals
 from nbdvvol.control.status import cache_problems, host_view, problems
 from nbdvvol.control.tasks import Tasks
-from nbdvvol.model.errors import Code, NvError
+from nbdvvol.model.errors import NvError
 from nbdvvol.model.farm import ControlConfig
+from nbdvvol.model.log import FoundLog
 from nbdvvol.model.observe import HostCounters, Trace
 from nbdvvol.model.resources import Event, ForceRisks, Host, Reactor, Status, Task, TaskState, VVol
 
@@ -158,22 +159,12 @@ class Control:
         """Raise CONFLICT where a VVol would leave behind what the log of a host that is away holds of it."""
         await self.registry.run(logs.refuse_elsewhere, vm, name, host, frozenset(self.links.connected))
 
-    async def discard_log(self, vm: str, name: str) -> VVol:
-        """Give up what any log holds of a VVol. Raises NOT_FOUND, CONFLICT."""
-        await self.registry.run(logs.discard, vm, name)
-        return await self.vvol(vm, name)
-
-    async def recover_log(self, vm: str, name: str) -> VVol:
-        """Take the log that its host has found as the VVol's own. Raises NOT_FOUND, UNAVAILABLE, CONFLICT."""
+    async def found_log(self, vm: str, name: str) -> FoundLog:
+        """The log of which the registry knows nothing and that a VVol's host has found, if there is one."""
         now = (await self.vvol(vm, name)).log_now
-        if now is None or now.state != "refused" or not now.found:
-            raise NvError(
-                Code.UNAVAILABLE,
-                f"no host tells of a log that holds data of VVol {vm}/{name} and is unknown to the registry",
-                f"bind it to the host that served it last: nbdvvol bind {vm}/{name} --host HOST",
-            )
-        await self.registry.run(logs.recover, vm, name, now.host, now.found, now.file)
-        return await self.vvol(vm, name)
+        if now is None or now.state != "refused":
+            return FoundLog()
+        return FoundLog(host=now.host, log=now.found, file=now.file)
 
     async def status(self) -> Status:
         """The farm at a glance."""

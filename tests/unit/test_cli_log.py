@@ -54,7 +54,7 @@ def vvol(**more: Any) -> VVol:
 def test_what_giving_a_log_up_loses_is_told() -> None:
     kept = LogKept(host="h", file="/l", dirty_bytes=65536, told=datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC))
     assert "held 64KiB, as that host said last, at 2026-01-02T03:04:05" in lost_words(vvol(log=kept))
-    assert "nobody knows how much" in lost_words(vvol(log=kept.model_copy(update={"told": None})))
+    assert "has not said how much" in lost_words(vvol(log=kept.model_copy(update={"told": None})))
     assert "registry was rebuilt" in lost_words(vvol(log=LogKept(host="", known=False)))
     now = LogNow(host="h", state="refused", file="/l", found="ab" * 16, dirty_bytes=4096)
     assert lost_words(vvol(log_now=now)) == "the log /l on host h holds 4KiB"

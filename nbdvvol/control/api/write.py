@@ -6,7 +6,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Header
 
-from nbdvvol.control.registry import caches, farm, mirrors, stores, tasks, vvols
+from nbdvvol.control.registry import caches, farm, logs, mirrors, stores, tasks, vvols
 from nbdvvol.control.service import Control
 from nbdvvol.model.errors import NvError
 from nbdvvol.model.resources import (
@@ -95,14 +95,14 @@ def _cache_routes(router: APIRouter, control: Control) -> None:
         return await once(key, TaskRef, caches.begin_drain, vm, name)
 
     @router.post("/vvols/{vm}/{name}/cache/discard")
-    async def discard_log(vm: str, name: str) -> VVol:
+    async def discard_log(vm: str, name: str, key: Key = None) -> VVol:
         """Give up what any write-back log holds of a VVol, and let what lies in its log's place be overwritten."""
-        return await control.discard_log(vm, name)
+        return await once(key, VVol, logs.discard, vm, name)
 
     @router.post("/vvols/{vm}/{name}/cache/recover")
-    async def recover_log(vm: str, name: str) -> VVol:
+    async def recover_log(vm: str, name: str, key: Key = None) -> VVol:
         """Replay a log that the registry knows nothing of, which the VVol's host has found."""
-        return await control.recover_log(vm, name)
+        return await once(key, VVol, logs.recover, vm, name, await control.found_log(vm, name))
 
 
 def _mirror_routes(router: APIRouter, control: Control) -> None:

@@ -14,12 +14,11 @@ from sqlalchemy.dialects.sqlite import insert as upsert
 from nbdvvol.control.logs import Standing, decide
 from nbdvvol.control.registry import schema as s
 from nbdvvol.control.registry.tx import Tx, now, transaction
-from nbdvvol.control.registry.views import HELD, check_ready, find_vvol, kept_view, log_row
+from nbdvvol.control.registry.views import HELD, check_ready, find_vvol, kept_view, log_row, vvol_view
 from nbdvvol.model.errors import Code, NvError
 from nbdvvol.model.farm import HostConfig, ProfileConfig
-from nbdvvol.model.log import LogChange, LogRecord, LogReport, LogSpec, holding_words
-from nbdvvol.model.resources import LogKept
-from nbdvvol.model.units import format_size
+from nbdvvol.model.log import FoundLog, LogChange, LogRecord, LogReport, LogSpec
+from nbdvvol.model.resources import LogKept, VVol
 
 NONE: dict[str, Any] = {"state": "clean", "log": "", "since": "", "told": "", "dirty_bytes": 0, "oldest_ms": 0}
 """Of a log that holds nothing. `host` and `file` stay: its file may still be there."""
@@ -119,17 +118,7 @@ def kept(tx: Tx, uuid: str) -> LogKept | None:
 
 def holds(row: Row[Any]) -> str:
     """For people: what is known of what a log holds. "" for nothing."""
-    if row.state == "unknown":
-        return "a write-back log may hold data of it: the registry was rebuilt, and nobody knows of which host"
-    if row.state != "dirty":
-        return ""
-    if not row.told:
-        return f"the log {row.file} on host {row.host} may hold data of it; its host has not said how much"
-    most = f", at most {format_size(row.size)}" if row.size else ""
-    return (
-        f"the log {row.file} on host {row.host} held {holding_words(row.dirty_bytes, row.oldest_ms)}, as that host "
-        f"said last, at {row.told}; what was logged since is not counted{most}"
-    )
+    return kept_view(row).words() if row.state != "clean" else ""
 
 
 def pinned_to(tx: Tx, uuid: str) -> str:
@@ -231,7 +220,7 @@ def check_growth(tx: Tx, row: Row[Any], profile: ProfileConfig) -> None:
 
 
 @transaction
-def discard(tx: Tx, vm: str, name: str) -> None:
+def discard(tx: Tx, vm: str, name: str) -> VVol:
     """Give up what any log holds of a VVol, and let the one in its place be overwritten. Raises CONFLICT while it is
     served with its log."""
     row = find_vvol(tx, vm, name)
@@ -248,24 +237,33 @@ def discard(tx: Tx, vm: str, name: str) -> None:
     _set(tx, row.uuid, discard=True, wish="", given_up=row.epoch)
     _touch(tx, row.uuid)
     tx.event("log.discard", f"{vm}/{name}", "by request, what lies in the place of its log may be overwritten")
+    return vvol_view(tx, row)
 
 
 @transaction
-def recover(tx: Tx, vm: str, name: str, host: str, log: str, file: str) -> None:
+def recover(tx: Tx, vm: str, name: str, found: FoundLog) -> VVol:
     """Take a log that the registry knows nothing of as the VVol's: what it holds is replayed over the storage.
 
-    Raises CONFLICT when another log holds data of it."""
+    Raises UNAVAILABLE when no host has found one, CONFLICT when another log holds data of it."""
     row = find_vvol(tx, vm, name)
     check_ready(row)
+    if not found.log:
+        raise NvError(
+            Code.UNAVAILABLE,
+            f"no host tells of a log that holds data of VVol {vm}/{name} and is unknown to the registry",
+            f"bind it to the host that served it last: nbdvvol bind {vm}/{name} --host HOST",
+        )
     known = log_row(tx, row.uuid)
     if known is not None and known.state == "dirty":
         raise NvError(
             Code.CONFLICT, f"VVol {vm}/{name}: {holds(known)}", f"give that up first: nbdvvol cache discard {vm}/{name}"
         )
-    values = {"file": file, "epoch": row.epoch, "generation": row.generation, "since": now(), "discard": False}
-    _set(tx, row.uuid, state="dirty", host=host, log=log, wish="", **values)
+    values = {"file": found.file, "epoch": row.epoch, "generation": row.generation, "since": now(), "discard": False}
+    _set(tx, row.uuid, state="dirty", host=found.host, log=found.log, wish="", **values)
     _touch(tx, row.uuid)
-    tx.event("log.recovered", f"{vm}/{name}", f"by request, the log {file} on host {host} is taken as its own")
+    text = f"by request, the log {found.file} on host {found.host} is taken as its own"
+    tx.event("log.recovered", f"{vm}/{name}", text)
+    return vvol_view(tx, row)
 
 
 @transaction
