@@ -66,10 +66,13 @@ struct farm_log {
     uint64_t size;                  /* of each disk; 0: there are none */
     int files[FARM_HOSTS];
     nv_log_policy policy;
+    bool troubled;                  /* its disks refuse writes and hang at times, */
+    struct sim_random bad_luck;     /* by chances that are nobody else's */
     /* control's: */
     bool dirty;                     /* the log of `host`, this one, holds data of the volume */
     uint32_t host;
     uint8_t id[16];
+    bool given_up[FARM_HOSTS];      /* what it holds is never replayed: whoever opens it formats it */
 };
 
 /* How often, of 1000, which step is taken; what is left is the hosts' work. */

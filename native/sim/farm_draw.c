@@ -267,6 +267,10 @@ static void draw_log(struct farm *farm)
         log->policy.bypass_bytes = (1 + (uint32_t)sim_random_below(&log->random, 16)) * NV_LOG_UNIT;
     if (sim_random_chance(&log->random, 300))
         log->policy.stream_bytes = 16u << 10;
+    log->bad_luck.state = farm->seed ^ 0x6261646c75636b21ull;
+    log->troubled = sim_random_chance(&log->bad_luck, 300);
+    if (log->troubled && sim_random_chance(&log->bad_luck, 700))
+        log->policy.deadline_ms = 100 + (uint32_t)sim_random_below(&log->bad_luck, 1000);
 }
 
 void farm_draw(struct farm *farm, uint64_t seed)

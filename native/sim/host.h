@@ -40,6 +40,7 @@ struct host {
     bool opened, attached, failed, changing, caching, closing, closed;
     bool refused, deposed;
     bool expired;                   /* as it was when the last turn ended */
+    uint64_t log_keeps;             /* ... */
     uint32_t why;                   /* refused */
     uint32_t volume;
     uint64_t map_version;
@@ -54,6 +55,7 @@ struct host {
     uint32_t numbers[HOST_CLIENTS];
     uint64_t *next_id;              /* of connections */
     bool log_open, log_found, draining;
+    bool log_failed;                /* nothing goes into it any more until it is opened anew */
     int log_file;
     uint32_t log_object;
     uint8_t log_id[16];
@@ -117,6 +119,8 @@ void host_end_log(struct host *host);
 bool host_log_rests(const struct host *host);
 /* Control may drain the log at any time, and have it written again. */
 void host_drain_or_allow(struct host *host);
+/* The log's disk has other troubles now, or (`none`) no more. */
+void host_trouble_log(struct host *host, bool none);
 
 /* host_watch.c: the plane has the leg in sync; operations of it are under way, late ones included. */
 bool host_leg_in_sync(const struct host *host, uint32_t leg);
@@ -128,6 +132,8 @@ enum tally host_doing(const struct host *host);
 bool host_fenced(const struct host *host);
 void host_tally_cache(const struct host *host);
 void host_tally_turn(struct host *host);
+/* Memory of what the log hands below that late operations may still use. */
+uint64_t host_log_keeps(const struct host *host);
 void host_tally_event(const struct host *host, const nv_event *event);
 void host_tally_action(const struct host *host, const nv_legs_action *action);
 

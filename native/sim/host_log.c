@@ -1,8 +1,10 @@
 /*
- * A host's write-back log in front of its mirror (host.h), and what control knows of it: who holds data of the volume. The
- * log's own disk has no troubles but the ends of its host and of its power; what becomes of others is judged in nvlog.
+ * A host's write-back log in front of its mirror (host.h), and what control knows of it: who holds data of the volume. In
+ * some seeds the log's own disk refuses writes, and hangs until it is given up; it can always be read, and its syncs do not
+ * lie: what is lost by worse disks is judged in nvlog.
  */
 #include <assert.h>
+#include <errno.h>
 #include <string.h>
 
 #include "sim/host.h"
@@ -25,6 +27,7 @@ void host_open_log(struct host *host)
     if (!farm->log.size)
         return;
     policy.dirty = farm->log.dirty && farm->log.host == host->index; /* another's: it is deposed already */
+    policy.discard = farm->log.given_up[host->index];
     memcpy(policy.id, farm->log.id, sizeof policy.id);
     draw_id(farm, policy.fresh);
     draw_id(farm, policy.begin);
@@ -55,7 +58,7 @@ static void allow(struct host *host)
 
 void host_drain_or_allow(struct host *host)
 {
-    if (!host->farm->log.size || host->draining || !counts(host))
+    if (!host->farm->log.size || host->draining || host->log_failed || !counts(host))
         return;
     if (sim_random_chance(&host->farm->log.random, 700))
         allow(host);
@@ -68,6 +71,40 @@ static void drained(struct host *host, const nv_event *event)
     host->draining = false;
     if (event->result == 0 && counts(host))
         host->farm->log.dirty = false;
+    if (event->result == 0 && host->log_failed)
+        tally(TALLY_LOG_VOID);
+}
+
+/* What was acknowledged is below. Not even its superblock can say so: control commits that it is never replayed. */
+static void forget(struct host *host)
+{
+    if (!counts(host))
+        return;
+    tally(TALLY_LOG_FORGOTTEN);
+    host->farm->log.dirty = false;
+    host->farm->log.given_up[host->index] = true;
+    (void)nv_volume_log_forget(host->plane, host->volume);
+}
+
+static void failed(struct host *host, const nv_event *event)
+{
+    const struct farm_log *log = &host->farm->log;
+
+    if (!host->deposed && !log->troubled)
+        nv_sim_violation("the log of a mirror fails (%d), and its disk has no trouble", event->result);
+    tally(event->result == -ETIMEDOUT ? TALLY_LOG_SLOW : TALLY_LOG_FAILED);
+    host->log_failed = true;
+}
+
+void host_trouble_log(struct host *host, bool none)
+{
+    struct farm_log *log = &host->farm->log;
+    struct nv_sim_trouble *trouble = host->log_found && !host->deposed ? nv_sim_trouble(host->log_file) : NULL;
+
+    if (!trouble || !log->troubled)
+        return;
+    trouble->hung = !none && log->policy.deadline_ms && sim_random_chance(&log->bad_luck, 300);
+    trouble->write_error = !none && sim_random_chance(&log->bad_luck, 512) ? (uint16_t)sim_random_below(&log->bad_luck, 1025) : 0;
 }
 
 void host_log_event(struct host *host, const nv_event *event)
@@ -78,6 +115,7 @@ void host_log_event(struct host *host, const nv_event *event)
             nv_sim_violation("the log of a mirror is refused: %s", nv_log_verdict_word((uint32_t)event->args[0]));
         memcpy(host->log_id, &event->args[3], sizeof host->log_id);
         host->log_found = true;
+        host->farm->log.given_up[host->index] &= host->deposed;
         if (counts(host) && sim_random_chance(&host->farm->log.random, 900))
             allow(host);
         break;
@@ -85,10 +123,14 @@ void host_log_event(struct host *host, const nv_event *event)
         drained(host, event);
         break;
     case NV_EVENT_LOG_FAILED:
-    case NV_EVENT_LOG_LOST:
+        failed(host, event);
+        break;
     case NV_EVENT_LOG_NEEDS_WORD:
+        forget(host);
+        break;
+    case NV_EVENT_LOG_LOST:
         if (!host->deposed)
-            nv_sim_violation("a log of a mirror has event %u, and its disk has no trouble", event->kind);
+            nv_sim_violation("a log of a mirror has lost a block, and its disk can be read");
         break;
     default:
         break;

@@ -5,6 +5,8 @@
 
 #include "sim/host.h"
 #include "sim/tally.h"
+#include "log/state.h"
+#include "volume/logged_state.h"
 #include "volume/mirror_state.h"
 
 static const struct nv_mirror *mirror_of(const struct host *host)
@@ -63,10 +65,30 @@ void host_tally_cache(const struct host *host)
         tally_counts[TALLY_CACHE_HIT] += status.hits;
 }
 
+uint64_t host_log_keeps(const struct host *host)
+{
+    const struct nv_volume *volume = host->log_found ? nv_table_get(&host->plane->volumes, host->volume) : NULL;
+    const struct nv_logged *logged = volume ? volume->logged : NULL;
+    uint64_t count = 0;
+
+    if (!logged)
+        return 0;
+    for (uint32_t i = 0; i < NV_LOG_RUN_MEMORIES; i++)
+        count += logged->log->destager.memory_users[i];
+    for (uint32_t i = 0; i < NV_LOG_RUNS; i++)
+        count -= logged->log->destager.runs[i].used;
+    return count + nv_logged_block_total(logged) - NV_LOGGED_SLOTS - logged->block_count;
+}
+
 void host_tally_turn(struct host *host)
 {
     const struct nv_mirror *mirror = mirror_of(host);
     const bool expired = mirror && mirror->expired;
+    const uint64_t keeps = host_log_keeps(host);
+
+    if (keeps > host->log_keeps)
+        tally(TALLY_LOG_KEEPS);
+    host->log_keeps = keeps;
 
     if (expired && !host->expired)
         tally(TALLY_EXPIRED);

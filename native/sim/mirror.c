@@ -287,6 +287,8 @@ static void step(struct world *world)
     uint64_t what = below(world, 1000);
 
     world->farm.now++;
+    if (world->farm.log.troubled && sim_random_chance(&world->farm.log.bad_luck, 6))
+        host_trouble_log(host, sim_random_chance(&world->farm.log.bad_luck, 400));
     if (!host->plane || is_turn_of(&what, share->control))
         control(world);
     else if (is_turn_of(&what, share->messages))

@@ -25,6 +25,7 @@
  *  20  a log goes on acknowledging behind a fence                              nv_logged_fence
  *  21  what a log carries and copies between legs pass each other             nv_mirror_orders_by
  *  22  a FLUSH leaves out what the filter's life before wrote past the log    nv_log_open
+ *  23  a log that failed counts as void without a word on disk                nv_log_make_void
  */
 #include <errno.h>
 #include <string.h>
@@ -70,6 +71,8 @@ bool __real_nv_mirror_orders_by(struct nv_mirror *mirror, struct nv_range_table 
 bool __wrap_nv_mirror_orders_by(struct nv_mirror *mirror, struct nv_range_table *table);
 void __real_nv_log_open(struct nv_log *log);
 void __wrap_nv_log_open(struct nv_log *log);
+void __real_nv_log_make_void(struct nv_log *log);
+void __wrap_nv_log_make_void(struct nv_log *log);
 enum nv_cache_fill __real_nv_cache_fill(struct nv_cache *cache, const struct nv_cache_spot *spot, uint64_t since,
                                         const uint8_t *bytes, bool ahead);
 enum nv_cache_fill __wrap_nv_cache_fill(struct nv_cache *cache, const struct nv_cache_spot *spot, uint64_t since,
@@ -270,4 +273,14 @@ void __wrap_nv_log_open(struct nv_log *log)
     if (mutant(22))
         log->below_writes = 0;
     __real_nv_log_open(log);
+}
+
+void __wrap_nv_log_make_void(struct nv_log *log)
+{
+    if (!mutant(23)) {
+        __real_nv_log_make_void(log);
+        return;
+    }
+    nv_log_rest(log, true);
+    nv_log_is_void(log);
 }

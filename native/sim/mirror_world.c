@@ -182,6 +182,9 @@ void world_calm(struct world *world)
     farm->read_errors = farm->write_errors = farm->sync_errors = 0;
     world_heal(world, true);
     for (uint32_t i = 0; i < FARM_HOSTS; i++)
+        if (world->hosts[i].plane)
+            host_trouble_log(&world->hosts[i], true);
+    for (uint32_t i = 0; i < FARM_HOSTS; i++)
         if (world->hosts[i].plane && world->hosts[i].deposed)
             world_kill(world, &world->hosts[i]);
 }
