@@ -10,6 +10,7 @@ from perf import stats
 from perf.model import Count, PointResult, Result, Sample
 from perf.peers import (
     CEILING,
+    CEILING_DIRECT,
     CEILING_FILE,
     NBDKIT_CACHE,
     NBDKIT_LOG,
@@ -208,6 +209,30 @@ def _log_bars() -> Iterator[Bar]:
     yield Bar(work, "IOPS / no log", "writeback", point, _IOPS, (OURS_SLOW,), ">=", 0.9, ours=OURS_LOG_FULL)
 
 
+def _disk_bars() -> Iterator[Bar]:
+    """fio on the same file, without any client, and the ceiling's responder on one: how far any server gets."""
+    responder, part = (CEILING_DIRECT,), "the ceiling's responder on the file"
+    for label, point in (
+        ("read, depth 32", "randread-4k-qd32"),
+        ("read, depth 128", "randread-4k-qd128"),
+        ("write, depth 32", "randwrite-4k-qd32"),
+    ):
+        yield Bar(_DISK, f"{label}: IOPS / fio io_uring", "disk", point, _IOPS, _STORAGE, ">=", 0.95)
+        yield Bar(_DISK, f"{label}: IOPS / {part}", "disk", point, _IOPS, responder, ">=", None)
+        yield Bar(
+            _DISK, f"{label}: {part}, IOPS / fio io_uring", "disk", point, _IOPS, _STORAGE, ">=", None,
+            ours=CEILING_DIRECT,
+        )  # fmt: skip
+    one, both = "randread-4k-qd1", (STORAGE, CEILING)
+    beside = "(fio's + the socket ceiling's)"
+    yield Bar(_DISK, f"read, depth 1: latency / {beside}", "disk", one, _MEAN, both, "<=", 1.1, "sum")
+    yield Bar(_DISK, f"read, depth 1: latency / {part}", "disk", one, _MEAN, responder, "<=", None)
+    yield Bar(
+        _DISK, f"read, depth 1: {part}, latency / {beside}", "disk", one, _MEAN, both, "<=", None, "sum",
+        ours=CEILING_DIRECT,
+    )  # fmt: skip
+
+
 BARS: tuple[Bar, ...] = (
     *_ratios(_READ, "core", "randread-4k-qd32", (_CEILING, _IOPS, _C, ">=", 0.85)),
     *_ratios(_READ_DEEP, "core", "randread-4k-qd256", (_CEILING, _IOPS, _C, ">=", 0.70)),
@@ -221,18 +246,7 @@ BARS: tuple[Bar, ...] = (
             (_READ, "randread-4k-qd32"), (_READ_DEEP, "randread-4k-qd256"), (_SEQ_READ, "seqread-256k-qd8"),
         )
     ),
-    *(
-        Bar(_DISK, f"{label}: IOPS / fio io_uring", "disk", point, _IOPS, _STORAGE, ">=", 0.95)
-        for label, point in (
-            ("read, depth 32", "randread-4k-qd32"),
-            ("read, depth 128", "randread-4k-qd128"),
-            ("write, depth 32", "randwrite-4k-qd32"),
-        )
-    ),
-    Bar(
-        _DISK, "read, depth 1: latency / (fio's + the socket ceiling's)", "disk", "randread-4k-qd1", _MEAN,
-        (STORAGE, CEILING), "<=", 1.1, "sum",
-    ),
+    *_disk_bars(),
     *(
         Bar(
             "4 connections on 2 reactors against 1 on 1", f"{kind}: IOPS per CPU-second", "scaling",

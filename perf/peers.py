@@ -41,6 +41,7 @@ LOG_TIMES, LOG_PART = 8, 4
 MILLION = 1_000_000
 CEILING = "ceiling"
 CEILING_FILE = "ceiling-file"
+CEILING_DIRECT = "ceiling-direct"
 STORAGE = "storage"
 """Not a server: fio's io_uring engine on the same kind of file."""
 CLIENTS_MAX = 1100
@@ -82,6 +83,12 @@ def _ceiling_file(place: Place) -> Plan:
     """The same responder, answering from a map of the file: what memory allows that no cache holds."""
     plan = _ceiling(place)
     return replace(plan, command=[*plan.command, "--file", str(place.file)])
+
+
+def _ceiling_direct(place: Place) -> Plan:
+    """The same responder, reading and writing the file past the page cache: what a disk allows any server."""
+    plan = _ceiling_file(place)
+    return replace(plan, command=[*plan.command, "--direct"])
 
 
 def _nbdkit(place: Place, plugin: list[str]) -> Plan:
@@ -298,6 +305,7 @@ PEERS: tuple[Peer, ...] = (
     Peer(QEMU_LOG, _DISK, _UNIX, _qemu_log, "qemu-nbd", variant=True),
     Peer(CEILING, _ALL, _PLAIN, _ceiling, "cc"),
     Peer(CEILING_FILE, _PAGE_CACHE, _UNIX, _ceiling_file, "cc", variant=True),
+    Peer(CEILING_DIRECT, _DISK, _UNIX, _ceiling_direct, "cc", variant=True),
     Peer("nbdkit-file", _FILES, _EVERYWHERE, _nbdkit_file, "nbdkit"),
     Peer(NBDKIT_CACHE, _DISK, _UNIX, _nbdkit_cache, "nbdkit", variant=True),
     Peer("nbdkit-memory", _PAGE_CACHE, _EVERYWHERE, _nbdkit_memory, "nbdkit"),
@@ -313,7 +321,7 @@ OUR_FORMS = (
     OURS, OURS_TWO, OURS_ONE_RUN, OURS_MILLION_RUNS, OURS_MIRROR, OURS_CACHE, OURS_HALF, OURS_NULL, OURS_SLOW, OURS_LOG,
     OURS_LOG_FULL,
 )  # fmt: skip
-OTHERS = (CEILING, CEILING_FILE, QUORUM, NBDKIT_CACHE, NBDKIT_LOG, QEMU_LOG)
+OTHERS = (CEILING, CEILING_FILE, CEILING_DIRECT, QUORUM, NBDKIT_CACHE, NBDKIT_LOG, QEMU_LOG)
 """Limits, and what is compared with forms of ours alone."""
 RIVALS = tuple(peer.name for peer in PEERS if peer.name not in (*OUR_FORMS, *OTHERS))
 QEMU_NBD = ("qemu-nbd-uring", "qemu-nbd-threads")

@@ -2,16 +2,19 @@
  * ceiling: the socket's ceiling. An NBD responder that does no storage work at all, so that its rate is
  * what the socket, the protocol and one client allow: reads are answered from one hot buffer, writes
  * are received and dropped. With --file it answers reads from a map of that file: the ceiling of a server
- * whose bytes are somewhere in memory and not in a cache.
+ * whose bytes are somewhere in memory and not in a cache. With --direct it reads and writes that file past the page cache
+ * (direct.h): the ceiling of a server of a disk.
  *
- * Invariants: shares no code with the product. One thread per --threads, each owns its connections for
- * life. Per batch: one large recv, every whole request in it parsed, all replies in one gathered send.
+ * Invariants: shares no code with the product. One thread per --threads (with --direct: per connection), each owns its
+ * connections for life. Per batch: one large recv, every whole request in it parsed, all replies in one gathered send.
  * A reply never leaves before its request was received whole, write payload included.
  *
  * It does not: keep what is written, check ranges without --file, speak TLS, structured replies or
  * extended headers, defend itself against a hostile client (it trusts its benchmark), or share fairly.
  */
 #define _GNU_SOURCE
+#include "direct.h"
+
 #include <arpa/inet.h>
 #include <assert.h>
 #include <endian.h>
@@ -81,6 +84,7 @@ struct worker {
 static struct {
     const char *unix_path;
     const char *file;
+    bool direct;
     uint16_t tcp_port;
     uint64_t size;
     unsigned threads;
@@ -91,6 +95,7 @@ static struct {
 static struct worker workers[THREADS_MAX];
 static uint8_t *hot;
 static const uint8_t *mapped;       /* the file; NULL without one */
+static struct direct direct;
 
 static void die(const char *what)
 {
@@ -334,6 +339,12 @@ static void prepare_socket(int fd)
     setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof limit);
 }
 
+static void *serve_directly(void *fd)
+{
+    direct_serve(&direct, (int)(intptr_t)fd);
+    return NULL;
+}
+
 static void accept_one(int listener, unsigned turn)
 {
     int fd = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
@@ -341,6 +352,12 @@ static void accept_one(int listener, unsigned turn)
     prepare_socket(fd);
     if (!haggle(fd)) {
         close(fd);
+        return;
+    }
+    if (options.direct) {
+        pthread_t thread;
+        if (pthread_create(&thread, NULL, serve_directly, (void *)(intptr_t)fd) != 0) die("thread");
+        pthread_detach(thread);
         return;
     }
     struct connection *c = mmap(NULL, sizeof *c, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -401,7 +418,7 @@ static void parse_options(int argc, char **argv)
 {
     static const struct option longs[] = {
         { "unix", 1, 0, 'u' }, { "tcp", 1, 0, 't' }, { "size", 1, 0, 's' }, { "threads", 1, 0, 'n' },
-        { "spin-us", 1, 0, 'p' }, { "buffer", 1, 0, 'b' }, { "file", 1, 0, 'f' }, { 0 },
+        { "spin-us", 1, 0, 'p' }, { "buffer", 1, 0, 'b' }, { "file", 1, 0, 'f' }, { "direct", 0, 0, 'd' }, { 0 },
     };
     for (int o; (o = getopt_long(argc, argv, "", longs, NULL)) != -1;) {
         switch (o) {
@@ -412,12 +429,14 @@ static void parse_options(int argc, char **argv)
         case 'p': options.spin_us = number_of(optarg, 1000000); break;
         case 'b': options.buffer_bytes = (int)number_of(optarg, 1 << 30); break;
         case 'f': options.file = optarg; break;
+        case 'd': options.direct = true; break;
         default: exit(2);
         }
     }
-    if (!options.unix_path == !options.tcp_port || options.threads < 1 || options.threads > THREADS_MAX) {
+    if (!options.unix_path == !options.tcp_port || options.threads < 1 || options.threads > THREADS_MAX ||
+        (options.direct && !options.file)) {
         fprintf(stderr, "usage: ceiling --unix PATH | --tcp PORT [--size BYTES] [--threads 1..%d] [--spin-us N]"
-                " [--buffer BYTES] [--file PATH]\n", THREADS_MAX);
+                " [--buffer BYTES] [--file PATH [--direct]]\n", THREADS_MAX);
         exit(2);
     }
 }
@@ -428,7 +447,12 @@ int main(int argc, char **argv)
     hot = mmap(NULL, HOT_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
     if (hot == MAP_FAILED) die("hot buffer");
     memset(hot, 0x5a, HOT_BYTES);
-    if (options.file) mapped = map_file(options.file);
+    if (options.direct) {
+        direct = (struct direct){ open(options.file, O_RDWR | O_DIRECT | O_CLOEXEC), options.spin_us };
+        if (direct.file < 0) die(options.file);
+    } else if (options.file) {
+        mapped = map_file(options.file);
+    }
     for (unsigned i = 0; i < options.threads; i++) {
         workers[i].epoll = epoll_create1(EPOLL_CLOEXEC);
         if (workers[i].epoll < 0 || pthread_create(&workers[i].thread, NULL, work, &workers[i]) != 0) die("thread");

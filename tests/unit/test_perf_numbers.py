@@ -222,7 +222,7 @@ class TestBars:
             "256 KiB sequential read, depth 8": 4, "256 KiB sequential read, depth 8, TCP": 2,
             "256 KiB sequential write, depth 8": 3, "256 KiB sequential write, depth 8, TCP": 2,
             "4 KiB random read, depth 1": 2, "4 KiB random read, depth 1, TCP": 2,
-            "O_DIRECT on the real disk": 4,
+            "O_DIRECT on the real disk": 12,
             "server CPU per 4 KiB request, depth 32": 4, "server CPU per 4 KiB request, depth 32, TCP": 4,
             "4 connections on 2 reactors against 1 on 1": 2,
             "1,000 bound exports, one idle connection each": 2,
