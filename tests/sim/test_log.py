@@ -70,7 +70,7 @@ FULL_WAIT_MS = 100
 FULL_RATE = 1.5
 """Beside the writers' own 16 writes below there are 16 that make room."""
 MUTANTS = {
-    "only a record has a deadline, not a sync nor the superblock": (21, "601..1200"),
+    "only a record has a deadline, not a sync nor the superblock": (21, "901..1000"),
     "FUA is answered before the log is durable": (1, "1..300"),
     "the tail moves before what is below is flushed": (2, "1..300"),
     "recovery goes on past damaged data": (3, "1..300"),
