@@ -21,9 +21,8 @@ from typing import Any
 import pytest
 
 from nbdvvol.dataplane.log import LogPolicy
-from nbdvvol.dataplane.types import CacheMode, CachePolicy, ReactorStats
+from nbdvvol.dataplane.types import CacheMode, CachePolicy, ReactorStats, Run
 from perf import counts, generators
-from perf.plane import shuffled
 from tests.lib import nbdwords as w
 from tests.lib.rawio import Request, Style
 from tests.unit.plane_rig import Client, Rig, running
@@ -37,8 +36,6 @@ BATCHES = 50
 CACHES = {"hit": 2 << 20, "churn": SIZE // 4}
 """Bytes of the host's cache, where a lane has one."""
 LOG = 64 << 20
-MANY = 50_000
-"""Runs of a map; `python -m perf counts` has a million of them, which take seconds to write down."""
 START_UP = 4
 """Of the whole run: what attaching a tracer, or a batch before, may leave over."""
 
@@ -89,12 +86,12 @@ LIMITS = {
 class Lane:
     """One connection whose reactor's costs are known."""
 
-    def __init__(self, rig: Rig, client: Client, file: int, blocks: list[int]) -> None:
+    def __init__(self, rig: Rig, client: Client, file: int) -> None:
         self.rig = rig
         self.client = client
         self.file = file
         self.thread = 0
-        self.blocks = blocks
+        self.blocks = list(range(SIZE // BLOCK))
         """Which are asked for; `walks`: other ones with each batch."""
         self.walks = False
         self.at = 0
@@ -135,7 +132,7 @@ class Lane:
 
 
 @contextmanager
-def lane(on: str, style: Style = "simple", run_count: int = 1, size: int = SIZE) -> Iterator[Lane]:
+def lane(on: str, style: Style = "simple") -> Iterator[Lane]:
     """A volume on a file of the tree's file system, with or without O_DIRECT, or in memory (tmpfs).
 
     With a cache (one of CACHES) or a log ("logged")."""
@@ -147,21 +144,15 @@ def lane(on: str, style: Style = "simple", run_count: int = 1, size: int = SIZE)
     ):
         mine = counts.threads_of(os.getpid()) - before - {rig.thread.native_id or 0}
         file = os.memfd_create("lane") if on == "tmpfs" else os.dup(disk.fileno())
-        os.ftruncate(file, size)
         how: dict[str, Any] = {"direct": True, "align": BLOCK} if on == "direct" else {}
-        number = rig.fd_object(file, size, **how)
-        runs = shuffled(size, run_count, number)
-        blocks = range(SIZE // BLOCK) if size == SIZE else random.Random(2).sample(range(size // BLOCK), READS)
-        for block in blocks:
-            at = runs[block].object_offset if run_count > 1 else block * BLOCK
-            os.pwrite(file, os.urandom(BLOCK), at)
+        os.pwrite(file, os.urandom(SIZE), 0)
         if on == "direct":
             fcntl.fcntl(file, fcntl.F_SETFL, os.O_DIRECT)
-        volume = rig.volume(size, runs, block_min=how.get("align", 1))
+        volume = rig.volume(SIZE, [Run(0, SIZE, rig.fd_object(file, SIZE, **how), 0)], block_min=how.get("align", 1))
         if on == "logged":
             open_log(rig, volume)
-        client = rig.connect(volume, size, style)
-        found = Lane(rig, client, file, list(blocks))
+        client = rig.connect(volume, SIZE, style)
+        found = Lane(rig, client, file)
         if on in CACHES:
             rig.wait(rig.plane.cache_volume(volume, CachePolicy(CacheMode.READ)))
             random.Random(1).shuffle(found.blocks)
@@ -250,17 +241,3 @@ def test_allocations_and_instructions(on: str, style: Style, command: int, count
         assert counts.allocations(profile) <= limits.allocations
         if limits.instructions is not None:
             assert profile.instructions <= limits.instructions, profile.own.most_common(12)
-
-
-def test_a_map_of_very_many_runs_takes_no_more_instructions(steps: Path) -> None:
-    """Neighbours of the volume are strangers in the object: at most 3 % more than one region, read at random."""
-    counted = []
-    for run_count in (1, MANY):
-        with lane("tmpfs", run_count=run_count, size=MANY * BLOCK) as found:
-            work = partial(found.batch, w.CMD_READ, READS)
-            one, four = (
-                counts.stepped(steps, os.getpid(), found.thread, partial(repeat, times, work)).instructions
-                for times in (1, 4)
-            )
-            counted.append(four - one)
-    assert counted[1] <= 1.03 * counted[0]
