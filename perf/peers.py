@@ -29,6 +29,7 @@ OURS_MIRROR = "nbdvvol-mirror"
 QUORUM = "qemu-quorum"
 OURS_CACHE = "nbdvvol-cache"
 OURS_HALF = "nbdvvol-cache-half"
+OURS_AGAIN = "nbdvvol-again"
 OURS_NULL = "nbdvvol-null"
 NBDKIT_CACHE = "nbdkit-cache"
 OURS_SLOW = "nbdvvol-slow"
@@ -63,6 +64,8 @@ class Peer:
     """Another form of a server, which takes part only where a suite names it."""
     legs: int = 0
     """It makes so many files of its own beside the one it is given, which is not made."""
+    file_of: str = ""
+    """It serves that other server's file: two files on one disk differ by more than what is compared."""
 
     def serves(self, backend: Backend, transport: Transport) -> bool:
         """Whether it takes part."""
@@ -205,6 +208,12 @@ def _ours(place: Place, cache: int = 0, mode: str = "read") -> Plan:
     return Plan(command, export, environment, find_pid=filter_of, ready="\nready\n", warm=cache > 0)
 
 
+def _same_file(place: Place, cache: int = 0) -> Plan:
+    """Our data plane past the page cache on a file that `nbdvvol up` serves, too, and so without its claim on it."""
+    words = ["--file", str(place.file), *(["--direct"] if place.direct else []), "--cache", str(cache)]
+    return replace(_plane(place, *words), warm=cache > 0)
+
+
 def _legs(place: Place, size: int) -> list[Path]:
     """Two empty files beside the place's own."""
     legs = [place.file.with_name(f"leg{number}-{place.file.name}") for number in (1, 2)]
@@ -296,7 +305,8 @@ PEERS: tuple[Peer, ...] = (
     Peer(OURS_MILLION_RUNS, _PAGE_CACHE, _UNIX, lambda p: _runs(p, MILLION), _US, variant=True),
     Peer(OURS_MIRROR, _FILES, _UNIX, _ours_mirror, _US, variant=True, legs=2),
     Peer(OURS_CACHE, _DISK, _UNIX, lambda p: _ours(p, 2 * p.size, "writethrough"), _US, variant=True),
-    Peer(OURS_HALF, _DISK, _UNIX, lambda p: _ours(p, p.size // 2), _US, variant=True),
+    Peer(OURS_HALF, _DISK, _UNIX, lambda p: _same_file(p, p.size // 2), _US, variant=True, file_of=OURS),
+    Peer(OURS_AGAIN, _DISK, _UNIX, _same_file, _US, variant=True, file_of=OURS),
     Peer(OURS_NULL, _DISK, _UNIX, _plane, _US, variant=True),
     Peer(OURS_SLOW, _DISK, _UNIX, _ours_slow, "nbdkit", variant=True),
     Peer(OURS_LOG, _DISK, _UNIX, lambda p: _ours_slow(p, LOG_TIMES * p.size), "nbdkit", variant=True),
@@ -318,8 +328,8 @@ PEERS: tuple[Peer, ...] = (
 )
 BY_NAME = {peer.name: peer for peer in PEERS}
 OUR_FORMS = (
-    OURS, OURS_TWO, OURS_ONE_RUN, OURS_MILLION_RUNS, OURS_MIRROR, OURS_CACHE, OURS_HALF, OURS_NULL, OURS_SLOW, OURS_LOG,
-    OURS_LOG_FULL,
+    OURS, OURS_TWO, OURS_ONE_RUN, OURS_MILLION_RUNS, OURS_MIRROR, OURS_CACHE, OURS_HALF, OURS_AGAIN, OURS_NULL,
+    OURS_SLOW, OURS_LOG, OURS_LOG_FULL,
 )  # fmt: skip
 OTHERS = (CEILING, CEILING_FILE, CEILING_DIRECT, QUORUM, NBDKIT_CACHE, NBDKIT_LOG, QEMU_LOG)
 """Limits, and what is compared with forms of ours alone."""

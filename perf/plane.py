@@ -1,6 +1,7 @@
 """A server of one volume over our data plane, without farm, registry or control: `python -m perf.plane`.
 
-For measuring what no farm file can ask for: a map cut into any number of runs, and a volume without storage. The
+For measuring what no farm file can ask for: a map cut into any number of runs, a volume without storage, and a cache in
+front of a file that another server serves, too. The
 haggling, the volume description and everything below them are the product's own. It serves until SIGTERM.
 """
 
@@ -20,7 +21,15 @@ from uuid import uuid4
 import typer
 
 from nbdvvol.dataplane.plane import Plane
-from nbdvvol.dataplane.types import LegDescription, LegState, PlaneConfig, Run, VolumeDescription
+from nbdvvol.dataplane.types import (
+    CacheMode,
+    CachePolicy,
+    LegDescription,
+    LegState,
+    PlaneConfig,
+    Run,
+    VolumeDescription,
+)
 from nbdvvol.filter.reconcile import transmission_flags
 from nbdvvol.filter.standalone import OneExport
 from nbdvvol.nbd.provider import Facts
@@ -43,10 +52,10 @@ def shuffled(size: int, count: int, number: int) -> tuple[Run, ...]:
     return tuple(Run(at * length, length, number, place * length) for at, place in enumerate(places))
 
 
-def describe(size: int, runs: tuple[Run, ...]) -> VolumeDescription:
+def describe(size: int, runs: tuple[Run, ...], block_min: int = 1) -> VolumeDescription:
     """A volume of one leg."""
     leg = LegDescription(0, LegState.IN_SYNC, runs)
-    return VolumeDescription(uuid4().bytes, size, 1, 1, 0, 1, (leg,))
+    return VolumeDescription(uuid4().bytes, size, 1, 1, 0, 1, (leg,), block_min=block_min)
 
 
 @asynccontextmanager
@@ -80,11 +89,16 @@ def open_file(plane: Plane, file: Path, size: int, *, direct: bool = False) -> i
         os.close(fd)
 
 
-async def until_stopped(config: PlaneConfig, path: Path, size: int, make: Callable[[Plane], int]) -> None:
-    """Serve the volume that `make` opens until SIGTERM or SIGINT."""
+async def until_stopped(
+    config: PlaneConfig, path: Path, size: int, make: Callable[[Plane], int], block_min: int = 1
+) -> None:
+    """Serve the volume that `make` opens until SIGTERM or SIGINT, through the cache if the plane has one."""
     plane = Plane(config)
     try:
-        async with serving(path, size, plane, make(plane)) as stop:
+        volume = make(plane)
+        if config.cache_bytes:
+            await plane.cache_volume(volume, CachePolicy(CacheMode.READ))
+        async with serving(path, size, plane, volume, block_min) as stop:
             await stop.wait()
     finally:
         await plane.close()
@@ -99,14 +113,19 @@ def main(
     runs: Annotated[int, typer.Option(min=1, help="How many runs the map has.")] = 1,
     reactors: Annotated[int, typer.Option(min=1)] = 1,
     spin_us: Annotated[int, typer.Option(min=0)] = 50,
+    direct: Annotated[bool, typer.Option(help="Open the file with O_DIRECT.")] = False,
+    cache: Annotated[int, typer.Option(min=0, help="Bytes of RAM that keep what is read.")] = 0,
 ) -> None:
     """Serve one volume on a unix socket."""
-    config = PlaneConfig(reactors=reactors, spin_us=spin_us, lock_memory=False)
+    config = PlaneConfig(reactors=reactors, spin_us=spin_us, lock_memory=False, cache_bytes=cache)
+
+    block_min = BLOCK if direct else 1
 
     def make(plane: Plane) -> int:
-        return plane.open_volume(describe(size, shuffled(size, runs, open_file(plane, file, size))))
+        number = open_file(plane, file, size, direct=direct)
+        return plane.open_volume(describe(size, shuffled(size, runs, number), block_min))
 
-    asyncio.run(until_stopped(config, unix, size, make))
+    asyncio.run(until_stopped(config, unix, size, make, block_min))
 
 
 if __name__ == "__main__":

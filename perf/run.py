@@ -1,7 +1,7 @@
-"""A run: all servers of a suite up at once, its points measured in rounds A B C, A B C, ..., everything kept.
+"""A run: all servers of a suite up at once, its points measured in rounds A B C, B C A, ..., everything kept.
 
-A round goes through every point of the suite, and at each point through every server: what a ratio compares lies
-seconds apart, and what a median is taken over is spread over the whole suite's time.
+A round goes through every point of the suite, and at each point through every server, another one first in each
+round: what a ratio compares lies seconds apart, and what a median is taken over is spread over the whole suite's time.
 """
 
 from __future__ import annotations
@@ -115,6 +115,11 @@ def wanted(options: Options, suite: Suite) -> list[Peer]:
     return [p for p in chosen if not options.peers or p.name in options.peers]
 
 
+def files_of(peer: Peer) -> int:
+    """How many files are made for it."""
+    return max(1, peer.legs) if not peer.file_of else 0
+
+
 def with_storage(options: Options, suite: Suite) -> bool:
     """Whether fio's io_uring engine takes part, on the file itself."""
     return suite.storage and STORAGE in (options.peers or [STORAGE])
@@ -131,13 +136,13 @@ def field_of(options: Options, suite: Suite, say: Say, skipped: dict[str, str]) 
     size = bytes_of(suite.size) if suite.size else options.size
     peers = wanted(options, suite)
     with ExitStack() as stack:
-        make = stack.enter_context(_files(options, suite, size, sum(max(1, peer.legs) for peer in peers)))
+        make = stack.enter_context(_files(options, suite, size, sum(files_of(peer) for peer in peers)))
         found = _Field()
         for peer in peers:
             reason = peer.missing()
             if reason is None:
                 folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nv", dir="/tmp")))
-                place = place_of(options, suite, folder, make(peer.name, peer.legs == 0), size)
+                place = place_of(options, suite, folder, make(peer.file_of or peer.name, peer.legs == 0), size)
                 try:
                     found.running[peer.name] = stack.enter_context(generators.serving(peer, place))
                     continue
@@ -175,26 +180,32 @@ def _storage(options: Options, suite: Suite, point: str, file: Path, size: int, 
     return generators.storage(load, file, size, direct, turn, options.seconds)
 
 
+def in_turn(names: Sequence[str], turn: int) -> list[str]:
+    """A, B, C; B, C, A; C, A, B: how a server leaves the disk is not always the same next one's burden."""
+    first = turn % len(names) if names else 0
+    return [*names[first:], *names[:first]]
+
+
+def _measured(options: Options, suite: Suite, point: str, name: str, servers: _Field, turn: int) -> list[Sample]:
+    if name != STORAGE:
+        return _one(options, suite, point, name, servers.running[name], turn)
+    assert servers.storage is not None
+    bare = _storage(options, suite, point, servers.storage, servers.storage.stat().st_size, turn)
+    return [bare] if bare else []
+
+
 def measure(options: Options, suite: Suite, point: str, turn: int, servers: _Field, say: Say) -> list[Sample]:
     """One round of one point. A server that fails is left out of the rounds that remain."""
     samples: list[Sample] = []
     failed = servers.failed[point]
-    for peer, server in servers.running.items():
-        if peer in failed:
+    for name in in_turn([*servers.running, *([STORAGE] if servers.storage else [])], turn):
+        if name in failed:
             continue
         try:
-            samples += _one(options, suite, point, peer, server, turn)
+            samples += _measured(options, suite, point, name, servers, turn)
         except PointError as error:
-            failed[peer] = str(error)
-            say(f"  {point}: {peer} failed: {error}")
-    if servers.storage is not None and STORAGE not in failed:
-        try:
-            size = servers.storage.stat().st_size
-            bare = _storage(options, suite, point, servers.storage, size, turn)
-            samples += [bare] if bare else []
-        except PointError as error:
-            failed[STORAGE] = str(error)
-            say(f"  {point}: {STORAGE} failed: {error}")
+            failed[name] = str(error)
+            say(f"  {point}: {name} failed: {error}")
     return samples
 
 

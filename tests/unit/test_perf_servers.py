@@ -15,7 +15,17 @@ import pytest
 from perf import generators, plane, run, suites
 from perf.generators import PointError, serving
 from perf.model import Latency, Sample
-from perf.peers import BY_NAME, OURS, OURS_MILLION_RUNS, OURS_ONE_RUN, OURS_TWO, STORAGE, Peer
+from perf.peers import (
+    BY_NAME,
+    OURS,
+    OURS_AGAIN,
+    OURS_HALF,
+    OURS_MILLION_RUNS,
+    OURS_ONE_RUN,
+    OURS_TWO,
+    STORAGE,
+    Peer,
+)
 from perf.progress import Progress
 from perf.servers import Place, Plan, free_port
 
@@ -109,10 +119,32 @@ class TestRuns:
         found = run.Measured()
         run.run_suite(options, self.suite(), Progress({"loadgen": 4}, lambda _: None), found)
         first, second = found.points
-        assert order == ["0ax", "0ay", "0bx", "0by", "1ax", "1bx", "1by"]
+        assert order == ["0ax", "0ay", "0bx", "0by", "1ax", "1by", "1bx"]
         assert first.failures == ("y: lost",) and [s.peer for s in first.samples] == ["x", "x"]
         assert not second.failures and len(second.samples) == 4
         assert not list(tmp_path.iterdir())
+
+    def test_each_round_begins_with_another_server(self) -> None:
+        assert [run.in_turn("abc", turn) for turn in (0, 1, 2, 3)] == [list(w) for w in ("abc", "bca", "cab", "abc")]
+        assert run.in_turn([], 1) == []
+
+    def test_a_cache_is_compared_on_the_file_of_who_has_none(self, tools: Path) -> None:
+        """It keeps what it reads of it, and the other one serves it meanwhile."""
+        with tempfile.TemporaryDirectory(dir=run.ROOT / "build", prefix="nbdvvol-perf-") as disk:
+            options = run.Options(build=tools, disk=Path(disk), size=8 << 20)
+            skipped: dict[str, str] = {}
+            suite = self.suite(peers=(OURS, OURS_AGAIN, OURS_HALF), backend="disk")
+            with run.field_of(options, suite, print, skipped) as field:
+                assert not skipped and set(field.running) == {OURS, OURS_AGAIN, OURS_HALF}
+                assert len({server.place.file for server in field.running.values()}) == 1
+                assert len(list(Path(disk).rglob("*.img"))) == 1
+                for server in field.running.values():
+                    out = generators.loadgen_json(
+                        tools / "loadgen",
+                        server,
+                        ["--mix", "read=100", "--block", "4k", "--depth", "4", "--count", "100"],
+                    )
+                    assert out["requests"] == 100
 
     def test_forms_of_ours_take_part_where_they_are_named_only(self) -> None:
         names = [p.name for p in run.wanted(run.Options(), self.suite())]
