@@ -47,10 +47,8 @@ static bool set_fault(struct nv_sync *sync, int error)
 {
     int none = 0;
 
-    if (!atomic_compare_exchange_strong(&sync->fault, &none, error))
-        return false;
     atomic_fetch_add(&sync->faults, 1);
-    return true;
+    return atomic_compare_exchange_strong(&sync->fault, &none, error);
 }
 
 /* Under the lock. The event is raised by the plane's first reactor, so that its slot has one user. */

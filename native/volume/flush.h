@@ -38,7 +38,7 @@ struct nv_sync {
     _Atomic uint64_t written;
     _Atomic uint64_t synced;        /* value of `written` that the last successful sync covers; raised under the lock */
     _Atomic int fault;              /* 0, or the -errno that latched */
-    _Atomic uint64_t faults;        /* how often one has: who has missed a fault that was cleared still hears of it */
+    _Atomic uint64_t faults;        /* syncs that failed: each loses something, also while a fault stands */
     _Atomic uint64_t syncs;         /* submitted since open, and */
     _Atomic uint64_t failures;      /* those of them that failed */
     pthread_mutex_t lock;

@@ -168,13 +168,18 @@ bool nv_mirror_fault(struct nv_mirror *mirror, uint32_t lane, int error)
  */
 static void suspect(struct nv_mirror *mirror, const struct nv_mio *mio)
 {
-    if (!mirror->suspected)
+    const struct nv_map_leg *leg = nv_mirror_map(mirror)->by_lane[__builtin_ctz(mirror->in_sync)];
+    uint64_t count;
+
+    (void)leg_faults(leg, &count);
+    if (!mirror->suspected || count != mirror->suspected_faults) { /* one more loses what has been rewritten, too */
         nv_intent_suspect(&mirror->intent, 0, nv_mirror_map(mirror)->size);
-    else if (mio->request && mio->length > 0)
-        nv_intent_suspect(&mirror->intent, mio->offset, mio->length);
-    if (!mirror->suspected)
         nv_copier_suspect(mirror);
+    } else if (mio->request && mio->length > 0) {
+        nv_intent_suspect(&mirror->intent, mio->offset, mio->length);
+    }
     mirror->suspected = true;
+    mirror->suspected_faults = count;
 }
 
 /* True: it may count. */

@@ -124,6 +124,7 @@ struct nv_task {                    /* one long operation at a time: mirror_task
     uint8_t stage;                  /* END: 1: all that could be saved is, or is under way */
     bool forced;                    /* every page of dirty maps */
     uint32_t losses;                /* mirror->losses when it began */
+    uint64_t sole_faults;           /* likewise, when its sync began */
     struct nv_mirror_command *command;
 };
 
@@ -191,6 +192,7 @@ struct nv_mirror {
     bool attaching;                 /* nothing runs yet */
     bool expired;                   /* frozen for too long: EIO */
     uint64_t sole_faults;           /* failed syncs of the last in-sync leg */
+    uint64_t suspected_faults;      /* of that leg, when what they may have lost was marked */
     bool suspected;                 /* the last in-sync leg's sync has failed, and what it may have lost is marked */
     bool fenced, broken;            /* for good: EIO; broken: the last in-sync leg did not attach */
     bool closing, end_wanted, ended;

@@ -439,8 +439,8 @@ static void clean_synced(struct nv_mio *mio)
 {
     struct nv_mirror *mirror = mio->mirror;
 
-    if (!(nv_mirror_judge(mio) & mirror->in_sync))
-        mirror->task.error = -EIO;
+    if (!(nv_mirror_judge(mio) & mirror->in_sync) || mirror->sole_faults != mirror->task.sole_faults)
+        mirror->task.error = -EIO; /* or it has succeeded after one that failed, and the operator has cleared that */
     nv_mio_end(mio);
     if (mirror->task.error || mirror->losses != mirror->task.losses)
         clean_pages(mirror);
@@ -452,6 +452,7 @@ static void begin_clean(struct nv_mirror *mirror)
 {
     struct nv_mio *mio = nv_mio_get(mirror, nv_mirror_map(mirror), NULL);
 
+    mirror->task.sole_faults = mirror->sole_faults;
     nv_mio_round(mio, clean_synced);
     NV_EACH_LANE(lane, nv_lanes_live(mirror))
         nv_mio_sync(mio, lane);
