@@ -116,6 +116,7 @@
 #define NV_LOG_LOST_SPANS 1024u                /* of a log, that are told one by one; the rest as a sum */
 #define NV_LOGGED_SLOTS 384u                   /* requests of one volume in its log at once; others wait */
 #define NV_LOGGED_READ_SLOTS 128u              /* of them, for reads */
+#define NV_GATE_PATIENCE_MS 2000u              /* so long requests are held for a log that goes in or out (switch.h) */
 #define NV_LOG_ALIKE_BLOCKS 1024u              /* that a block status looks at one by one */
 #define NV_LOG_ZERO_BLOCKS 256u                /* of one ZERO entry; a longer zero or trim goes below */
 

@@ -38,6 +38,8 @@
 #define NV_EVENT_LOG_FAILED 24       /* result = why: what is logged is carried below, then the log is void */
 #define NV_EVENT_LOG_LOST 25         /* args = offset of a block that can be read nowhere, how many so far */
 #define NV_EVENT_LOG_NEEDS_WORD 26   /* it cannot be made void on its device: nv_volume_log_forget() */
+#define NV_EVENT_LOG_ATTACHED 27     /* token; result: the log is before the volume, or why not */
+#define NV_EVENT_LOG_DETACHED 28     /* token; result: there is no log any more, its object is free; or why there is */
 
 typedef struct {
     uint32_t kind;
@@ -323,6 +325,7 @@ typedef struct {
     uint8_t begin[16];               /* random: of this life */
     uint32_t dirty;                  /* the registry says that a log holds data of the volume */
     uint32_t discard;                /* format whatever is there */
+    uint32_t beside;                 /* open it beside a volume that may be in use: nv_volume_log_attach() puts it before it */
     uint32_t bypass_bytes;           /* writes of so many go below; 0: none for its length */
     uint32_t stream_bytes;           /* ... and of who wrote so many in sequence; 0: no difference */
     uint32_t age_ms;                 /* when the oldest logged write is to be carried below */
@@ -358,13 +361,22 @@ typedef struct {
     uint64_t reserved[4];
 } nv_log_status;
 
-/* Before the volume's first connection; it stays until the volume is closed. LOG_OPENED tells what was found. */
+/*
+ * LOG_OPENED tells what was found. The log is before the volume at once, which has had no connection yet; or, opened `beside`,
+ * is empty and waits to be attached. It stays until it is detached or the volume is closed.
+ */
 int nv_volume_log_open(nv_plane *plane, uint32_t volume, uint32_t object, uint64_t offset, uint64_t length,
                        const nv_log_policy *policy, uint64_t token);
 int nv_volume_log_allow(nv_plane *plane, uint32_t volume);  /* the registry has it: write into it, again if it was drained */
 int nv_volume_log_limit(nv_plane *plane, uint32_t volume, const nv_log_policy *policy); /* bypass, stream, age, deadline, rate */
 int nv_volume_log_drain(nv_plane *plane, uint32_t volume, uint64_t token);
 int nv_volume_log_forget(nv_plane *plane, uint32_t volume); /* the registry has that nothing in it is to be replayed */
+/*
+ * Requests go through the log from now on; and, if it is drained, void or was refused, past it again. What is under way ends
+ * before, others are held meanwhile, for 2 s at most: -ETIMEDOUT, nothing has changed. -EBUSY: it holds something still.
+ */
+int nv_volume_log_attach(nv_plane *plane, uint32_t volume, uint64_t token);
+int nv_volume_log_detach(nv_plane *plane, uint32_t volume, uint64_t token);
 int nv_volume_log(nv_plane *plane, uint32_t volume, nv_log_status *out);
 typedef struct {
     uint64_t offset;

@@ -385,6 +385,15 @@ enum nv_log_state nv_log_state(const struct nv_log *log)
     return log->state;
 }
 
+bool nv_log_holds_nothing(const struct nv_log *log)
+{
+    if (log->lost_blocks > 0) /* reads of these must go on to fail */
+        return false;
+    if (log->state == NV_LOG_VOID && (log->in_flight || log->syncing)) /* its device hangs */
+        return false;
+    return log->state == NV_LOG_CLOSED || log->state == NV_LOG_VOID || (log->state == NV_LOG_THROUGH && log->indexed == 0);
+}
+
 uint64_t nv_log_alike(const struct nv_log *log, uint64_t offset, uint64_t length, bool *holds)
 {
     const uint64_t first = offset / NV_LOG_UNIT, end = nv_log_units(offset + length);

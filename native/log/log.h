@@ -98,6 +98,7 @@ struct nv_log_config {
     uint64_t offset;                /* where the log begins in it, a multiple of 4096 */
     struct nv_log_claim claim;      /* claim.length: bytes from offset on */
     bool discard;                   /* format whatever is there */
+    bool anew;                      /* it is to be empty, and its device may have failed before (log/open.c) */
     uint8_t fresh[16];              /* random: id of a log that is formatted */
     uint8_t begin[16];              /* random: this life's chain */
     uint64_t size;                  /* of the VVol */
@@ -156,6 +157,11 @@ void nv_log_grow(struct nv_log *log, uint64_t size);
 void nv_log_start(struct nv_log *log, struct nv_log_request *request);
 void nv_log_pump(struct nv_log *log);
 void nv_log_tick(struct nv_log *log);
+/*
+ * Nothing in it is missed when it is used no more: it is drained, or was never written to, or is void and its device does
+ * nothing any more, or was refused.
+ */
+bool nv_log_holds_nothing(const struct nv_log *log);
 /* Nothing of the log's is under way in the port or below. */
 bool nv_log_idle(const struct nv_log *log);
 void nv_log_look(const struct nv_log *log, struct nv_log_look *out);

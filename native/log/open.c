@@ -2,6 +2,9 @@
  * Opening: superblocks → records up to the first invalid one → what is logged is known again → a sync of the log (what was
  * found may not be durable yet) → a BEGIN in the place of the first invalid record, durable → requests. A log that is
  * formatted gets a superblock instead, and its BEGIN at the ring's beginning.
+ *
+ * An empty one whose device may have failed before (`anew`) gets a superblock behind all that it has: what is read of it may be
+ * in no more than a cache, which calls it clean since a write of it has failed, and no sync would bring it to the device.
  */
 #include <errno.h>
 #include <string.h>
@@ -131,6 +134,33 @@ static void replace_begin(struct nv_log *log)
     scan->chain = log->last_head.chain;
 }
 
+static void sync_all(struct nv_log *log)
+{
+    log->op = (struct nv_op){.kind = NV_OP_SYNC, .handle = log->config.handle, .done = synced};
+    nv_io_submit(log->config.io, &log->op);
+}
+
+static void renewed(struct nv_op *op)
+{
+    if (moved(log_of(op)))
+        sync_all(log_of(op));
+}
+
+static void renew(struct nv_log *log)
+{
+    struct nv_log_super *super = &log->super;
+
+    nv_log_empty(log);
+    super->sequence++;
+    super->tail = log->head % log->ring;
+    super->next = log->next;
+    super->chain = log->chain;
+    log->tail = log->head;
+    log->found.super = *super;
+    nv_log_super_encode(super, log->copies);
+    transfer(log, NV_OP_WRITE, NV_OP_DSYNC, (super->sequence & 1) * NV_LOG_UNIT, log->copies, NV_LOG_UNIT, renewed);
+}
+
 static void scanned(struct nv_log *log)
 {
     struct nv_log_scan *scan = &log->scan;
@@ -143,16 +173,19 @@ static void scanned(struct nv_log *log)
         refuse(log, NV_LOG_UNKNOWN_DATA, 0);
         return;
     }
-    replace_begin(log);
-    if (scan->position - scan->begin + NV_LOG_UNIT > log->ring) {
+    if (!log->config.anew)
+        replace_begin(log);
+    if (!log->config.anew && scan->position - scan->begin + NV_LOG_UNIT > log->ring) {
         refuse(log, NV_LOG_TOO_MANY, 0);
         return;
     }
     log->head = log->completed = log->synced = scan->position;
     log->next = scan->next;
     log->chain = scan->chain;
-    log->op = (struct nv_op){.kind = NV_OP_SYNC, .handle = log->config.handle, .done = synced};
-    nv_io_submit(log->config.io, &log->op);
+    if (log->config.anew)
+        renew(log);
+    else
+        sync_all(log);
 }
 
 static void window_read(struct nv_op *op)

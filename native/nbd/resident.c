@@ -60,7 +60,8 @@ bool nv_resident_take(struct nv_request *request)
     const struct nv_conn *conn = request->conn;
     uint8_t *at;
 
-    if (request->length > NV_NOW_BYTES || conn->tls || conn->volume->logged) /* what is logged stands elsewhere */
+    if (request->length > NV_NOW_BYTES || conn->tls ||
+        (conn->local->layers & (NV_LAYER_LOG | NV_LAYER_GATE))) /* what is logged stands elsewhere */
         return false;
     at = look(conn, request, conn->local->map);
     if (!at)

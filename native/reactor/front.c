@@ -224,10 +224,8 @@ int nv_volume_open(nv_plane *plane, const void *desc, uint64_t length, uint32_t 
         return nv_fail(ENOMEM, "no memory for a mirror");
     }
     *number = volume->id;
-    if (volume->mirror) {
-        atomic_store(&volume->open_locals, reactors + 1);
+    if (volume->mirror)
         nv_mirror_send_open(volume->mirror);
-    }
     return 0;
 }
 
@@ -348,8 +346,8 @@ static void volume_closes(struct nv_reactor *reactor, struct nv_message *message
         nv_conn_close(conn, -ESHUTDOWN);
     if (local->volume->mirror && nv_mirror_owner(local->volume->mirror) == reactor)
         nv_mirror_closes(local->volume->mirror);
-    if (local->volume->logged && nv_logged_owner(local->volume->logged) == reactor)
-        nv_logged_closes(local->volume->logged);
+    if (reactor->index == local->volume->id % reactor->plane->config.reactors && local->volume->owned)
+        nv_logged_closes(local->volume->owned);
     nv_volume_local_close(reactor, local);
 }
 

@@ -272,8 +272,7 @@ void nv_volume_forget(nv_plane *plane, struct nv_volume *volume)
         return; /* events of another ring are still to come */
     if (volume->mirror)
         nv_mirror_free(volume->mirror);
-    if (volume->logged)
-        nv_logged_free(volume->logged);
+    nv_logged_free_all(volume);
     nv_cached_close(volume);
     nv_object_unuse(volume->latest);
     nv_range_table_free(&volume->ranges);
@@ -365,6 +364,10 @@ static void consume(nv_plane *plane, const struct nv_event_record *record)
         break;
     case NV_EVENT_LOG_DRAINED:
         nv_logged_drained(record->subject);
+        break;
+    case NV_EVENT_LOG_ATTACHED:
+    case NV_EVENT_LOG_DETACHED:
+        nv_switch_over(record->subject, record->event.result);
         break;
     case NV_EVENT_LEG_CHANGED:
     case NV_EVENT_VERIFY_DONE:

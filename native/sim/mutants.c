@@ -20,6 +20,8 @@
  *  15  blocks written in part are merged in any order      nv_range_enter
  *  16  zeros under a tombstone are a mere hint             nv_volume_below
  *  17  more is waited for than a client owes              nv_io_low_water
+ *  18  requests go on while a log goes in or out           nv_gate_hold
+ *  19  a log goes out with what it holds                   nv_logged_may_leave
  */
 #include <stdatomic.h>
 #include <stddef.h>
@@ -42,6 +44,10 @@ void __real_nv_logged_run(struct nv_vreq *request);
 void __wrap_nv_logged_run(struct nv_vreq *request);
 void __real_nv_volume_below(struct nv_vreq *request);
 void __wrap_nv_volume_below(struct nv_vreq *request);
+void __real_nv_gate_hold(struct nv_gate *gate, struct nv_vreq *request);
+void __wrap_nv_gate_hold(struct nv_gate *gate, struct nv_vreq *request);
+int __real_nv_logged_may_leave(const struct nv_logged *logged);
+int __wrap_nv_logged_may_leave(const struct nv_logged *logged);
 bool __real_nv_io_hung_up(nv_handle handle);
 bool __wrap_nv_io_hung_up(nv_handle handle);
 bool __real_nv_io_low_water(nv_handle handle, uint32_t bytes);
@@ -142,6 +148,20 @@ void __wrap_nv_volume_below(struct nv_vreq *request)
     if (mutant(16) && request->kind == NV_REQUEST_ZERO && (request->flags & NV_REQUEST_FUA))
         request->kind = NV_REQUEST_TRIM;
     __real_nv_volume_below(request);
+}
+
+/* What is under way below when the log has gone in is in no FLUSH of the log's. */
+void __wrap_nv_gate_hold(struct nv_gate *gate, struct nv_vreq *request)
+{
+    if (mutant(18) && request->kind != NV_REQUEST_FLUSH)
+        nv_volume_past_log(request);
+    else
+        __real_nv_gate_hold(gate, request);
+}
+
+int __wrap_nv_logged_may_leave(const struct nv_logged *logged)
+{
+    return mutant(19) ? 0 : __real_nv_logged_may_leave(logged);
 }
 
 /* ---- the cache ---- */

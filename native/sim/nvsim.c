@@ -16,34 +16,11 @@
 #include "reactor/plane.h"
 #include "sim/check.h"
 #include "sim/client.h"
+#include "sim/life.h"
 #include "sim/scenario.h"
 
-#define CLIENTS 4u
 #define LOOK_EVERY 16u   /* steps between two looks of the onlooker */
 #define PATIENCE 400000u /* steps without faults after which everything must have been answered */
-
-struct life {
-    struct scenario *scenario;
-    struct client_rules *rules;
-    nv_plane *plane;
-    uint32_t objects[SCENARIO_DISKS];
-    int files[SCENARIO_DISKS];
-    uint32_t volume;
-    struct client *clients[CLIENTS];
-    uint32_t numbers[CLIENTS]; /* of their connections, for the plane */
-    uint32_t connections;   /* the plane has not told the end of */
-    bool changing;          /* a growth is under way */
-    bool limiting;          /* new limits are */
-    bool caching;           /* a new cache policy is */
-    int log_file;
-    uint32_t log_object;
-    bool log_opened;
-    bool draining;          /* the log is */
-    bool volume_closed;
-    bool over;              /* the images are taken: what still happens, happens to nobody */
-    bool latched[SCENARIO_DISKS];
-    uint64_t *next_id;      /* of connections, over all lives */
-};
 
 static struct {
     uint64_t seed;
@@ -55,7 +32,7 @@ static struct {
 static void tell_where(void)
 {
     fprintf(stderr, "seed %llu, life %u, step %u\n", (unsigned long long)where.seed, where.life, where.step);
-    for (uint32_t i = 0; where.now && i < CLIENTS; i++)
+    for (uint32_t i = 0; where.now && i < LIFE_CLIENTS; i++)
         if (where.now->clients[i])
             client_describe(where.now->clients[i]);
     fprintf(stderr, "replay: %s --seeds %llu..%llu", where.program, (unsigned long long)where.seed,
@@ -105,97 +82,6 @@ static void check_cache(struct life *life)
         nv_sim_violation("the cache: %s", wrong);
 }
 
-/* ---- the write-back log ---- */
-
-static bool settle_once(struct life *life);
-
-static bool log_chance(struct life *life, unsigned of_1024)
-{
-    return sim_random_chance(&life->scenario->log.random, of_1024);
-}
-
-/* The registry has it: write into it. */
-static void allow_log(struct life *life)
-{
-    nv_log_policy *policy = &life->scenario->log.policy;
-
-    policy->dirty = 1;
-    policy->discard = 0;
-    (void)nv_volume_log_allow(life->plane, life->volume); /* perhaps it has not heard the last one */
-}
-
-/* What is found is judged elsewhere (nvlog); here it opens without faults. */
-static void open_log(struct life *life)
-{
-    struct scenario_log *log = &life->scenario->log;
-    const uint32_t align = life->scenario->cell_bytes == SIM_SECTOR ? SIM_SECTOR : 1; /* transfers are cut short at cells */
-    const struct nv_sim_faults none = {.atom = life->scenario->faults.atom};
-
-    if (!log->size)
-        return;
-    for (uint32_t i = 0; i < sizeof log->policy.fresh; i++) {
-        log->policy.fresh[i] = (uint8_t)sim_random_next(&log->random);
-        log->policy.begin[i] = (uint8_t)sim_random_next(&log->random);
-    }
-    life->log_file = nv_sim_file(sim_disk_create(log->image, log->size), align, false);
-    life->plane->scattered = log_chance(life, 700);
-    nv_sim_set_faults(&none);
-    if (nv_object_open(life->plane, life->log_file, align > 1 ? NV_OBJECT_DIRECT : 0, align, log->size, &life->log_object) != 0 ||
-        nv_volume_log_open(life->plane, life->volume, life->log_object, 0, log->size, &log->policy, 1) != 0)
-        nv_sim_violation("the log does not open: %s", nv_last_error());
-    while (!life->log_opened)
-        if (!settle_once(life))
-            nv_sim_violation("the log is never open");
-    nv_sim_set_faults(&life->scenario->faults);
-    if (log_chance(life, 900))
-        allow_log(life);
-}
-
-/* Control may drain the log at any time, and have it written again. */
-static void drain_or_allow(struct life *life)
-{
-    if (!life->scenario->log.size || life->draining)
-        return;
-    if (log_chance(life, 512)) {
-        allow_log(life);
-        return;
-    }
-    life->draining = nv_volume_log_drain(life->plane, life->volume, 1) == 0;
-}
-
-static void take_log_opened(struct life *life, const nv_event *event)
-{
-    life->log_opened = true;
-    if (event->args[0] != 0 || event->result != 0)
-        nv_sim_violation("the log is refused: %s", nv_log_verdict_word((uint32_t)event->args[0]));
-    memcpy(life->scenario->log.policy.id, &event->args[3], sizeof life->scenario->log.policy.id);
-}
-
-static void take_log_event(struct life *life, const nv_event *event)
-{
-    switch (event->kind) {
-    case NV_EVENT_LOG_OPENED:
-        take_log_opened(life, event);
-        break;
-    case NV_EVENT_LOG_DRAINED:
-        life->draining = false;
-        break;
-    case NV_EVENT_LOG_FAILED:
-        if (!life->rules->sync_errors)
-            nv_sim_violation("the log is said to have failed, and nothing did");
-        break;
-    case NV_EVENT_LOG_NEEDS_WORD:
-        if (life->over)
-            break;
-        life->scenario->log.policy.dirty = 0; /* the registry has it */
-        life->scenario->log.policy.discard = 1;
-        (void)nv_volume_log_forget(life->plane, life->volume);
-        break;
-    default:
-        nv_sim_violation("event of kind %u", event->kind);
-    }
-}
-
 static void boot(struct life *life)
 {
     struct scenario *scenario = life->scenario;
@@ -217,7 +103,7 @@ static void boot(struct life *life)
     uint64_t length = scenario_describe(scenario, life->rules->cells, life->objects, 0, 1, record);
     if (nv_volume_open(life->plane, record, length, &life->volume) != 0)
         nv_sim_violation("the volume does not open: %s", nv_last_error());
-    open_log(life);
+    life_open_log(life);
     onlooker_boot(life->rules->onlooker, life->plane, life->volume, scenario->reactors);
     cache(life);
 }
@@ -294,8 +180,10 @@ static void take_event(struct life *life, const nv_event *event)
     case NV_EVENT_VOLUME_CLOSED:
         life->volume_closed = true;
         break;
+    case NV_EVENT_OBJECT_CLOSED:
+        break;
     default:
-        take_log_event(life, event);
+        life_log_event(life, event);
     }
 }
 
@@ -391,7 +279,7 @@ static void end_client(struct life *life, uint32_t index)
 
 static void act(struct life *life)
 {
-    uint32_t index = (uint32_t)below(life, CLIENTS);
+    uint32_t index = (uint32_t)below(life, LIFE_CLIENTS);
     struct client *client = life->clients[index];
 
     if (client && client_ended(client)) {
@@ -425,8 +313,10 @@ static void step(struct life *life)
 {
     uint64_t what = below(life, 1000);
 
-    if (where.step % LOOK_EVERY == 0)
+    if (where.step % LOOK_EVERY == 0) {
         onlooker_act(life->rules->onlooker);
+        life_act_on_log(life);
+    }
     if (what < 300)
         act(life);
     else if (what < 640)
@@ -443,8 +333,6 @@ static void step(struct life *life)
         run_job(life);
     else if (chance(life, 400))
         cache(life);
-    else if (life->scenario->log.size && log_chance(life, 300))
-        drain_or_allow(life);
     else if (what < 999)
         limit(life);
     else
@@ -452,14 +340,14 @@ static void step(struct life *life)
 }
 
 /* Everything that can move moves once. False: nothing did, not even the clock. */
-static bool settle_once(struct life *life)
+bool life_settle_once(struct life *life)
 {
     bool moved = nv_sim_step();
 
     for (uint32_t i = 0; i < life->scenario->reactors; i++)
         moved |= nv_reactor_turn(nv_plane_reactor(life->plane, i));
     moved |= take_events(life);
-    for (uint32_t i = 0; i < CLIENTS; i++)
+    for (uint32_t i = 0; i < LIFE_CLIENTS; i++)
         if (life->clients[i])
             moved |= client_pump(life->clients[i], true);
     return moved || nv_sim_advance();
@@ -467,7 +355,7 @@ static bool settle_once(struct life *life)
 
 static bool all_answered(const struct life *life)
 {
-    for (uint32_t i = 0; i < CLIENTS; i++)
+    for (uint32_t i = 0; i < LIFE_CLIENTS; i++)
         if (life->clients[i] && !client_ended(life->clients[i]) && client_unanswered(life->clients[i]))
             return false;
     return !life->changing;
@@ -483,11 +371,11 @@ static void settle(struct life *life)
     for (uint32_t i = 0; !all_answered(life); i++) {
         if (life->scenario->log.size) /* what a failed log holds waits for a flush below, and that for the operator */
             clear_fault(life);
-        if (!settle_once(life) || i > PATIENCE)
+        if (!life_settle_once(life) || i > PATIENCE)
             nv_sim_violation("requests are never answered");
     }
     for (uint32_t i = 0; !onlooker_content(life->rules->onlooker); i++)
-        if (!settle_once(life) || i > PATIENCE)
+        if (!life_settle_once(life) || i > PATIENCE)
             nv_sim_violation("a request that was traced and answered has left no record");
 }
 
@@ -499,7 +387,7 @@ static void stop_plane(struct life *life)
 
     nv_plane_stop(life->plane);
     for (uint32_t i = 0; !finished; i++) {
-        settle_once(life);
+        life_settle_once(life);
         finished = true;
         for (uint32_t j = 0; j < life->scenario->reactors; j++)
             finished &= nv_reactor_finished(nv_plane_reactor(life->plane, j));
@@ -529,7 +417,7 @@ static void take_images(struct life *life, bool cache_survives)
 static void end_abruptly(struct life *life, bool cache_survives)
 {
     take_images(life, cache_survives);
-    for (uint32_t i = 0; i < CLIENTS; i++)
+    for (uint32_t i = 0; i < LIFE_CLIENTS; i++)
         if (life->clients[i])
             client_close(life->clients[i], true);
     check_crash(life->rules->check, cache_survives);
@@ -543,13 +431,13 @@ static void end_cleanly(struct life *life)
     life->rules->closing = true;
     if (chance(life, 512) && nv_volume_close(life->plane, life->volume, 1) != 0)
         nv_sim_violation("the volume does not close: %s", nv_last_error());
-    for (uint32_t i = 0; i < CLIENTS; i++)
+    for (uint32_t i = 0; i < LIFE_CLIENTS; i++)
         if (life->clients[i] && chance(life, 512))
             client_disconnect(life->clients[i]);
     for (uint32_t i = (uint32_t)below(life, 200); i > 0; i--)
-        settle_once(life);
+        life_settle_once(life);
     take_images(life, true); /* what is still in flight was never promised */
-    for (uint32_t i = 0; i < CLIENTS; i++)
+    for (uint32_t i = 0; i < LIFE_CLIENTS; i++)
         if (life->clients[i])
             client_close(life->clients[i], false);
     check_crash(life->rules->check, true);
@@ -566,7 +454,7 @@ static void read_everything(struct life *life)
         if (client_read(life->clients[0], at, count))
             at += count;
         else
-            settle_once(life);
+            life_settle_once(life);
     }
     settle(life);
 }
@@ -600,7 +488,7 @@ static void live(struct life *life, bool last)
     else
         end_abruptly(life, chance(life, 300));
     nv_sim_end();
-    for (uint32_t i = 0; i < CLIENTS; i++)
+    for (uint32_t i = 0; i < LIFE_CLIENTS; i++)
         if (life->clients[i])
             client_destroy(life->clients[i]);
     where.now = NULL;

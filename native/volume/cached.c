@@ -47,7 +47,8 @@ void nv_cached_open(struct nv_volume *volume)
     cached->owner = volume->id;
     if (!cached->cache)
         return;
-    volume->layered = true;
+    for (uint32_t i = 0; i < volume->plane->config.reactors; i++)
+        volume->locals[i].layers |= NV_LAYER_CACHE;
     nv_cache_open(cached->cache, cached->owner);
     cached->no_mode = true;
     cached->bypassed = in_memory(volume->latest);

@@ -147,12 +147,23 @@ static void copy_over(struct nv_copy *copy)
 
 /* --- one piece --- */
 
+static bool is_placed(const struct nv_mirror *mirror)
+{
+    bool any = false;
+
+    for (uint32_t i = 0; i < NV_COPY_DEPTH; i++)
+        any |= mirror->copier.copies[i].order != NULL;
+    return any;
+}
+
 static void piece_over(struct nv_copy *copy, int error)
 {
     struct nv_mirror *mirror = copy->mirror;
 
     nv_range_leave(copy->order, &copy->range);
     copy->order = NULL;
+    if (mirror->pausing && !is_placed(mirror))
+        nv_reactor_late(mirror->reactor, mirror->pausing);
     copy->error = error;
     copy->at += copy->length;
     mirror->copier.copied_bytes += copy->kind == NV_COPY_VERIFY ? 0 : copy->length;
@@ -424,7 +435,8 @@ static void next_piece(struct nv_copy *copy)
             copy->at += copy->length;
             continue;
         }
-        if (!has_its_time(copy))
+        copy->paused = mirror->pausing != NULL;
+        if (copy->paused || !has_its_time(copy))
             return;
         copy->range = (struct nv_range){.offset = copy->at, .length = copy->length, .reactor = mirror->reactor,
                                         .ready = range_ready};
@@ -439,6 +451,33 @@ static void next_piece(struct nv_copy *copy)
     if (!copy->error && copy->at < copy->end)
         copy->error = -ECANCELED;
     copy_over(copy);
+}
+
+bool nv_mirror_pause_copies(struct nv_mirror *mirror, struct nv_late *rest)
+{
+    mirror->pausing = rest;
+    for (uint32_t i = 0; i < NV_COPY_DEPTH; i++) {
+        struct nv_copy *copy = &mirror->copier.copies[i];
+        if (!copy->order || !nv_range_withdraw(copy->order, &copy->range))
+            continue;
+        copy->order = NULL;
+        copy->paused = true;
+    }
+    return !is_placed(mirror);
+}
+
+void nv_mirror_resume_copies(struct nv_mirror *mirror, struct nv_range_table *table)
+{
+    mirror->pausing = NULL;
+    mirror->order = table;
+    for (uint32_t i = 0; i < NV_COPY_DEPTH; i++) {
+        struct nv_copy *copy = &mirror->copier.copies[i];
+        if (!copy->paused)
+            continue;
+        copy->paused = false;
+        next_piece(copy);
+    }
+    nv_mirror_pump(mirror);
 }
 
 /* --- what to copy next --- */

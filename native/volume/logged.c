@@ -13,6 +13,7 @@
 #include "reactor/plane.h"
 #include "volume/logged_state.h"
 #include "volume/mirror.h"
+#include "volume/switch.h"
 
 static void go_on(struct nv_logged_slot *slot);
 
@@ -228,7 +229,7 @@ static void run_status(struct nv_logged *logged, struct nv_vreq *request)
 static void run_arrives(struct nv_reactor *reactor, struct nv_message *message)
 {
     struct nv_vreq *request = (struct nv_vreq *)((char *)message - offsetof(struct nv_vreq, wait.message));
-    struct nv_logged *logged = request->volume->logged;
+    struct nv_logged *logged = nv_volume_local(request->volume, reactor->index)->logged;
 
     assert(reactor == logged->reactor);
     if (request->map->size > nv_volume_local(request->volume, reactor->index)->map->size) {
@@ -246,7 +247,7 @@ static void run_arrives(struct nv_reactor *reactor, struct nv_message *message)
 
 void nv_logged_run(struct nv_vreq *request)
 {
-    struct nv_logged *logged = request->volume->logged;
+    struct nv_logged *logged = nv_volume_local(request->volume, request->reactor->index)->logged;
 
     request->wait.message.run = run_arrives;
     if (request->reactor == logged->reactor)
@@ -275,19 +276,24 @@ static void raise_drained(struct nv_logged *logged, int result)
         nv_events_raise(&logged->reactor->events, slot);
 }
 
+void nv_logged_gone(struct nv_logged *logged)
+{
+    for (uint32_t i = 0; i < 2; i++)
+        assert(!logged->slots[i].waiting);
+    nv_reactor_drop_ticker(&logged->ticker);
+    nv_reactor_drop_turner(&logged->turner);
+    nv_reactor_drop_late(logged->reactor, &logged->late);
+    if (logged->draining)
+        raise_drained(logged, -ESHUTDOWN);
+}
+
 /* Nothing may touch it any more. */
 static void finish_end(struct nv_logged *logged)
 {
     struct nv_volume *volume = logged->volume;
     struct nv_reactor *reactor = logged->reactor;
 
-    for (uint32_t i = 0; i < 2; i++)
-        assert(!logged->slots[i].waiting);
-    nv_reactor_drop_ticker(&logged->ticker);
-    nv_reactor_drop_turner(&logged->turner);
-    nv_reactor_drop_late(reactor, &logged->late);
-    if (logged->draining)
-        raise_drained(logged, -ESHUTDOWN);
+    nv_logged_gone(logged);
     nv_volume_logged_ended(volume, reactor);
 }
 
@@ -316,8 +322,12 @@ static void pump(struct nv_logged *logged)
     logged->pumping = false;
     logged->was_busy = busy(logged);
     nv_logged_show(logged);
-    if (logged->end_wanted && !busy(logged))
+    if (busy(logged))
+        return;
+    if (logged->end_wanted)
         finish_end(logged);
+    else if (logged->leaves)
+        nv_switch_rests(logged->leaves);
 }
 
 static void pump_late(struct nv_late *late)
@@ -338,8 +348,9 @@ static void pump_turn(struct nv_turner *turner)
 static bool copies_are_over(struct nv_logged *logged)
 {
     struct nv_mirror *mirror = logged->volume->mirror;
+    const bool before = nv_volume_local(logged->volume, logged->reactor->index)->logged;
 
-    return !mirror || nv_mirror_orders_by(mirror, &logged->volume->below);
+    return !mirror || !before || nv_mirror_orders_by(mirror, &logged->volume->below);
 }
 
 static void open_now(struct nv_logged *logged)
@@ -381,11 +392,35 @@ static void opens(struct nv_reactor *reactor, struct nv_message *message)
     nv_reactor_add_turner(reactor, &logged->turner);
     nv_reactor_add_ticker(reactor, &logged->ticker);
     nv_reactor_want_tick(reactor);
-    if (logged->volume->mirror)
+    logged->volume->owned = logged;
+    if (logged->volume->mirror && nv_volume_local(logged->volume, reactor->index)->logged)
         nv_mirror_under(logged->volume->mirror, logged);
     logged->opening = true;
     if (copies_are_over(logged))
         open_now(logged);
+}
+
+/* ---- in and out ---- */
+
+int nv_logged_may_enter(const struct nv_logged *logged)
+{
+    struct nv_log_look look;
+
+    nv_log_look(logged->log, &look);
+    return look.state == NV_LOG_THROUGH && look.dirty_blocks == 0 ? 0 : -EINVAL;
+}
+
+int nv_logged_may_leave(const struct nv_logged *logged)
+{
+    const bool before = nv_volume_local(logged->volume, logged->reactor->index)->logged;
+
+    return !before || nv_log_holds_nothing(logged->log) ? 0 : -EBUSY;
+}
+
+void nv_logged_leaves(struct nv_logged *logged, struct nv_switch *sw)
+{
+    logged->leaves = sw;
+    nv_reactor_late(logged->reactor, &logged->late);
 }
 
 static void ends(struct nv_reactor *reactor, struct nv_message *message)

@@ -71,10 +71,17 @@ static void replace(struct nv_logged *logged)
 
 /* ---- memory that is kept ---- */
 
+static void kept_no_more(struct nv_logged_below *below)
+{
+    assert(below->logged->kept > 0);
+    below->logged->kept--;
+    put_back(below);
+}
+
 static void client_unpinned(struct nv_reactor *reactor, struct nv_message *message)
 {
     (void)reactor;
-    put_back((struct nv_logged_below *)((char *)message - offsetof(struct nv_logged_below, message)));
+    kept_no_more((struct nv_logged_below *)((char *)message - offsetof(struct nv_logged_below, message)));
 }
 
 static void unpin_client(struct nv_reactor *reactor, struct nv_message *message)
@@ -99,10 +106,10 @@ static void let_go(struct nv_logged_below *below)
         logged->blocks[logged->block_count++] = below->block;
     free(below->orphan);
     if (!below->client) {
-        put_back(below);
+        kept_no_more(below);
     } else if (below->client->reactor == logged->reactor) {
         nv_request_unpin(below->client);
-        put_back(below);
+        kept_no_more(below);
     } else {
         below->message.run = unpin_client;
         nv_reactor_send(below->client->reactor, &below->message);
@@ -171,6 +178,7 @@ static void keep(struct nv_logged_below *below)
     uint8_t *bytes = below->data;
 
     replace(below->logged);
+    below->logged->kept++;
     below->ours = io->ours;
     if (io->ours) {
         io->kept = true;

@@ -59,7 +59,7 @@ static void init_slots(struct nv_logged *logged)
     logged->starved_last = &logged->starved_first;
 }
 
-void nv_logged_free(struct nv_logged *logged)
+static void free_logged(struct nv_logged *logged)
 {
     if (logged->log)
         nv_log_free(logged->log);
@@ -71,11 +71,22 @@ void nv_logged_free(struct nv_logged *logged)
     free(logged);
 }
 
+void nv_logged_free_all(struct nv_volume *volume)
+{
+    if (volume->logged)
+        free_logged(volume->logged);
+    for (struct nv_logged *logged = volume->retired, *next; logged; logged = next) {
+        next = logged->retired;
+        free_logged(logged);
+    }
+}
+
 static int create_log(struct nv_logged *logged, uint64_t offset, uint64_t length, const nv_log_policy *policy)
 {
     const struct nv_map *map = logged->volume->latest;
     struct nv_log_config config = {
         .io = logged->reactor->io, .handle = logged->object->handle, .offset = offset, .discard = policy->discard != 0,
+        .anew = policy->beside != 0,
         .size = map->size, .bypass_bytes = policy->bypass_bytes, .stream_bytes = policy->stream_bytes,
         .age_ms = policy->age_ms, .deadline_ms = policy->deadline_ms, .rate = policy->destage_rate, .context = logged, .below = nv_logged_below,
         .event = nv_logged_event,
@@ -172,13 +183,30 @@ static int find(nv_plane *plane, uint32_t number, struct nv_volume **out)
     return volume && !volume->closing ? 0 : nv_fail(ENOENT, "volume %u is not open", number);
 }
 
-static int check_volume(const struct nv_volume *volume)
+static int check_volume(const struct nv_volume *volume, const nv_log_policy *policy)
 {
     if (volume->logged)
         return nv_fail(EALREADY, "volume %u has a log", volume->id);
-    if (volume->served || volume->map_changes)
-        return nv_fail(EBUSY, "volume %u is in use; its log is opened before its first connection", volume->id);
+    if (volume->map_changes)
+        return nv_fail(EBUSY, "a change of volume %u is under way", volume->id);
+    if (policy->beside && policy->dirty)
+        return nv_fail(EINVAL, "a log that holds data of volume %u is opened before its first connection", volume->id);
+    if (volume->served && !policy->beside)
+        return nv_fail(EBUSY, "volume %u is in use: its log is opened before its first connection, or beside it", volume->id);
     return check_map(volume->latest);
+}
+
+/* No connection has come: its first will bring this to the reactors. */
+static void put_before(struct nv_logged *logged)
+{
+    struct nv_volume *volume = logged->volume;
+
+    for (uint32_t i = 0; i < volume->plane->config.reactors; i++) {
+        volume->locals[i].layers |= NV_LAYER_LOG;
+        volume->locals[i].gate.widens = true;
+        volume->locals[i].logged = logged;
+    }
+    logged->before = true;
 }
 
 int nv_volume_log_open(nv_plane *plane, uint32_t number, uint32_t object_number, uint64_t offset, uint64_t length,
@@ -189,7 +217,7 @@ int nv_volume_log_open(nv_plane *plane, uint32_t number, uint32_t object_number,
     struct nv_volume *volume;
     int error = find(plane, number, &volume);
 
-    if (error || (error = check_volume(volume)) || (error = check_policy(length, policy)))
+    if (error || (error = check_volume(volume, policy)) || (error = check_policy(length, policy)))
         return error;
     if (!object)
         return nv_fail(ENOENT, "object %u is not open", object_number);
@@ -210,15 +238,15 @@ int nv_volume_log_open(nv_plane *plane, uint32_t number, uint32_t object_number,
     error = logged->all && logged->below && logged->blocks && logged->memory ? create_log(logged, offset, length, policy)
                                                                               : -ENOMEM;
     if (error) {
-        nv_logged_free(logged);
+        free_logged(logged);
         return nv_fail(-error, "a write-back log of %" PRIu64 " bytes: %s", length, strerror(-error));
     }
     init_events(logged, token);
     init_slots(logged);
     nv_logged_show(logged);
-    volume->layered = true;
-    volume->logged = logged; /* published by the message that brings the first connection */
-    atomic_fetch_add(&volume->open_locals, 1);
+    volume->logged = logged;
+    if (!policy->beside)
+        put_before(logged);
     nv_logged_send_open(logged);
     return 0;
 }
@@ -237,6 +265,8 @@ static int find_log(nv_plane *plane, uint32_t number, struct nv_logged **out)
 
 static int say(struct nv_logged *logged, struct nv_logged_command *command, uint64_t token)
 {
+    if (logged->volume->switching)
+        return nv_fail(EALREADY, "the log of volume %u is on its way in or out", logged->volume->id);
     if (atomic_load(&command->sent))
         return nv_fail(EALREADY, "the log of volume %u has not heard the same word yet", logged->volume->id);
     atomic_store(&command->sent, true);
@@ -285,6 +315,49 @@ int nv_volume_log_drain(nv_plane *plane, uint32_t number, uint64_t token)
     if (!error)
         logged->asked_to_drain = true;
     return error;
+}
+
+static int begin_switch(nv_plane *plane, uint32_t number, bool in, uint64_t token)
+{
+    struct nv_logged *logged;
+    int error = find_log(plane, number, &logged);
+
+    if (!error && logged->volume->switching)
+        error = nv_fail(EALREADY, "the log of volume %u is on its way in or out", number);
+    if (!error && in && logged->before)
+        error = nv_fail(EALREADY, "the log of volume %u is before it", number);
+    if (!error && !in && logged->asked_to_drain)
+        error = nv_fail(EBUSY, "the log of volume %u is being drained", number);
+    return error ? error : nv_switch_begin(logged->volume, in, token);
+}
+
+int nv_volume_log_attach(nv_plane *plane, uint32_t number, uint64_t token)
+{
+    return begin_switch(plane, number, true, token);
+}
+
+int nv_volume_log_detach(nv_plane *plane, uint32_t number, uint64_t token)
+{
+    return begin_switch(plane, number, false, token);
+}
+
+void nv_logged_switched(struct nv_logged *logged, bool in)
+{
+    struct nv_volume *volume = logged->volume;
+
+    if (in) {
+        logged->before = true;
+        return;
+    }
+    volume->logged = NULL;
+    logged->object->users--;
+    logged->object = NULL;
+    if (logged->kept == 0) {
+        free_logged(logged);
+        return;
+    }
+    logged->retired = volume->retired;
+    volume->retired = logged;
 }
 
 void nv_logged_drained(struct nv_logged *logged)

@@ -79,9 +79,9 @@ struct nv_logged {
     struct nv_log_below *starved_first, **starved_last; /* for one of them */
     uint8_t **blocks;               /* for slots whose block is kept */
     uint32_t block_count;
+    bool opening;                   /* when the mirror's copies under way are over */
     bool carrying;                  /* a batch is being destaged: */
     uint64_t faults;                /* ... failed syncs below that were known when it began */
-    bool opening;                   /* when the mirror's copies under way are over */
     bool fenced;
     bool pumping;
     bool was_busy;                  /* after the last pump something was under way */
@@ -89,6 +89,10 @@ struct nv_logged {
     bool is_drained;
     bool closing;                   /* the volume is */
     bool end_wanted;
+    bool before;                    /* the front's: requests go through it */
+    uint32_t kept;                  /* I/O below whose memory late operations keep */
+    struct nv_switch *leaves;
+    struct nv_logged *retired;      /* the next one of the volume's */
     bool asked_to_drain;            /* the front's: until LOG_DRAINED is taken */
     pthread_mutex_t shown_lock;
     nv_log_status shown;

@@ -445,7 +445,7 @@ void nv_mirror_unfreeze(struct nv_mirror *mirror, uint8_t lanes)
 void nv_mirror_under(struct nv_mirror *mirror, struct nv_logged *logged)
 {
     mirror->logged = logged;
-    if (mirror->fenced)
+    if (logged && mirror->fenced)
         nv_logged_fence(logged);
 }
 

@@ -18,6 +18,7 @@
 #include "reactor/events.h"
 #include "reactor/inbox.h"
 
+struct nv_late;
 struct nv_logged;
 struct nv_map;
 struct nv_mirror;
@@ -71,13 +72,19 @@ void nv_mirror_closes(struct nv_mirror *mirror);
 /* Any reactor: no connection of the volume is left; the mirror ends, then VOLUME_CLOSED is raised. */
 void nv_mirror_send_end(struct nv_mirror *mirror);
 
-/* A log is above from now on: it hears of a fence. */
+/* A log is above from now on, which hears of a fence; NULL: none is. */
 void nv_mirror_under(struct nv_mirror *mirror, struct nv_logged *logged);
 /*
  * The order that copies between legs take their places in, from now on: the volume's, or, with a log above, that of what it
  * hands below. False: copies are still under way by another order.
  */
 bool nv_mirror_orders_by(struct nv_mirror *mirror, struct nv_range_table *table);
+/*
+ * Begin no piece of a copy, and give up the places of those that wait for a client's request; `rest` is queued once none is
+ * under way. True: that is so already. Until they go on, by this order.
+ */
+bool nv_mirror_pause_copies(struct nv_mirror *mirror, struct nv_late *rest);
+void nv_mirror_resume_copies(struct nv_mirror *mirror, struct nv_range_table *table);
 /* Failed syncs of the last in-sync leg, so far: they may have lost what no other leg has. */
 uint64_t nv_mirror_faults(const struct nv_mirror *mirror);
 

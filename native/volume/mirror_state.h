@@ -142,6 +142,7 @@ struct nv_copy {                    /* one region, or one range to repair, piece
     bool keep;                      /* REWRITE: no sync has failed meanwhile */
     int error;
     bool waiting;                   /* RESYNC: for its next piece's time */
+    bool paused;                    /* its next piece may not begin (nv_mirror_pause_copies) */
     uint64_t begin, at, end;
     uint64_t length;                /* of the present piece */
     struct nv_mio *mio;             /* VERIFY: holds the source's bytes */
@@ -180,6 +181,7 @@ struct nv_copier {
 struct nv_mirror {
     struct nv_volume *volume;
     struct nv_range_table *order;   /* of copies (nv_mirror_orders_by) */
+    struct nv_late *pausing;        /* copies begin no piece; queued when none is under way */
     struct nv_logged *logged;       /* the log above; NULL: none */
     struct nv_reactor *reactor;
     struct nv_lane lanes[NV_LEGS_MAX];

@@ -118,20 +118,48 @@ static void ready_arrives(struct nv_reactor *reactor, struct nv_message *message
     range->ready(range);
 }
 
-void nv_range_leave(struct nv_range_table *table, struct nv_range *range)
+/* Those that wait for it no more. */
+static struct nv_range *take_out(struct nv_range_table *table, struct nv_range *range)
 {
     struct nv_range *ready = NULL;
 
-    pthread_mutex_lock(&table->lock);
     *range->back = range->next;
     if (range->next)
         range->next->back = range->back;
     visit_overlapping(table, range, unblock, &ready);
-    pthread_mutex_unlock(&table->lock);
+    return ready;
+}
+
+static void tell_ready(struct nv_range *ready)
+{
     while (ready) {
         struct nv_range *next = (struct nv_range *)ready->message.next;
         ready->message.run = ready_arrives;
         nv_reactor_send(ready->reactor, &ready->message);
         ready = next;
     }
+}
+
+bool nv_range_withdraw(struct nv_range_table *table, struct nv_range *range)
+{
+    struct nv_range *ready = NULL;
+    bool waits;
+
+    pthread_mutex_lock(&table->lock);
+    waits = range->blockers > 0;
+    if (waits)
+        ready = take_out(table, range);
+    pthread_mutex_unlock(&table->lock);
+    tell_ready(ready);
+    return waits;
+}
+
+void nv_range_leave(struct nv_range_table *table, struct nv_range *range)
+{
+    struct nv_range *ready;
+
+    pthread_mutex_lock(&table->lock);
+    ready = take_out(table, range);
+    pthread_mutex_unlock(&table->lock);
+    tell_ready(ready);
 }

@@ -40,6 +40,8 @@ void nv_range_table_free(struct nv_range_table *table);
 void nv_range_enter(struct nv_range_table *table, struct nv_range *range);
 /* Let go of the hold: true if the request may start now, else `ready` comes later. */
 bool nv_range_release(struct nv_range_table *table, struct nv_range *range);
+/* Give up a place that was released and whose turn has not come. False: `ready` has come, or is on its way. */
+bool nv_range_withdraw(struct nv_range_table *table, struct nv_range *range);
 /* The request is over (or never started): those behind it may go. */
 void nv_range_leave(struct nv_range_table *table, struct nv_range *range);
 

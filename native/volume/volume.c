@@ -125,12 +125,23 @@ static void run_logged(struct nv_vreq *request)
     nv_logged_run(request);
 }
 
-/* Past the cache, to the log, or to the map. */
-static void run_layered(struct nv_vreq *request)
+static void passes_gate(struct nv_vreq *request, struct nv_volume_local *local)
 {
-    if (request->volume->cached.cache)
+    local->gate.running++;
+    request->runs = true;
+}
+
+/* Through the gate, past the cache, to the log, or to the map. */
+static void run_layered(struct nv_vreq *request, struct nv_volume_local *local)
+{
+    if (local->layers & NV_LAYER_GATE) {
+        nv_gate_hold(&local->gate, request);
+        return;
+    }
+    passes_gate(request, local);
+    if (local->layers & NV_LAYER_CACHE)
         nv_cached_begins(request);
-    if (request->volume->logged && request->kind != NV_REQUEST_CACHE && request->done < request->length)
+    if ((local->layers & NV_LAYER_LOG) && request->kind != NV_REQUEST_CACHE && request->done < request->length)
         run_logged(request);
     else
         run_below(request);
@@ -139,10 +150,14 @@ static void run_layered(struct nv_vreq *request)
 /* Its turn has come. */
 static void run(struct nv_vreq *request)
 {
-    if (__builtin_expect(request->volume->layered, 0))
-        run_layered(request);
-    else
-        run_below(request);
+    struct nv_volume_local *local = local_of(request);
+
+    if (__builtin_expect(local->layers, 0)) {
+        run_layered(request, local);
+        return;
+    }
+    passes_gate(request, local);
+    run_below(request);
 }
 
 static void range_ready(struct nv_range *range)
@@ -150,16 +165,24 @@ static void range_ready(struct nv_range *range)
     run((struct nv_vreq *)((char *)range - offsetof(struct nv_vreq, range)));
 }
 
-/* A write-like request. */
-static void enter_layered(struct nv_vreq *request, struct nv_volume_local *local)
+/* A log knows whole blocks alone. */
+static void widen(struct nv_vreq *request, struct nv_gate *gate)
 {
-    local->cached.writes++;
-    request->cached.unhooked = !local->cached.hooks;
-    if (request->volume->logged) /* it knows whole blocks alone */
+    request->narrow = !gate->widens;
+    if (request->narrow)
+        gate->narrow++;
+    else
         nv_logged_widen(&request->range.offset, &request->range.length);
 }
 
-static void leave_layered(struct nv_vreq *request, struct nv_volume_local *local)
+/* A write-like request of a volume with a cache. */
+static void enter_cached(struct nv_vreq *request, struct nv_volume_local *local)
+{
+    local->cached.writes++;
+    request->cached.unhooked = !local->cached.hooks;
+}
+
+static void leave_cached(struct nv_vreq *request, struct nv_volume_local *local)
 {
     local->cached.writes--;
     if (request->cached.unhooked && local->cached.hooks && --local->cached.unhooked == 0)
@@ -177,14 +200,16 @@ void nv_volume_enter(struct nv_vreq *request)
     request->object_next = 0;
     request->extents_count = 0;
     request->cached.state = 0;
+    request->runs = false;
     nv_count(&local->counters.in_flight, 1);
     if (!orders(request) || request->length == 0)
         return;
     assert(request->offset + request->length <= request->map->size);
     request->range.offset = request->offset;
     request->range.length = request->length;
-    if (request->volume->layered)
-        enter_layered(request, local);
+    widen(request, &local->gate);
+    if (local->layers & NV_LAYER_CACHE)
+        enter_cached(request, local);
     request->range.reactor = request->reactor;
     request->range.ready = range_ready;
     nv_range_enter(&request->volume->ranges, &request->range);
@@ -195,9 +220,13 @@ static void leave(struct nv_vreq *request, struct nv_volume_local *local)
     nv_count(&local->counters.in_flight, (uint64_t)-1);
     if (orders(request) && request->length > 0) {
         nv_range_leave(&request->volume->ranges, &request->range);
-        if (request->volume->layered)
-            leave_layered(request, local);
+        local->gate.narrow -= request->narrow;
+        if (local->layers & NV_LAYER_CACHE)
+            leave_cached(request, local);
     }
+    local->gate.running -= request->runs;
+    if (__builtin_expect(local->gate.waits != NULL, 0))
+        nv_gate_left(request->reactor, &local->gate);
     release_map(request);
 }
 
@@ -208,7 +237,14 @@ void nv_volume_abandon(struct nv_vreq *request)
 
 static void start_flush(struct nv_vreq *request)
 {
-    if (request->volume->logged)
+    struct nv_volume_local *local = local_of(request);
+
+    if (local->layers & NV_LAYER_GATE) {
+        nv_gate_hold(&local->gate, request);
+        return;
+    }
+    passes_gate(request, local);
+    if (local->layers & NV_LAYER_LOG)
         run_logged(request);
     else if (request->map->legs)
         nv_mirror_run(request);
@@ -221,6 +257,14 @@ void nv_volume_start(struct nv_vreq *request)
     if (__builtin_expect(request->kind == NV_REQUEST_FLUSH, 0))
         start_flush(request);
     else if (!orders(request) || request->length == 0 || nv_range_release(&request->volume->ranges, &request->range))
+        run(request);
+}
+
+void nv_volume_go_on(struct nv_vreq *request)
+{
+    if (request->kind == NV_REQUEST_FLUSH)
+        start_flush(request);
+    else
         run(request);
 }
 
@@ -592,36 +636,32 @@ void nv_volume_local_change(struct nv_reactor *reactor, struct nv_message *messa
 static void local_gone(struct nv_reactor *reactor, struct nv_volume_local *local)
 {
     struct nv_volume *volume = local->volume;
-    struct nv_mirror *mirror = volume->mirror; /* now: once this local is gone, another's end may free the volume */
-    struct nv_logged *logged = volume->logged;
-    uint32_t left;
 
-    if (!local->closing || local->connections || local->pace.armed || local->cached.fetches)
+    if (!local->closing || local->connections || local->pace.armed || local->cached.fetches || local->switching)
         return;
-    left = atomic_fetch_sub(&volume->open_locals, 1) - 1;
-    if (left == 0)
+    if (atomic_fetch_sub(&volume->open_locals, 1) > 1)
+        return; /* another's end may free the volume */
+    if (volume->owned) /* the log's owner has left, so this stays as it is */
+        nv_logged_send_end(volume->owned);
+    else if (volume->mirror)
+        nv_mirror_send_end(volume->mirror);
+    else
         nv_events_raise(&reactor->events, &volume->closed);
-    else if (logged && left == (mirror ? 2u : 1u)) /* these are what is left; the log first */
-        nv_logged_send_end(logged);
-    else if (mirror && !logged && left == 1)
-        nv_mirror_send_end(mirror);
 }
 
 void nv_volume_mirror_ended(struct nv_volume *volume, struct nv_reactor *reactor)
 {
-    uint32_t before = atomic_fetch_sub(&volume->open_locals, 1);
-
-    assert(before == 1);
-    (void)before;
+    assert(atomic_load(&volume->open_locals) == 0);
     nv_events_raise(&reactor->events, &volume->closed);
 }
 
 void nv_volume_logged_ended(struct nv_volume *volume, struct nv_reactor *reactor)
 {
-    if (atomic_fetch_sub(&volume->open_locals, 1) == 1)
-        nv_events_raise(&reactor->events, &volume->closed);
-    else
+    assert(atomic_load(&volume->open_locals) == 0);
+    if (volume->mirror)
         nv_mirror_send_end(volume->mirror);
+    else
+        nv_events_raise(&reactor->events, &volume->closed);
 }
 
 void nv_volume_local_close(struct nv_reactor *reactor, struct nv_volume_local *local)

@@ -21,6 +21,7 @@
 #include "volume/map.h"
 #include "volume/qos.h"
 #include "volume/range.h"
+#include "volume/switch.h"
 
 struct nv_plane;
 struct nv_conn;
@@ -61,8 +62,16 @@ struct nv_share {                   /* of the reactor's time (nbd/share.c) */
     uint64_t turn;
 };
 
+#define NV_LAYER_CACHE 1u           /* between the range order and the map: a cache, */
+#define NV_LAYER_LOG 2u             /* a write-back log, */
+#define NV_LAYER_GATE 4u            /* a gate that is closed (switch.h) */
+
 struct nv_volume_local {
     _Alignas(64) struct nv_map *map;
+    uint8_t layers;                 /* NV_LAYER_*; 0: none, one look tells that */
+    bool switching;                 /* the owner's: a log goes in or out, the local half stays until that is over */
+    struct nv_gate gate;
+    struct nv_logged *logged;       /* the log before the volume, or NULL */
     struct nv_qos *qos;             /* NULL: nothing is limited */
     struct nv_share share;
     struct nv_conn *connections;    /* of this volume on this reactor */
@@ -81,18 +90,20 @@ struct nv_volume {
     struct nv_range_table ranges;
     struct nv_range_table below;    /* of a mirror with a log: of what goes below, and of copies between its legs */
     struct nv_mirror *mirror;       /* NULL: a plain volume */
-    struct nv_logged *logged;       /* its write-back log (volume/logged.h); NULL: none. Set before the first connection */
-    bool layered;                   /* it has a log, or the plane a cache: one look tells that there is neither */
+    struct nv_logged *owned;        /* the log owner's: its log (logged.h), whether it is before the volume or not; or NULL */
     struct nv_cached cached;
     _Atomic uint32_t connections;   /* raised at open, lowered when the front saw the end */
     _Atomic uint64_t bindings;      /* connections that there have ever been */
-    _Atomic uint32_t open_locals;   /* reactors that have not finished the close; and the log or the mirror, the last */
+    _Atomic uint32_t open_locals;   /* reactors that have not finished the close; then the log ends, then the mirror */
     struct nv_event_slot closed;
     /* the front thread's */
     struct nv_map *latest;          /* newest accepted map */
     struct nv_qos *limits;          /* newest accepted; NULL: none */
     uint32_t changes;               /* under way, of map, limits or cache, and */
     uint32_t map_changes;           /* of the map alone */
+    struct nv_logged *logged;       /* its write-back log, from nv_volume_log_open() until LOG_DETACHED; or NULL */
+    struct nv_logged *retired;      /* those before, whose memory late operations still use */
+    bool switching;                 /* the log goes in or out */
     bool closing;
     bool served;                    /* it has, or had, a connection */
     bool gone;                      /* VOLUME_CLOSED was seen */
@@ -140,6 +151,8 @@ struct nv_vreq {
     struct nv_map *map;             /* held from enter to finish */
     uint8_t kind;
     uint8_t flags;
+    bool narrow;                    /* write-like: it has its own bytes alone in the order (switch.h) */
+    bool runs;                      /* it is below the gate */
     int32_t error;                  /* 0 or -errno */
     uint32_t object_next;           /* FLUSH and FUA: the next object to sync */
     uint64_t faults;                /* ... and the failed syncs that were known when it began */
@@ -191,6 +204,8 @@ void nv_volume_below(struct nv_vreq *request);
  * operator has cleared the fault.
  */
 uint64_t nv_volume_faults(const struct nv_volume *volume, const struct nv_reactor *reactor);
+/* Its own reactor: a request that was held at the gate. */
+void nv_volume_go_on(struct nv_vreq *request);
 /* Its own reactor: the log has nothing to say about this request, let it go on. */
 void nv_volume_past_log(struct nv_vreq *request);
 /* The log is over. */

@@ -15,6 +15,7 @@ LATE = 4
 """A log whose oldest write waits for so many times the profile's `age` is late ..."""
 LATE_MS_MIN = 10_000
 """... but not below so many milliseconds: a look is a second old."""
+AGAIN = "is tried again by itself, after 5 minutes at most"
 
 
 def with_log(vvol: VVol, report_of: Callable[[str, str], LogReport | None]) -> VVol:
@@ -69,7 +70,7 @@ def _failed(vvol: VVol, _: frozenset[str]) -> Iterator[Problem]:
             f"its log {now.file} on host {now.host} has failed{why}; all it held is in the storage, and it is served "
         )
         message += "without: nothing was lost, writes are slower"
-        action = "mend that device; the log begins anew when the VVol is opened anew: nbdvvol unbind, then bind"
+        action = f"mend that device, or name another place in the profile: the log {AGAIN}"
     yield Problem(code="LOG_FAILED", subject=vvol.full_name, message=message, action=action)
 
 
@@ -105,9 +106,9 @@ def _refused(vvol: VVol, _: frozenset[str]) -> Iterator[Problem]:
         return
     if now.file:
         again = f"nbdvvol cache discard {vvol.full_name}"
-        action = f"mend it, or have what lies there overwritten: {again}; then unbind and bind"
+        action = f"mend it, or have what lies there overwritten: {again}; {AGAIN}"
     else:
-        action = f"mend it on host {now.host}, or change the profile; then unbind and bind"
+        action = f"mend it on host {now.host}, or change the profile; {AGAIN}"
     yield Problem(
         code="LOG_REFUSED",
         subject=vvol.full_name,
@@ -136,13 +137,13 @@ def _late(vvol: VVol, _: frozenset[str]) -> Iterator[Problem]:
 
 
 def _waits(vvol: VVol, _: frozenset[str]) -> Iterator[Problem]:
-    """A log that was asked for while the VVol was in use."""
+    """A log that could not go in yet, for what is under way takes too long."""
     now = vvol.log_now
     if now is None or now.state != "waits":
         return
     yield Problem(
         code="LOG_WAITS",
         subject=vvol.full_name,
-        message=f"it is served without a log so far: {now.why or 'its log begins when it is opened anew'}",
-        action=f"when its clients can do without it for a moment: nbdvvol unbind {vvol.full_name}, then bind",
+        message=f"it is served without a log so far: {now.why}",
+        action="look at its storage, which is slow; the log is put in again and again by itself",
     )

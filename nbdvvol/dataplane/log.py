@@ -61,6 +61,8 @@ class LogPolicy:
     held: bytes | None = None
     discard: bool = False
     """Format whatever is there."""
+    beside: bool = False
+    """Beside a volume that may be in use: attach_log() puts it before it. Not with `held`."""
     fresh: bytes = field(default_factory=fresh_id)
     begin: bytes = field(default_factory=fresh_id)
 

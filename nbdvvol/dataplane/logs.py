@@ -28,6 +28,7 @@ def encode_policy(policy: LogPolicy) -> Any:
     out.begin = policy.begin
     out.dirty = policy.held is not None
     out.discard = policy.discard
+    out.beside = policy.beside
     out.bypass_bytes = policy.bypass_bytes
     out.stream_bytes = policy.stream_bytes
     out.age_ms = policy.age_ms

@@ -464,15 +464,31 @@ class Plane:
     # --- write-back logs ---
 
     async def open_log(self, volume: int, obj: int, offset: int, length: int, policy: LogPolicy) -> LogFound:
-        """Put a log before a volume that has had no connection yet; it stays until the volume is closed.
+        """Put a log before a volume that has had no connection yet, or (`policy.beside`) beside one that may have.
 
-        Requests wait until it is recovered. Unless the verdict is USABLE they all fail; nothing is logged before
-        allow_log(). Raises PlaneError where there can be none."""
+        Before it requests wait until it is recovered, and unless the verdict is USABLE they all fail; beside it, it
+        concerns none before attach_log(). It stays until detach_log(), or until the volume is closed. Nothing is logged
+        before allow_log(). Raises PlaneError where there can be none."""
         encoded = logs.encode_policy(policy)
         token, future = self._expect()
         self._started(token, lib.nv_volume_log_open(self._live, volume, obj, offset, length, encoded, token))
         found: LogFound = await future
         return found
+
+    async def attach_log(self, volume: int) -> None:
+        """Put the log that was opened beside a volume before it. What is under way ends first; others are held until
+        then, for 2 s at most. Raises PlaneError: ETIMEDOUT, that was too long, and nothing has changed."""
+        token, future = self._expect()
+        self._started(token, lib.nv_volume_log_attach(self._live, volume, token))
+        await future
+
+    async def detach_log(self, volume: int) -> None:
+        """Have a volume without its log again, as attach_log() has it with it; its object may be closed then.
+
+        Raises PlaneError: EBUSY, it holds something still, or something of its own is under way; ETIMEDOUT."""
+        token, future = self._expect()
+        self._started(token, lib.nv_volume_log_detach(self._live, volume, token))
+        await future
 
     def allow_log(self, volume: int) -> None:
         """The registry has that this log may hold data: write into it, also again after drain_log()."""

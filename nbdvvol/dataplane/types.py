@@ -503,7 +503,14 @@ class DataPlane(Protocol):
         """The whole cache; all zero without one."""
 
     async def open_log(self, volume: int, obj: int, offset: int, length: int, policy: LogPolicy) -> LogFound:
-        """Put a write-back log before a volume; returns once it is recovered. Unless it is USABLE all requests fail."""
+        """Put a write-back log before a volume; returns once it is recovered. Unless it is USABLE all requests fail.
+        `policy.beside`: only open it; attach_log() puts it there."""
+
+    async def attach_log(self, volume: int) -> None:
+        """Put the log that was opened beside a volume before it, under its connections. ETIMEDOUT: try again later."""
+
+    async def detach_log(self, volume: int) -> None:
+        """Take an empty, void or refused log out, under connections. EBUSY, ETIMEDOUT: try again later."""
 
     def allow_log(self, volume: int) -> None:
         """The registry has that this log may hold data: write into it, also again after drain_log()."""

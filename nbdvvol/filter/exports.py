@@ -392,28 +392,6 @@ class ExportTable:
                 if running.mirror is not None:
                     running.mirror.follow(wanted)
                 self._tell(export)
-        await self._begin_log(export)
-
-    async def _begin_log(self, export: Export) -> None:
-        """A log that was asked for begins, if no client is in the way."""
-        running = export.running
-        if running is not None and running.log.due and (running.mirror is None or running.mirror.dead is None):
-            await self._reopen(export, running)
-
-    async def _reopen(self, export: Export, running: _Running) -> None:
-        """Close its volume and open it anew, under its epoch: it stays this host's."""
-        export.running = None
-        try:
-            if running.mirror is not None:
-                self._leases.drop(export.uuid)
-                await running.mirror.close()
-            else:
-                await self._plane.close_volume(running.volume)
-            await running.log.close()
-            export.log_kept = running.log.kept
-        finally:
-            await self._release(running.objects)
-        await self._open(export)
 
     def _tell(self, export: Export) -> None:
         report = export.report()
@@ -551,10 +529,7 @@ class ExportTable:
             return
         if spec.read_only and running.log.usable:
             running.log.follow(spec)
-            if not running.log.clean:
-                raise NvError(Code.BUSY, "it becomes read-only once its write-back log is drained")
-            await self._reopen(export, running)
-            return
+            raise NvError(Code.BUSY, "it becomes read-only once its write-back log is drained")
         if running.mirror is not None:
             if spec.mirror is None or spec.size != running.spec.size:
                 raise NvError(Code.INVALID, "a mirror keeps its kind and size while it is bound", "unbind it first")
@@ -584,6 +559,7 @@ class ExportTable:
             if export.wanted is None:
                 self._reporter.released(export.uuid, export.highest_epoch)
             return
+        running.log.rest()
         if running.mirror is not None:
             self._leases.drop(export.uuid)
             await running.mirror.close()

@@ -17,6 +17,7 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
+from nbdvvol.dataplane.log import LogVerdict
 from nbdvvol.datastores.base import direct_alignment, sync_folder
 from nbdvvol.datastores.logformat import RING_OFFSET, State, decode_super
 from nbdvvol.model.errors import Code, NvError
@@ -34,6 +35,19 @@ _WORDS = {
     errno.EBUSY: (Code.BUSY, "is in use: mounted, or another VVol's log"),
     errno.ELOOP: (Code.INVALID, "is a symbolic link"),
 }
+VERDICTS = {
+    LogVerdict.MISSING: "no log is there",
+    LogVerdict.FOREIGN: "what lies there is no log, or a damaged one",
+    LogVerdict.UNKNOWN_VERSION: "it has a format that this program does not know",
+    LogVerdict.OTHER_VVOL: "it is the log of another VVol",
+    LogVerdict.OTHER_LOG: "it is a log of this VVol, but not the one that holds data of it",
+    LogVerdict.UNKNOWN_DATA: "it holds data of this VVol of which the registry knows nothing",
+    LogVerdict.REGISTRY_OLD: "it is newer than the registry",
+    LogVerdict.CUT: "it was cut short",
+    LogVerdict.TOO_MANY: "it holds more records than a log of its size can",
+    LogVerdict.UNREADABLE: "it cannot be read",
+}
+"""What lies there, and why it is of no use."""
 _PIECE = 1 << 20
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

@@ -103,6 +103,11 @@ class LogMachine:
             return Do.FORGET
         return None
 
+    @property
+    def over(self) -> bool:
+        """It holds nothing, the registry knows that, and nothing is asked or done: it may be taken out."""
+        return self.clean and self._empty and self._asked is None and self.plane in (Plane.THROUGH, Plane.VOID)
+
     def wish(self, *, on: bool) -> None:
         """Control wants it on, or drained and off."""
         self._on, self._refused = on, False

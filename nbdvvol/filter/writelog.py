@@ -1,9 +1,10 @@
 """A VVol's write-back log on this host, at one epoch: carries what the log machine decides to the data plane and to
 control (logmachine.py decides).
 
-It is opened before the VVol's first connection and stays until its volume is closed. Where it cannot be had, the VVol
-is served without, which is only slower; but where the registry says that it holds data, or it holds some of which the
-registry does not know, the VVol is not served.
+It is opened before the VVol's first connection. Where it cannot be had, the VVol is served without, which is only
+slower; but where the registry says that it holds data, or it holds some of which the registry does not know, the VVol
+is not served. While the VVol is served logkeeper.py has it go in, out and in again, as control wishes and its device
+allows.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import asyncio
 import errno
 import os
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import structlog
@@ -22,10 +24,11 @@ from nbdvvol.dataplane.types import DataPlane
 from nbdvvol.datastores.logformat import RING_OFFSET, decode_super
 from nbdvvol.filter.legplace import quiet, words_of
 from nbdvvol.filter.legs import MirrorError
-from nbdvvol.filter.logfile import LogFile, file_name, is_there, open_log_file, remove_log_file
+from nbdvvol.filter.logfile import VERDICTS, LogFile, file_name, is_there, open_log_file, remove_log_file
+from nbdvvol.filter.logkeeper import LogKeeper
 from nbdvvol.filter.logmachine import Do, LogMachine, Plane
 from nbdvvol.model.errors import Code, NvError
-from nbdvvol.model.farm import CacheLog
+from nbdvvol.model.farm import LOG_UNIT, CacheLog
 from nbdvvol.model.link import VVolSpec
 from nbdvvol.model.log import (
     LOST_MAX,
@@ -46,18 +49,6 @@ NOTICE_LOST = 16
 """Lost ranges that an event names; a report has more, the filter's own log all that the data plane tells."""
 CALL_AGAIN_S = 0.1
 _WANTED: dict[Do, LogWanted] = {Do.ASK_DIRTY: "dirty", Do.ASK_CLEAN: "clean", Do.ASK_FORGET: "forget"}
-_VERDICTS = {
-    LogVerdict.MISSING: "no log is there",
-    LogVerdict.FOREIGN: "what lies there is no log, or a damaged one",
-    LogVerdict.UNKNOWN_VERSION: "it has a format that this program does not know",
-    LogVerdict.OTHER_VVOL: "it is the log of another VVol",
-    LogVerdict.OTHER_LOG: "it is a log of this VVol, but not the one that holds data of it",
-    LogVerdict.UNKNOWN_DATA: "it holds data of this VVol of which the registry knows nothing",
-    LogVerdict.REGISTRY_OLD: "it is newer than the registry",
-    LogVerdict.CUT: "it was cut short",
-    LogVerdict.TOO_MANY: "it holds more records than a log of its size can",
-    LogVerdict.UNREADABLE: "it cannot be read",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +74,20 @@ class LogLink(Protocol):
 
     def notice(self, event: str, subject: str, message: str) -> None:
         """For the event list."""
+
+
+async def _opened(folder: str, name: str, size: int, held: str) -> LogFile:
+    job = asyncio.ensure_future(asyncio.to_thread(open_log_file, folder, name, size, held))
+    try:
+        return await asyncio.shield(job)
+    except asyncio.CancelledError:  # the thread goes on, and nobody would close what it opens
+        job.add_done_callback(lambda done: None if done.exception() else os.close(done.result().fd))
+        raise
+
+
+def _asked(log: LogSpec | None) -> tuple[object, ...]:
+    """What of it people ask for."""
+    return () if log is None else (log.on, log.folder, log.log, log.discard)
 
 
 def policy_of(spec: LogSpec) -> LogPolicy:
@@ -114,16 +119,22 @@ class WriteLog:
         """The one that it is before, or may come before; None: it is not served (any more)."""
         self._plane = plane
         self._link = link
-        self._wake = wake
+        self._wake = wake  # when there is no log before the volume any more
         self._loop = asyncio.get_running_loop()
         self._machine: LogMachine | None = None
         self._number: int | None = None
         self._path = ""
         self._identity = (0, 0)
         self._gone = False  # its file: who starts next would not find it
+        self._left = False  # its file, which is to be removed
+        self._length = 0
+        self._asked_length: int | None = None  # None: it was taken as long as it was
         self._block = False
+        self._anew = False  # its file is to be made anew, in another size
+        self._forgotten: set[bytes] = set()  # logs that control has given up by our word: all they held is below
         self._phase: LogPhase | None = None  # where there is no machine
         self._why = ""
+        self._failure = ""
         self._found: LogFound | None = None
         self._limits: CacheLog | None = None  # in force
         self._lost: list[LostRange] = []
@@ -133,6 +144,7 @@ class WriteLog:
         self._watched = False
         self._moved = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._keeper = LogKeeper(self)
 
     # ---- opening ----
 
@@ -149,15 +161,19 @@ class WriteLog:
         except (NvError, OSError) as error:
             await self._close_object()
             self._refuse(words_of(error), log)
+            self._keeper.later()
             return True
         if found.verdict is not LogVerdict.USABLE:
             await self._judge(found, log)
+            self._keeper.waits_for_word()
             return False
         if self._other_size(found, log):
+            self._anew = True
             return False
         self._limits = log.log
         self._machine = LogMachine(on=log.on, held=bool(log.held))
         self._found = found
+        self._keeper.began()
         if found.dirty_bytes:
             _log.info("a log was recovered", vvol=self._name(), file=self._path, dirty_bytes=found.dirty_bytes)
             text = f"{about_size(found.dirty_bytes)} that were logged and are not in the storage yet, in {self._path}"
@@ -172,15 +188,17 @@ class WriteLog:
         told = log if log is not None else LogSpec(on=False)
         return told.model_copy(update={"held": kept.log, "file": kept.file, "discard": False})
 
-    async def _try_open(self, volume: int, log: LogSpec) -> LogFound:
+    async def _try_open(self, volume: int, log: LogSpec, *, beside: bool = False) -> LogFound:
         name, size = file_name(self._name(), self.spec.uuid), log.log.size if log.log is not None else 0
-        file = await asyncio.to_thread(open_log_file, log.folder, name, size, log.file if log.held else "")
+        file = await _opened(log.folder, name, size, log.file if log.held else "")
         self._path, self._block, self._identity = file.path, file.block, file.identity
+        self._length, self._asked_length = file.length, None if log.held else size
         try:
             self._number = self._open_object(file)
         finally:
             os.close(file.fd)
-        return await self._plane.open_log(volume, self._number, 0, file.length, policy_of(log))
+        policy = replace(policy_of(log), beside=beside)
+        return await self._plane.open_log(volume, self._number, 0, file.length, policy)
 
     def _open_object(self, file: LogFile) -> int:
         return self._plane.open_object(
@@ -202,7 +220,7 @@ class WriteLog:
         """What lies there is not to be used. Raises MirrorError where the VVol cannot be served without it, either."""
         self._found = found
         errno_words = f" ({os.strerror(found.errno)})" if found.errno else ""
-        why = f"{self._path}: {_VERDICTS.get(found.verdict, found.verdict)}{errno_words}"
+        why = f"{self._path}: {VERDICTS.get(found.verdict, found.verdict)}{errno_words}"
         if log.held or found.verdict is LogVerdict.REGISTRY_OLD:
             self._phase, self._why = "refused", why
             self.report()
@@ -225,17 +243,14 @@ class WriteLog:
         """A file that holds nothing and has not the size that the profile says is made anew."""
         if log.held or found.dirty_bytes or self._block or log.log is None:
             return False
-        if os.stat(self._path).st_size == log.log.size:  # noqa: PTH116
-            return False
-        self._phase, self._why = "waits", "its file is made anew with another size"
-        return True
+        return os.stat(self._path).st_size != log.log.size  # noqa: PTH116
 
     async def make_anew(self) -> bool:
         """Behind a False of `open`, once the volume is closed: False again if it is worth no other try."""
         await self._close_object()
-        if self._phase != "waits":
+        if not self._anew:
             return False
-        self._phase, self._why = None, ""
+        self._anew = False
         await asyncio.to_thread(remove_log_file, self._path, self.spec.uuid)
         return True
 
@@ -243,9 +258,13 @@ class WriteLog:
         """The volume may be entered from now on."""
         self.volume = volume
         self._drive()
-        if self.phase is not None:
-            self._watch()
+        self._look_after()
         self.report()
+
+    def _look_after(self) -> None:
+        if self.volume is not None and (self.spec.log is not None or self.phase is not None):
+            self._watch()
+            self._keeper.go_on()
 
     def _watch(self) -> None:
         if not self._watched:
@@ -254,8 +273,13 @@ class WriteLog:
 
     # ---- closing ----
 
+    def rest(self) -> None:
+        """Its volume is about to be closed: it stays as it is."""
+        self._keeper.stop()
+
     async def settle(self, limit_s: float) -> None:
         """Before a clean stop: have what it holds carried below, for so long at most; what is left, it keeps."""
+        self.rest()
         machine = self._machine
         if machine is None:
             return
@@ -271,6 +295,7 @@ class WriteLog:
 
     async def close(self, *, remove: bool = False) -> None:
         """Let go of it, once its volume is closed. `remove`: its file too, if it holds nothing."""
+        self.rest()
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
@@ -279,11 +304,17 @@ class WriteLog:
         machine, self._machine, self.volume = self._machine, None, None
         if machine is not None and self._found is not None:
             self.kept = NOTHING_KEPT if machine.clean else Kept(self.spec.epoch, self._found.id.hex(), self._path)
-        if remove and machine is not None and machine.clean and not self._block:
-            try:
-                await asyncio.to_thread(remove_log_file, self._path, self.spec.uuid)
-            except OSError as error:
-                _log.warning("an empty log is left behind", file=self._path, error=str(error))
+        if self._left or (remove and machine is not None and machine.clean):
+            await self._remove_file()
+
+    async def _remove_file(self) -> None:
+        if self._block:
+            return
+        try:
+            await asyncio.to_thread(remove_log_file, self._path, self.spec.uuid)
+            self._left = False
+        except OSError as error:
+            _log.warning("an empty log is left behind", file=self._path, error=str(error))
 
     async def _close_object(self) -> None:
         number, self._number = self._number, None
@@ -295,17 +326,136 @@ class WriteLog:
     def follow(self, spec: VVolSpec) -> None:
         """Control says this of the VVol now, at the same epoch."""
         before, self.spec = self.spec.log, spec
-        log = spec.log
+        if _asked(before) != _asked(spec.log):
+            self._keeper.at_once()
         if self._machine is not None:
-            self._machine.wish(on=log is not None and log.on and not self._gone)
+            self._machine.wish(on=self.wanted is not None and self.fits)
             self._limit()
             self._drive()
-        elif log is not None and log.on and (before is None or before != log):
-            self._phase, self._why = "waits", "it was asked for while the VVol had clients"
-            self._watch()
-        elif log is None or not log.on:
-            self._phase = None
+        self._look_after()
         self.report()
+
+    # ---- what its keeper wants to know, and does ----
+
+    @property
+    def wanted(self) -> LogSpec | None:
+        """As control wants it to log; None: not now."""
+        log = self.spec.log
+        return log if log is not None and log.on and log.log is not None and not self.spec.read_only else None
+
+    @property
+    def fits(self) -> bool:
+        """The log that is before the volume works, and is what control wants, in size and place."""
+        log = self.spec.log
+        if self._machine is None or log is None or log.log is None:
+            return False
+        if self._gone or self._machine.plane in (Plane.FAILED, Plane.VOID):
+            return False
+        size = log.log.size
+        same = self._asked_length in (None, size) if self._block else self._length == size // LOG_UNIT * LOG_UNIT
+        return same and log.folder in (self._path, str(Path(self._path).parent))
+
+    @property
+    def over(self) -> bool:
+        """It may be taken out."""
+        return self._machine is not None and self._machine.over
+
+    async def take_out(self) -> None:
+        """Have the volume without it. Raises OSError: try again later."""
+        assert self.volume is not None and self._machine is not None
+        await self._plane.detach_log(self.volume)
+        failed = self._gone or self._machine.plane is Plane.VOID
+        self._machine, self._found, self._limits, self._gone = None, None, None, False
+        self.kept, self._lost = NOTHING_KEPT, []
+        self._phase, self._left = "void" if failed else None, not failed
+        await self._close_object()
+        if self._left:
+            await self._remove_file()
+        self._wake()
+        self.report()
+
+    async def put_in(self, log: LogSpec) -> bool:
+        """Open it anew and put it before the volume, which may be in use. False: it needs somebody's word first. Raises
+        NvError, OSError: try again later; TimeoutError: what is under way takes too long."""
+        assert self.volume is not None and self._machine is None
+        volume, log = self.volume, log.model_copy(update={"held": "", "file": ""})
+        try:
+            found = await self._open_beside(volume, log)
+            if found.verdict is not LogVerdict.USABLE:
+                await self._let_go(volume)
+                return self._is_no_log(found)
+            await self._attach(volume)
+        except (NvError, OSError):
+            await self._let_go(volume)
+            raise
+        self._machine, self._found, self._limits = LogMachine(on=True, held=False), found, log.log
+        self._phase, self._why = None, ""
+        self.follow(self.spec)
+        return True
+
+    async def _attach(self, volume: int) -> None:
+        try:
+            await self._plane.attach_log(volume)
+        except OSError as error:
+            if error.errno == errno.ETIMEDOUT:
+                raise TimeoutError(errno.ETIMEDOUT, "what is under way takes too long") from error
+            raise
+
+    async def _open_beside(self, volume: int, log: LogSpec) -> LogFound:
+        found = await self._try_open(volume, log, beside=True)
+        if found.verdict is LogVerdict.UNKNOWN_DATA and found.id in self._forgotten:
+            await self._let_go(volume)
+            log = log.model_copy(update={"discard": True})
+            found = await self._try_open(volume, log, beside=True)
+        if found.verdict is LogVerdict.USABLE and self._other_size(found, log):
+            await self._let_go(volume)
+            await asyncio.to_thread(remove_log_file, self._path, self.spec.uuid)
+            found = await self._try_open(volume, log, beside=True)
+        return found
+
+    async def _let_go(self, volume: int) -> None:
+        """Of a log beside the volume, if there is one."""
+        while self._number is not None:
+            try:
+                await self._plane.detach_log(volume)
+            except OSError as error:
+                if error.errno in (errno.EBUSY, errno.EALREADY, errno.ETIMEDOUT):
+                    await asyncio.sleep(CALL_AGAIN_S)
+                    continue
+                if error.errno != errno.EINVAL:  # the volume is closed, and its object goes then
+                    return
+            await self._close_object()
+
+    def _is_no_log(self, found: LogFound) -> bool:
+        """What lies there cannot be used. Raises OSError if it could not be read, which may be over one day."""
+        if found.verdict is LogVerdict.UNREADABLE:
+            raise OSError(found.errno, f"{self._path}: {os.strerror(found.errno)}")
+        self._found = found
+        self.put_off(f"{self._path}: {VERDICTS.get(found.verdict, found.verdict)}")
+        return False
+
+    def put_off(self, why: str) -> None:
+        """It cannot be had now; the VVol goes on without."""
+        if self._phase == "void":
+            why = f"{self._failure}; it cannot begin anew yet: {why}"
+        elif why != self._why:
+            self._link.notice("log_refused", self._name(), why)
+        self._phase, self._why = self._phase if self._phase == "void" else "refused", why
+        self._path = self._path or (self.spec.log.folder if self.spec.log is not None else "")
+        _log.warning("served without its log", vvol=self._name(), why=why)
+        self.report()
+
+    def waits(self) -> None:
+        """It goes in as soon as storage lets it."""
+        self._phase, self._why = (
+            "waits",
+            "what was under way did not end within the 2 s for which new requests are held",
+        )
+        self.report()
+
+    def is_not_wanted(self) -> None:
+        """There is none, and is to be none."""
+        self._phase, self._why = None, ""
 
     def _limit(self) -> None:
         """Limits that control has changed, in force from now on; size and place are not changed under a log."""
@@ -331,16 +481,6 @@ class WriteLog:
         """The registry knows that it holds nothing."""
         return self._machine is None or self._machine.clean
 
-    @property
-    def due(self) -> bool:
-        """It is asked for, and begins when the VVol is opened anew; no client is in the way of that now."""
-        if self._machine is not None or self._phase != "waits" or self.volume is None:
-            return False
-        try:
-            return self._plane.volume_stats(self.volume).connections == 0
-        except OSError:  # closed a moment ago
-            return False
-
     def linked(self) -> None:
         """Control is there again: what was asked may be lost."""
         if self._machine is not None:
@@ -354,8 +494,9 @@ class WriteLog:
             return
         match event.kind:
             case LogEventKind.FAILED:
-                self._why = os.strerror(event.errno) if event.errno else "its device is too slow"
+                self._why = self._failure = os.strerror(event.errno) if event.errno else "its device is too slow"
                 self._machine.failed()
+                self._keeper.failed()
                 _log.error("a log has failed", vvol=self._name(), file=self._path, error=self._why)
                 text = (
                     f"{self._path}: {self._why}; what it holds is carried to the storage, writes go there from now on"
@@ -378,6 +519,8 @@ class WriteLog:
         if await asyncio.to_thread(is_there, self._path, self._identity) or self._machine is not machine:
             return
         self._gone, self._why = True, "its file is gone from there, a restart would not find it"
+        self._failure = self._why
+        self._keeper.failed()
         _log.error("a log's file is gone", vvol=self._name(), file=self._path)
         text = f"{self._path}: {self._why}; what it holds is carried to the storage, writes go there from now on"
         self._link.notice("log_failed", self._name(), text)
@@ -412,6 +555,8 @@ class WriteLog:
         while self._machine is not None and (do := self._machine.next()) is not None:
             self._obey(do)
         self._moved.set()
+        if self._machine is not None and self._machine.over:
+            self._keeper.go_on()
 
     def _obey(self, do: Do) -> None:
         if self._machine is None or self.volume is None:
@@ -425,6 +570,8 @@ class WriteLog:
             elif do is Do.ALLOW:
                 self._plane.allow_log(self.volume)
             else:
+                assert self._found is not None
+                self._forgotten.add(self._found.id)
                 self._plane.forget_log(self.volume)
         except OSError as error:
             if error.errno == errno.EALREADY:  # it has not heard the last one yet
@@ -538,8 +685,6 @@ class WriteLog:
         """Each second while there is something new to tell."""
         while True:
             await asyncio.sleep(REPORT_S)
-            if self.due:
-                self._wake()
             await self._look_for_file()
             stats = self.stats()
             if stats is not None:

@@ -24,7 +24,7 @@ LogId = Annotated[str, Field(pattern=r"^([0-9a-f]{32})?$")]
 LogPhase = Literal["recovering", "through", "serving", "draining", "failed", "void", "refused", "waits"]
 """What a log does for its VVol now. `through`: nothing is logged: control's word is awaited, or it was to be drained.
 `failed`: its device is not trusted, what it holds is being carried below; `void`: that is done, writes go below.
-`refused`: what lies there cannot be used, the VVol is served without. `waits`: it begins when the VVol is opened anew.
+`refused`: what lies there cannot be used, the VVol is served without. `waits`: it cannot go in before the VVol yet.
 """
 
 

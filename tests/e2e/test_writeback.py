@@ -125,7 +125,7 @@ def test_it_is_turned_off_and_on_by_apply(farms: MakeFarm) -> None:
         wait_until("nothing is logged any more", lambda: farm.vvol("vm1/root")["log"] is None)
         assert nbd.read(0, 64 * KiB) == data
         nbd.write(64 * KiB, data)
-        assert log_of(farm)["dirty_bytes"] == 0
+        assert log_of(farm).get("dirty_bytes", 0) == 0
         farm.apply(spec())
         serving(farm)
         nbd.write(128 * KiB, data)
@@ -137,18 +137,30 @@ def test_it_is_turned_off_and_on_by_apply(farms: MakeFarm) -> None:
         assert nbd.read(0, 192 * KiB) == data * 3 and nbd.read(18 * MiB, 64 * KiB) == data
 
 
-def test_a_log_that_is_asked_for_waits_for_the_clients_to_leave(farms: MakeFarm) -> None:
+def _has_log_of(farm: Farm, ring: int | None) -> None:
+    wait_until(f"its log has {ring} bytes", lambda: log_of(farm).get("ring_bytes") == ring)
+
+
+def test_apply_changes_a_log_under_a_writer(farms: MakeFarm) -> None:
+    """On, another size, another place, off and on: one connection all the time, whose every byte is known."""
     farm = farms(spec(mode="read")).start()
-    nbd = farm.open("root")
-    nbd.write(0, b"a" * 4 * KiB)
-    farm.apply(spec())
-    wait_until("it waits", lambda: "LOG_WAITS" in codes(farm))
-    nbd.write(4 * KiB, b"b" * 4 * KiB)
-    nbd.disconnect()
-    serving(farm)
-    assert "LOG_WAITS" not in codes(farm)
-    with farm.open("root", wait_s=10) as again:
-        assert again.read(0, 8 * KiB) == b"a" * 4 * KiB + b"b" * 4 * KiB
+    ledger = Ledger(46)
+    writer = Writer(ledger, farm.open("root"))
+    small: JsonDict = {"size": "4MiB", "age": "200ms"}
+    other = farm.folder / "elsewhere"
+    steps: list[tuple[JsonDict, int]] = [(LAZY, 8), (small, 4), (small | {"path": str(other)}, 4), ({}, 0), (small, 4)]
+    for log, size in steps:
+        farm.apply(spec(log) if log else spec(mode="read"))
+        _has_log_of(farm, size * MiB - 8 * KiB if size else None)
+        if log:
+            serving(farm)
+            assert farm.vvol("vm1/root")["log"]["file"].startswith(log.get("path", str(farm.folder / "logs")))
+        writer.progress(60)
+    assert not list(other.iterdir()), "an empty log leaves nothing behind"
+    writer.join()
+    assert codes(farm) == []
+    with farm.open("root") as nbd:
+        ledger.verify(nbd)
 
 
 @pytest.fixture
@@ -290,6 +302,5 @@ def test_a_log_whose_disk_fails_costs_speed_and_nothing_else(lun: Lun, farms: Ma
     wait_until("nothing is missed", lambda: farm.vvol("vm1/root")["log"] is None)
     assert "log_failed" in farm.events()
     lun.make_room()
-    farm.task(farm.api("POST", "/v1/vvols/vm1/root/unbind", {}))
-    farm.task(farm.api("POST", "/v1/vvols/vm1/root/bind", {}))
-    serving(farm)
+    wait_until("it begins anew by itself", lambda: log_of(farm).get("state") == "serving", 60)
+    assert "LOG_FAILED" not in codes(farm)

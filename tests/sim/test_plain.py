@@ -34,6 +34,8 @@ MUTANTS = {
     15: "blocks written in part are merged in any order",
     16: "zeros under a tombstone are a mere hint",
     17: "more is waited for than a client owes",
+    18: "requests go on while a log goes in or out",
+    19: "a log goes out with what it holds",
 }
 
 Hunts = dict[int, Future[subprocess.CompletedProcess[str]]]

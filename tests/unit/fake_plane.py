@@ -118,6 +118,7 @@ class FakePlane(DataPlane):
     verdicts: list[LogFound] = field(default_factory=list)
     """What the next logs turn out to be; then they are usable and empty."""
     fail_log: int = 0
+    fail_attach: int = 0
     """Errno of the next logs' opening."""
     objects: dict[int, FakeObject] = field(default_factory=dict)
     volumes: dict[int, VolumeDescription] = field(default_factory=dict)
@@ -226,6 +227,18 @@ class FakePlane(DataPlane):
         self.logs[volume] = FakeLog(obj, length, policy, found.id, dirty_bytes=found.dirty_bytes)
         self.log.append(f"log {volume}")
         return found
+
+    async def attach_log(self, volume: int) -> None:
+        assert self.logs[volume].policy.beside
+        if self.fail_attach:
+            raise OSError(self.fail_attach, "not now")
+        self.log.append(f"attach {volume}")
+
+    async def detach_log(self, volume: int) -> None:
+        if volume not in self.logs:
+            raise OSError(errno.EINVAL, "no log")
+        del self.logs[volume]
+        self.log.append(f"detach {volume}")
 
     def allow_log(self, volume: int) -> None:
         self.logs[volume].state, self.logs[volume].dirty_bytes = LogState.SERVING, 4096

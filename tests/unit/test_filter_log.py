@@ -12,13 +12,17 @@ from typing import Any
 import pytest
 
 import nbdvvol.filter.exports as exports_module
+import nbdvvol.filter.logfile as logfile_module
+import nbdvvol.filter.logkeeper as keeper_module
 import nbdvvol.filter.writelog as writelog_module
 from nbdvvol.dataplane.log import LogEvent, LogEventKind, LogFound, LogState, LogVerdict, LostSpan
 from nbdvvol.filter.claims import ClaimBook
 from nbdvvol.filter.exports import ExportTable
 from nbdvvol.filter.logfile import file_name, is_there, open_log_file, remove_log_file
+from nbdvvol.filter.logkeeper import LogKeeper
 from nbdvvol.filter.objects import ObjectTable
 from nbdvvol.filter.syncfaults import FaultBook
+from nbdvvol.filter.writelog import WriteLog
 from nbdvvol.model.errors import Code, NvError
 from nbdvvol.model.farm import CacheLog
 from nbdvvol.model.link import VVolSpec
@@ -135,6 +139,8 @@ async def _bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> AsyncIterat
     monkeypatch.setattr(exports_module, "RETRY_MIN_S", 0.02)
     monkeypatch.setattr(exports_module, "SETTLE_S", 0.1)
     monkeypatch.setattr(writelog_module, "REPORT_S", 0.02)
+    monkeypatch.setattr(keeper_module, "LATER_MIN_S", 0.02)
+    monkeypatch.setattr(keeper_module, "AGAIN_S", 0.02)
     bench = Bench(tmp_path)
     yield bench
     await bench.table.stop()
@@ -216,7 +222,7 @@ async def test_what_a_log_holds_is_recovered_first(bench: Bench) -> None:
 
 
 def test_every_log_that_is_not_the_right_one_is_called_by_what_it_is() -> None:
-    words = writelog_module._VERDICTS
+    words = logfile_module.VERDICTS
     assert set(words) == set(LogVerdict) - {LogVerdict.USABLE}
     assert len(set(words.values())) == len(words)
 
@@ -287,22 +293,104 @@ async def test_an_empty_log_of_another_size_is_made_anew(bench: Bench) -> None:
     assert file.stat().st_size == 2 * MIB
 
 
-async def test_a_log_that_is_asked_for_waits_for_clients_to_leave(bench: Bench) -> None:
+async def test_a_log_goes_in_under_clients_and_out_again(bench: Bench) -> None:
     await bench.take(vvol(1))
-    clients = [1]
-    stats = bench.plane.volume_stats
-
-    def busy(volume: int) -> Any:
-        return type("Stats", (), {"connections": 1})() if clients else stats(volume)
-
-    bench.plane.volume_stats = busy  # type: ignore[method-assign]
+    [volume] = bench.plane.volumes
+    bench.plane.fail_attach = errno.ETIMEDOUT
     await bench.take(bench.spec())
-    await asyncio.sleep(0.1)
-    assert bench.reports.logs[-1].state == "waits" and not bench.plane.logs
-    clients.clear()
-    await until(lambda: bench.plane.logs)
-    assert bench.error() == ("", "")
-    assert "released 1 epoch 1" not in bench.reports.lines, "it stays this host's"
+    await until(lambda: bench.reports.logs and bench.reports.logs[-1].state == "waits")
+    assert not bench.plane.logs, "what cannot go in yet is let go"
+    bench.plane.fail_attach = 0
+    await until(lambda: bench.reports.asked)
+    bench.reports.answer("dirty")
+    assert bench.log.policy.beside and bench.log.state is LogState.SERVING
+    bench.log.drained.set()
+    await bench.take(vvol(1))
+    await until(lambda: bench.reports.asked)
+    bench.reports.answer("clean")
+    await until(lambda: not bench.plane.logs and not bench.files())
+    assert list(bench.plane.volumes) == [volume], "the volume is the same all the time"
+
+
+async def test_another_size_and_place_hold_at_once(bench: Bench) -> None:
+    await bench.logging()
+    bench.log.drained.set()
+    for size, folder in ((2 * MIB, bench.folder), (2 * MIB, bench.folder.parent / "other")):
+        await bench.take(bench.spec({"log": CacheLog(size=size), "folder": str(folder)}))
+        await until(lambda: bench.reports.asked)
+        bench.reports.answer("clean")
+        await until(lambda: bench.reports.asked)
+        change = bench.reports.answer("dirty")
+        assert bench.log.length == size and Path(change.file).parent == folder
+        assert bench.log.state is LogState.SERVING
+        bench.log.drained.set()
+    assert bench.files() == [], "the old place is empty"
+    (bench.folder / "is a file").touch()
+    await bench.take(bench.spec({"folder": str(bench.folder / "is a file")}))
+    await until(lambda: bench.reports.asked)
+    bench.reports.answer("clean")
+    await until(lambda: bench.reports.logs[-1].state == "refused")
+    assert "neither a folder nor a block device" in bench.reports.logs[-1].why and not bench.plane.logs
+    await bench.take(bench.spec())
+    await until(lambda: bench.reports.asked)
+    bench.reports.answer("dirty")
+    assert bench.log.state is LogState.SERVING, "what people ask for is tried at once"
+
+
+async def _fails(bench: Bench, *, void: bool = True) -> None:
+    [volume] = bench.plane.volumes
+    bench.plane.on_log(LogEvent(LogEventKind.FAILED, volume, errno.EIO))  # type: ignore[misc]
+    if not void:
+        bench.plane.on_log(LogEvent(LogEventKind.NEEDS_WORD, volume))  # type: ignore[misc]
+        bench.reports.answer("forget")
+    bench.log.state = LogState.VOID
+    bench.plane.on_log(LogEvent(LogEventKind.DRAINED, volume))  # type: ignore[misc]
+    if void:
+        bench.reports.answer("clean")
+
+
+async def test_a_log_that_has_failed_begins_anew_once_its_device_works(bench: Bench) -> None:
+    await bench.logging()
+    bench.plane.fail_log = errno.EIO
+    await _fails(bench)
+    await until(lambda: "cannot begin anew yet" in bench.reports.logs[-1].why)
+    assert bench.reports.logs[-1].state == "void" and not bench.plane.logs
+    bench.plane.fail_log = 0
+    await until(lambda: bench.reports.asked)
+    bench.reports.answer("dirty")
+    assert (bench.log.state, bench.reports.logs[-1].state) == (LogState.SERVING, "serving")
+    assert len(bench.plane.volumes) == 1 and bench.reports.logs[-1].why == ""
+
+
+async def test_what_was_given_up_after_all_of_it_was_carried_may_be_overwritten(bench: Bench) -> None:
+    """The device was dead when the log was to be made void; it lives again, with all that the log held."""
+    await bench.logging()
+    held = bench.log.id
+    bench.plane.verdicts = [LogFound(LogVerdict.UNKNOWN_DATA, 0, 8192, 2, held)]
+    await _fails(bench, void=False)
+    await until(lambda: bench.reports.asked)
+    assert bench.log.policy.discard and bench.log.id != held
+    bench.reports.answer("dirty")
+    bench.log.drained.set()
+    await _fails(bench)
+    bench.plane.verdicts = [LogFound(LogVerdict.UNKNOWN_DATA, 0, 8192, 2, HELD)]
+    await until(lambda: bench.reports.logs[-1].why.endswith("of which the registry knows nothing"))
+    assert not bench.plane.logs, "another log is nobody's to overwrite"
+
+
+async def test_a_log_that_fails_again_and_again_is_left_alone_for_longer(bench: Bench) -> None:
+    log = WriteLog(bench.plane, bench.reports, bench.spec(), lambda: None)
+    keeper = LogKeeper(log)
+    now = asyncio.get_running_loop().time()
+    due = []
+    for _ in range(8):
+        keeper.began()
+        keeper.failed()
+        assert keeper._due_s is not None
+        due.append(keeper._due_s - now)
+    assert due == sorted(due) and due[-1] > 30 * due[0] and due[-1] <= keeper_module.LATER_MAX_S + 5
+    keeper.at_once()
+    assert keeper._due_s == 0
 
 
 async def test_a_log_that_fails_is_told_and_used_no_more(bench: Bench) -> None:

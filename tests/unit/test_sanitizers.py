@@ -36,6 +36,7 @@ TESTS = [
     "log",
     "log_fail",
     "bulk",
+    "log_switch",
 ]
 # Not with the thread sanitizer: the slowest of a kind of which others remain, and what measures resident memory.
 NOT_TSAN = "not 65536 and not random_operations_on_one_run and not memory"
