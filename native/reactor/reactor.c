@@ -220,28 +220,40 @@ void nv_reactor_late(struct nv_reactor *reactor, struct nv_late *late)
     reactor->late_tail = &late->next;
 }
 
+/* Where it stands in the list; NULL: elsewhere. */
+static struct nv_late **find_late(struct nv_late **link, const struct nv_late *late)
+{
+    while (*link && *link != late)
+        link = &(*link)->next;
+    return *link ? link : NULL;
+}
+
 void nv_reactor_drop_late(struct nv_reactor *reactor, struct nv_late *late)
 {
-    struct nv_late **link = &reactor->late;
+    struct nv_late **link;
 
     if (!late->queued)
         return;
     late->queued = false;
-    while (*link != late)
-        link = &(*link)->next;
+    link = find_late(&reactor->late_now, late); /* one that runs may drop one that has yet to */
+    if (!link)
+        link = find_late(&reactor->late, late);
+    assert(link);
     *link = late->next;
-    if (!*link)
+    if (reactor->late_tail == &late->next)
         reactor->late_tail = link;
 }
 
 static void run_late(struct nv_reactor *reactor)
 {
-    struct nv_late *late = reactor->late;
+    struct nv_late *late;
 
+    assert(!reactor->late_now);
+    reactor->late_now = reactor->late;
     reactor->late = NULL;
     reactor->late_tail = &reactor->late;
-    for (struct nv_late *next; late; late = next) {
-        next = late->next;
+    while ((late = reactor->late_now)) {
+        reactor->late_now = late->next;
         late->queued = false;
         late->run(late);
     }

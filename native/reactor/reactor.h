@@ -69,6 +69,7 @@ struct nv_reactor {
     uint32_t pins, pins_max;                /* frames of the cache that replies of this reactor hold */
     uint64_t want_max;                      /* bytes of one wish to fetch */
     struct nv_late *late, **late_tail;
+    struct nv_late *late_now;               /* those of this turn that have not run yet */
     struct nv_ticker *tickers;
     struct nv_turner *turners;
     struct nv_remote *remotes;              /* remote exports whose home this is */

@@ -55,6 +55,7 @@ struct host {
     uint32_t numbers[HOST_CLIENTS];
     uint64_t *next_id;              /* of connections */
     bool log_open, log_found, draining;
+    bool log_before, switching;     /* the log is before the volume; it goes in or out */
     bool log_failed;                /* nothing goes into it any more until it is opened anew */
     int log_file;
     uint32_t log_object;
@@ -117,7 +118,7 @@ void host_log_event(struct host *host, const nv_event *event);
 void host_end_log(struct host *host);
 /* Nothing is left to carry below. */
 bool host_log_rests(const struct host *host);
-/* Control may drain the log at any time, and have it written again. */
+/* Control may drain the log at any time, and have it written again; one that holds nothing may go out, and in again. */
 void host_drain_or_allow(struct host *host);
 /* The log's disk has other troubles now, or (`none`) no more. */
 void host_trouble_log(struct host *host, bool none);

@@ -18,14 +18,13 @@ static void draw_id(struct farm *farm, uint8_t id[16])
         id[i] = (uint8_t)sim_random_next(&farm->log.random);
 }
 
-void host_open_log(struct host *host)
+static void start_log(struct host *host, bool beside)
 {
     struct farm *farm = host->farm;
     const uint32_t align = farm->cell_bytes == SIM_SECTOR ? SIM_SECTOR : 1; /* transfers are cut short at cells */
     nv_log_policy policy = farm->log.policy;
 
-    if (!farm->log.size)
-        return;
+    policy.beside = beside;
     policy.dirty = farm->log.dirty && farm->log.host == host->index; /* another's: it is deposed already */
     policy.discard = farm->log.given_up[host->index];
     memcpy(policy.id, farm->log.id, sizeof policy.id);
@@ -37,11 +36,25 @@ void host_open_log(struct host *host)
         nv_volume_log_open(host->plane, host->volume, host->log_object, 0, farm->log.size, &policy, TOKEN_LOG) != 0)
         nv_sim_violation("the log of a mirror does not open: %s", nv_last_error());
     host->log_open = true;
+    host->log_before = !beside;
+}
+
+void host_open_log(struct host *host)
+{
+    struct farm *farm = host->farm;
+
+    if (farm->log.size && (farm->log.dirty || sim_random_chance(&farm->log.random, 800)))
+        start_log(host, false);
+}
+
+static bool has_epoch(const struct host *host)
+{
+    return !host->deposed && !host->closing && host->epoch == host->farm->registry.epoch;
 }
 
 static bool counts(const struct host *host)
 {
-    return host->log_found && !host->deposed && !host->closing && host->epoch == host->farm->registry.epoch;
+    return host->log_found && has_epoch(host);
 }
 
 /* Control commits that this log holds data of the volume, then it may. */
@@ -56,9 +69,29 @@ static void allow(struct host *host)
     (void)nv_volume_log_allow(host->plane, host->volume); /* perhaps it has not heard the last one */
 }
 
+/* A log that holds something does not go out. */
+static void switch_log(struct host *host)
+{
+    if (host->deposed || host->closing || host->changing)
+        return;
+    if (host->farm->log.dirty && !(host->log_before && sim_random_chance(&host->farm->log.random, 128)))
+        return;
+    host->switching = true;
+    if (!host->log_open)
+        start_log(host, true);
+    else if (nv_volume_log_detach(host->plane, host->volume, TOKEN_DRAIN) != 0)
+        nv_sim_violation("the log of a mirror does not go out: %s", nv_last_error());
+}
+
 void host_drain_or_allow(struct host *host)
 {
-    if (!host->farm->log.size || host->draining || host->log_failed || !counts(host))
+    if (!host->farm->log.size || !host->opened || host->draining || host->log_failed || host->switching)
+        return;
+    if (!host->log_open || (host->log_found && sim_random_chance(&host->farm->log.random, 400))) {
+        switch_log(host);
+        return;
+    }
+    if (!counts(host) || !host->log_before)
         return;
     if (sim_random_chance(&host->farm->log.random, 700))
         allow(host);
@@ -73,6 +106,32 @@ static void drained(struct host *host, const nv_event *event)
         host->farm->log.dirty = false;
     if (event->result == 0 && host->log_failed)
         tally(TALLY_LOG_VOID);
+}
+
+/* A log that could not go in, for what is under way takes too long, goes out again one day. */
+static void switched(struct host *host, const nv_event *event)
+{
+    const bool in = event->kind == NV_EVENT_LOG_ATTACHED;
+
+    host->switching = false;
+    if (event->result != 0 && event->result != -ETIMEDOUT && event->result != -EBUSY &&
+        !(host->farm->log.troubled && event->result == -EINVAL)) /* it has failed before it was in */
+        nv_sim_violation("the log of a mirror does not go in or out: %d", event->result);
+    tally(event->result != 0 ? TALLY_LOG_STAYS : in ? TALLY_LOG_IN : TALLY_LOG_OUT);
+    if (event->result != 0)
+        return;
+    host->log_before = in;
+    if (in && counts(host) && sim_random_chance(&host->farm->log.random, 900))
+        allow(host);
+    if (in)
+        return;
+    host->log_open = host->log_found = false;
+    nv_sim_trouble(host->log_file)->hung = false;
+    nv_sim_trouble(host->log_file)->write_error = 0;
+    if (has_epoch(host))
+        host->farm->log.dirty = false;
+    if (nv_object_close(host->plane, host->log_object, TOKEN_LOG) != 0)
+        nv_sim_violation("the object of a log that is out does not close: %s", nv_last_error());
 }
 
 /* What was acknowledged is below. Not even its superblock can say so: control commits that it is never replayed. */
@@ -116,11 +175,20 @@ void host_log_event(struct host *host, const nv_event *event)
         memcpy(host->log_id, &event->args[3], sizeof host->log_id);
         host->log_found = true;
         host->farm->log.given_up[host->index] &= host->deposed;
+        if (host->switching) {
+            if (host->closing || nv_volume_log_attach(host->plane, host->volume, TOKEN_DRAIN) != 0)
+                host->switching = false;
+            break;
+        }
         if (counts(host) && sim_random_chance(&host->farm->log.random, 900))
             allow(host);
         break;
     case NV_EVENT_LOG_DRAINED:
         drained(host, event);
+        break;
+    case NV_EVENT_LOG_ATTACHED:
+    case NV_EVENT_LOG_DETACHED:
+        switched(host, event);
         break;
     case NV_EVENT_LOG_FAILED:
         failed(host, event);
@@ -141,7 +209,7 @@ bool host_log_rests(const struct host *host)
 {
     nv_log_status status;
 
-    return !host->log_open ||
+    return !host->log_open || !host->log_before ||
            (host->log_found && nv_volume_log(host->plane, host->volume, &status) == 0 && status.dirty_bytes == 0);
 }
 

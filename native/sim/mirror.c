@@ -261,9 +261,7 @@ static void work(struct world *world, struct host *host)
 
 static void rarely(struct world *world, struct host *host)
 {
-    if (world->farm.log.size && sim_random_chance(&world->farm.log.random, 300))
-        host_drain_or_allow(host);
-    else if (chance(world, 100))
+    if (chance(world, 100))
         host_set_cache(host, (uint32_t)below(world, 3));
     else if (chance(world, 700))
         host_clear_faults(host);
@@ -287,6 +285,8 @@ static void step(struct world *world)
     uint64_t what = below(world, 1000);
 
     world->farm.now++;
+    if (world->farm.log.size && host->plane && sim_random_chance(&world->farm.log.random, 6))
+        host_drain_or_allow(host);
     if (world->farm.log.troubled && sim_random_chance(&world->farm.log.bad_luck, 6))
         host_trouble_log(host, sim_random_chance(&world->farm.log.bad_luck, 400));
     if (!host->plane || is_turn_of(&what, share->control))

@@ -26,6 +26,7 @@
  *  21  what a log carries and copies between legs pass each other             nv_mirror_orders_by
  *  22  a FLUSH leaves out what the filter's life before wrote past the log    nv_log_open
  *  23  a log that failed counts as void without a word on disk                nv_log_make_void
+ *  24  a log goes out with what it holds                                      nv_logged_may_leave
  */
 #include <errno.h>
 #include <string.h>
@@ -71,6 +72,8 @@ bool __real_nv_mirror_orders_by(struct nv_mirror *mirror, struct nv_range_table 
 bool __wrap_nv_mirror_orders_by(struct nv_mirror *mirror, struct nv_range_table *table);
 void __real_nv_log_open(struct nv_log *log);
 void __wrap_nv_log_open(struct nv_log *log);
+int __real_nv_logged_may_leave(const struct nv_logged *logged);
+int __wrap_nv_logged_may_leave(const struct nv_logged *logged);
 void __real_nv_log_make_void(struct nv_log *log);
 void __wrap_nv_log_make_void(struct nv_log *log);
 enum nv_cache_fill __real_nv_cache_fill(struct nv_cache *cache, const struct nv_cache_spot *spot, uint64_t since,
@@ -273,6 +276,11 @@ void __wrap_nv_log_open(struct nv_log *log)
     if (mutant(22))
         log->below_writes = 0;
     __real_nv_log_open(log);
+}
+
+int __wrap_nv_logged_may_leave(const struct nv_logged *logged)
+{
+    return mutant(24) ? 0 : __real_nv_logged_may_leave(logged);
 }
 
 void __wrap_nv_log_make_void(struct nv_log *log)

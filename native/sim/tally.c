@@ -75,6 +75,9 @@ static const char *const names[TALLY_COUNT] = {
     [TALLY_LOG_VOID] = "log way out: all that a failed log held is below",
     [TALLY_LOG_FORGOTTEN] = "log way out: control commits that a failed log is never replayed",
     [TALLY_LOG_KEEPS] = "log way out: memory of what was carried is kept for a leg that may still use it",
+    [TALLY_LOG_IN] = "log switch: it goes in before a mirror that is served",
+    [TALLY_LOG_OUT] = "log switch: it goes out",
+    [TALLY_LOG_STAYS] = "log switch: it stays, for it holds something, or what is under way takes too long",
     [TALLY_CACHE_HIT] = "way out: a block is served from the cache",
 };
 

@@ -81,6 +81,9 @@ enum tally {
     TALLY_LOG_VOID,
     TALLY_LOG_FORGOTTEN,
     TALLY_LOG_KEEPS,
+    TALLY_LOG_IN,
+    TALLY_LOG_OUT,
+    TALLY_LOG_STAYS,
     TALLY_COUNT,
 };
 

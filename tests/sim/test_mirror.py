@@ -48,6 +48,7 @@ MUTANTS = {
     21: "what a log carries and copies between legs pass each other",
     22: "a FLUSH leaves out what the filter's life before wrote past the log",
     23: "a log that failed counts as void without a word on disk",
+    24: "a log goes out with what it holds",
 }
 MET = 20
 """So often at least each trouble is met, and each way out taken, in the budget of seeds."""
