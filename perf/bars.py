@@ -248,6 +248,10 @@ BARS: tuple[Bar, ...] = (
             (_READ, "randread-4k-qd32"), (_READ_DEEP, "randread-4k-qd256"), (_SEQ_READ, "seqread-256k-qd8"),
         )
     ),
+    Bar(
+        _SEQ_READ, "IOPS per CPU-second / the same responder reading the file", "memory", "seqread-256k-qd8", _PER_CPU,
+        (CEILING_FILE,), ">=", None,
+    ),
     *_disk_bars(),
     *(
         Bar(

@@ -219,7 +219,7 @@ class TestBars:
             "4 KiB random read, depth 32": 4, "4 KiB random read, depth 32, TCP": 2,
             "4 KiB random read, depth 256": 3, "4 KiB random read, depth 256, TCP": 1,
             "4 KiB random write, depth 32": 4, "4 KiB random write, depth 32, TCP": 3,
-            "256 KiB sequential read, depth 8": 4, "256 KiB sequential read, depth 8, TCP": 2,
+            "256 KiB sequential read, depth 8": 5, "256 KiB sequential read, depth 8, TCP": 2,
             "256 KiB sequential write, depth 8": 3, "256 KiB sequential write, depth 8, TCP": 2,
             "4 KiB random read, depth 1": 2, "4 KiB random read, depth 1, TCP": 2,
             "O_DIRECT on the real disk": 12,
