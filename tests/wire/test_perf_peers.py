@@ -98,8 +98,9 @@ def modes(pid: int) -> set[bool]:
     found = set()
     for number, target in open_files(pid).items():
         if target.endswith("disk.img"):
-            flags = Path(f"/proc/{pid}/fdinfo/{number}").read_text().split("flags:")[1].split()[0]
-            found.add(bool(int(flags, 8) & os.O_DIRECT))
+            with contextlib.suppress(FileNotFoundError):  # closed since it was listed
+                flags = Path(f"/proc/{pid}/fdinfo/{number}").read_text().split("flags:")[1].split()[0]
+                found.add(bool(int(flags, 8) & os.O_DIRECT))
     return found.union(*map(modes, children(pid)))
 
 
