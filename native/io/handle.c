@@ -31,10 +31,18 @@ nv_handle nv_io_open_file(int fd)
     return copy < 0 ? -errno : copy;
 }
 
+static bool is_unix(int fd)
+{
+    int domain = AF_UNIX;
+    socklen_t length = sizeof domain;
+
+    return getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &domain, &length) < 0 || domain == AF_UNIX;
+}
+
 nv_handle nv_io_open_socket(int fd)
 {
     const int size = (int)NV_SOCKET_BUFFER, one = 1;
-    int type = 0, domain = 0;
+    int type = 0;
     socklen_t length = sizeof type;
     int flags = fcntl(fd, F_GETFL);
 
@@ -50,8 +58,7 @@ nv_handle nv_io_open_socket(int fd)
     /* Sizes are wishes: the kernel clips them, and a socket with small buffers still works. */
     (void)setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &size, sizeof size);
     (void)setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &size, sizeof size);
-    length = sizeof domain;
-    if (getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &domain, &length) == 0 && domain != AF_UNIX)
+    if (!is_unix(fd))
         (void)setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
     return fd;
 }
@@ -159,11 +166,9 @@ void nv_io_reset_on_close(nv_handle handle)
 bool nv_io_low_water(nv_handle handle, uint32_t bytes)
 {
     const int low = (int)bytes;
-    int domain = AF_UNIX;
-    socklen_t length = sizeof domain;
 
     assert(bytes > 0 && bytes <= NV_SOCKET_BUFFER);
-    if (getsockopt(handle, SOL_SOCKET, SO_DOMAIN, &domain, &length) < 0 || domain == AF_UNIX)
+    if (is_unix(handle))
         return false; /* a unix socket takes the option and wakes its reader for every byte all the same */
     return setsockopt(handle, SOL_SOCKET, SO_RCVLOWAT, &low, sizeof low) == 0;
 }

@@ -75,11 +75,10 @@ static void answer_when(struct nv_gate *gate, struct nv_switch_end *end, const u
     gate->count = count;
 }
 
-void nv_gate_left(struct nv_reactor *reactor, struct nv_gate *gate)
+void nv_gate_left(struct nv_gate *gate)
 {
     struct nv_switch_end *end = gate->waits;
 
-    (void)reactor;
     if (*gate->count > 0)
         return;
     gate->waits = NULL;

@@ -41,7 +41,7 @@ void nv_switch_over(struct nv_switch *sw, int result);
 /* The gate is closed: it goes on when it is open. */
 void nv_gate_hold(struct nv_gate *gate, struct nv_vreq *request);
 /* A request has left, and somebody waits for that. */
-void nv_gate_left(struct nv_reactor *reactor, struct nv_gate *gate);
+void nv_gate_left(struct nv_gate *gate);
 
 /* --- the log's owner --- */
 

@@ -226,7 +226,7 @@ static void leave(struct nv_vreq *request, struct nv_volume_local *local)
     }
     local->gate.running -= request->runs;
     if (__builtin_expect(local->gate.waits != NULL, 0))
-        nv_gate_left(request->reactor, &local->gate);
+        nv_gate_left(&local->gate);
     release_map(request);
 }
 

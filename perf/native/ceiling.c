@@ -14,6 +14,7 @@
  */
 #define _GNU_SOURCE
 #include "direct.h"
+#include "responder.h"
 
 #include <arpa/inet.h>
 #include <assert.h>
@@ -97,26 +98,6 @@ static uint8_t *hot;
 static const uint8_t *mapped;       /* the file; NULL without one */
 static struct direct direct;
 
-static void die(const char *what)
-{
-    fprintf(stderr, "ceiling: %s: %s\n", what, strerror(errno));
-    exit(1);
-}
-
-static uint64_t now_ns(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
-}
-
-static uint32_t get32(const uint8_t *p)
-{
-    uint32_t v;
-    memcpy(&v, p, sizeof v);
-    return be32toh(v);
-}
-
 static void put16(uint8_t *p, uint16_t v) { v = htobe16(v); memcpy(p, &v, sizeof v); }
 static void put32(uint8_t *p, uint32_t v) { v = htobe32(v); memcpy(p, &v, sizeof v); }
 static void put64(uint8_t *p, uint64_t v) { v = htobe64(v); memcpy(p, &v, sizeof v); }
@@ -126,21 +107,7 @@ static void put64(uint8_t *p, uint64_t v) { v = htobe64(v); memcpy(p, &v, sizeof
 /* Send what is staged. Blocking: this responder has nothing better to do. False: the client is gone. */
 static bool flush_replies(struct connection *c)
 {
-    struct msghdr message = { .msg_iov = c->part, .msg_iovlen = c->parts };
-    while (message.msg_iovlen > 0) {
-        ssize_t n = sendmsg(c->fd, &message, MSG_NOSIGNAL);
-        if (n < 0 && errno == EINTR) continue;
-        if (n < 0) return false;
-        while (message.msg_iovlen > 0 && (size_t)n >= message.msg_iov->iov_len) {
-            n -= (ssize_t)message.msg_iov->iov_len;
-            message.msg_iov++;
-            message.msg_iovlen--;
-        }
-        if (message.msg_iovlen > 0) {
-            message.msg_iov->iov_base = (uint8_t *)message.msg_iov->iov_base + n;
-            message.msg_iov->iov_len -= (size_t)n;
-        }
-    }
+    if (!send_parts(c->fd, c->part, c->parts)) return false;
     c->parts = 0;
     c->replies = 0;
     return true;

@@ -1,6 +1,7 @@
 /* direct: see direct.h. What each turn does: answer what the disk has done, in one send; start what has arrived. */
 #define _GNU_SOURCE
 #include "direct.h"
+#include "responder.h"
 
 #include <assert.h>
 #include <endian.h>
@@ -52,26 +53,6 @@ struct server {
     uint8_t in[RECEIVE_BYTES];
 };
 
-static void die(const char *what)
-{
-    fprintf(stderr, "ceiling: %s: %s\n", what, strerror(errno));
-    exit(1);
-}
-
-static uint64_t now_ns(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
-}
-
-static uint32_t get32(const uint8_t *p)
-{
-    uint32_t v;
-    memcpy(&v, p, sizeof v);
-    return be32toh(v);
-}
-
 static uint8_t *memory_of(const struct server *s, const struct slot *slot)
 {
     return s->memory + (size_t)(slot - s->slot) * BLOCK_BYTES;
@@ -93,21 +74,7 @@ static struct io_uring_sqe *entry(struct server *s)
 /* Blocking: what the client does not read now it has not asked for. False: it is gone. */
 static bool flush_replies(struct server *s)
 {
-    struct msghdr message = { .msg_iov = s->part, .msg_iovlen = s->parts };
-    while (message.msg_iovlen > 0) {
-        ssize_t n = sendmsg(s->fd, &message, MSG_NOSIGNAL);
-        if (n < 0 && errno == EINTR) continue;
-        if (n < 0) return false;
-        while (message.msg_iovlen > 0 && (size_t)n >= message.msg_iov->iov_len) {
-            n -= (ssize_t)message.msg_iov->iov_len;
-            message.msg_iov++;
-            message.msg_iovlen--;
-        }
-        if (message.msg_iovlen > 0) {
-            message.msg_iov->iov_base = (uint8_t *)message.msg_iov->iov_base + n;
-            message.msg_iov->iov_len -= (size_t)n;
-        }
-    }
+    if (!send_parts(s->fd, s->part, s->parts)) return false;
     s->parts = 0;
     for (struct slot *slot; (slot = s->leaving);) {
         s->leaving = slot->next;
