@@ -11,6 +11,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from os.path import normpath
 from pathlib import Path
 
 from perf.generators import PointError
@@ -19,9 +20,13 @@ from perf.peers import ROOT
 ROOMS = ("nbd", "reactor", "volume", "backend")
 LOADS = {"read": 32, "structured": 32, "write": 15, "mirror": 15}
 """What steady.c does, and how many requests it has in a batch."""
+MAPS = {"region": 32, "runs": 32, "uneven": 32}
+"""Reads in random order: of one region, of a million runs of a block each, of a million that differ in length."""
 INTENT_FILES = frozenset({"volume/intent.c", "volume/intent.h"})
 """What a write to a mirror executes to know that its regions' intents are set."""
-FEW, MANY = 5, 25
+BATCHES = 20
+COUNTED = "count_batches*"
+"""Of steady.c: what it calls is counted, after what opens the world (a million runs, for instance) and warms it up."""
 _COST = re.compile(r"(?:\+|-)?\d+|\*")
 
 
@@ -32,7 +37,7 @@ def parse(text: str) -> Counter[str]:
     for line in text.splitlines():
         key, equals, value = line.partition("=")
         if equals and key in ("fl", "fi", "fe"):
-            current = value
+            current = normpath(value)  # a header is named as it was found: native/sim/../volume/map.h
         elif equals and key == "calls":
             inclusive = True
         elif line and _COST.fullmatch(line.split(" ", 1)[0]):
@@ -51,11 +56,13 @@ def rooms(costs: Counter[str]) -> Counter[str]:
     return found
 
 
-def _run(program: Path, load: str, batches: int) -> Counter[str]:
+def _counted(program: Path, load: str) -> Counter[str]:
+    """Instructions by source file of all batches together. Raises PointError."""
     with tempfile.TemporaryDirectory(prefix="nvgrind") as folder:
         out = Path(folder) / "out"
         options = ["--tool=callgrind", "--compress-strings=no", "--compress-pos=no", f"--callgrind-out-file={out}"]
-        command = ["valgrind", *options, str(program), load, str(batches)]
+        only = ["--collect-atstart=no", f"--toggle-collect={COUNTED}"]
+        command = ["valgrind", *options, *only, str(program), load, str(BATCHES)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise PointError(f"callgrind: {done.stderr.strip()[-400:]}")
@@ -71,20 +78,14 @@ def build() -> Path:
     return ROOT / done.stdout.strip() / "nvsim_steady"
 
 
-def _more(program: Path, load: str) -> Counter[str]:
-    """Instructions by source file that 20 batches more cost."""
-    many = _run(program, load, MANY)
-    many.subtract(_run(program, load, FEW))
-    return many
-
-
 def per_request(program: Path, load: str) -> dict[str, float]:
-    """Instructions per request by room: what 20 batches more cost. Raises PointError."""
-    return {room: cost / ((MANY - FEW) * LOADS[load]) for room, cost in rooms(_more(program, load)).items()}
+    """Instructions per request by room. Raises PointError."""
+    requests = BATCHES * {**LOADS, **MAPS}[load]
+    return {room: cost / requests for room, cost in rooms(_counted(program, load)).items()}
 
 
 def share(program: Path, load: str, files: frozenset[str]) -> float:
     """The part of a request's instructions that lies in these source files (native/...). Raises PointError."""
-    costs = _more(program, load)
+    costs = _counted(program, load)
     inside = sum(cost for file, cost in costs.items() if any(file.endswith(f"native/{name}") for name in files))
     return inside / sum(rooms(costs).values())

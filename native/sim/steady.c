@@ -2,7 +2,8 @@
  * nvsim_steady: a fixed number of requests through the real session, volume and file backend on the simulated port, with
  * no fault, no chance in what is asked, and batches in lockstep. It is for callgrind: io_uring and valgrind do not go
  * together, and here the code above the port runs in one thread that never sleeps. What it executes is the same on every
- * run, so its instructions can be counted and held to a limit (perf/callgrind.py, tests/sim/test_steady.py).
+ * run, so its instructions can be counted and held to a limit (perf/callgrind.py, tests/sim/test_steady.py). Some batches go
+ * first that warm it up; those after them are what count_batches() runs, and what a tool is to count.
  *
  * It does not: check contents (nvsim does), or say anything about the real port and the kernel.
  *
@@ -10,7 +11,10 @@
  * for counting: a leg of such a volume is lost while nobody asks for anything; then a batch of reads comes and at once the
  * order to copy the leg, with a rate, and a batch more each time the simulated clock moves. It prints what was copied.
  *
- * usage: nvsim_steady read|write|structured|mirror|resync BATCHES
+ * `region`, `runs` and `uneven` read a file in random order, as one run, as a million of one block each, and as a million
+ * of 1 to 63 blocks, neighbours in the volume being strangers in the file.
+ *
+ * usage: nvsim_steady read|write|structured|mirror|resync|region|runs|uneven BATCHES
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -30,13 +34,36 @@
 #define RESYNC_RATE (1u << 20)
 #define QUIET_NS 1000000000ull /* so long that nobody can take clients for busy any more */
 #define SECOND_LEG 2u
+#define WARM_UP 5 /* batches that are not for counting */
+#define RUNS 1000000u
+#define RUN_STRIDE 380017u /* has no divisor in common with RUNS: i * RUN_STRIDE % RUNS is each place once */
+#define RUN_BLOCKS_MAX 63u
+#define MAP_FILE ((uint64_t)RUNS * BLOCK)
+
+struct load {
+    const char *name;
+    bool write, structured, mirror, resync, random_order;
+    uint32_t runs, run_blocks_max; /* of the map; one run is the whole volume */
+    uint64_t file_bytes;
+};
+
+static const struct load LOADS[] = {
+    {.name = "read", .runs = 1, .file_bytes = VOLUME_BYTES},
+    {.name = "write", .runs = 1, .file_bytes = VOLUME_BYTES, .write = true},
+    {.name = "structured", .runs = 1, .file_bytes = VOLUME_BYTES, .structured = true},
+    {.name = "mirror", .write = true, .mirror = true},
+    {.name = "resync", .mirror = true, .resync = true},
+    {.name = "region", .runs = 1, .file_bytes = MAP_FILE, .random_order = true},
+    {.name = "runs", .runs = RUNS, .run_blocks_max = 1, .file_bytes = MAP_FILE, .random_order = true},
+    {.name = "uneven", .runs = RUNS, .run_blocks_max = RUN_BLOCKS_MAX, .file_bytes = MAP_FILE, .random_order = true},
+};
 
 struct world {
+    const struct load *load;
     nv_plane *plane;
     int socket;
-    bool write, structured, mirror, resync;
     uint32_t batch, volume;
-    uint64_t asked;
+    uint64_t volume_bytes, asked;
     uint8_t *requests; /* one batch's bytes */
     size_t requests_bytes;
 };
@@ -83,32 +110,64 @@ static uint32_t open_mirror(struct world *world)
     }
     if (nv_volume_open(world->plane, &record, sizeof record, &volume) != 0)
         fail("the mirror does not open");
+    world->volume_bytes = VOLUME_BYTES;
     return volume;
+}
+
+/* A number that looks like chance and is the same each time (the finisher of splitmix64). */
+static uint64_t scatter(uint64_t number)
+{
+    number = (number ^ number >> 30) * 0xbf58476d1ce4e5b9ull;
+    number = (number ^ number >> 27) * 0x94d049bb133111ebull;
+    return number ^ number >> 31;
+}
+
+/* Run `index`, its place in the file: of equal runs each has its own, of others some share blocks. */
+static nv_desc_run one_run(const struct load *load, uint64_t index, uint64_t offset, uint32_t object)
+{
+    nv_desc_run run = {.offset = offset, .length = BLOCK, .object = object, .state = NV_RUN_MAPPED};
+
+    if (load->runs == 1)
+        run.length = load->file_bytes;
+    else if (load->run_blocks_max == 1)
+        run.object_offset = index * RUN_STRIDE % RUNS * BLOCK;
+    else {
+        run.length = (1 + scatter(index) % load->run_blocks_max) * BLOCK;
+        run.object_offset = scatter(~index) % (RUNS - load->run_blocks_max) * BLOCK;
+    }
+    return run;
 }
 
 static uint32_t open_volume(struct world *world)
 {
-    struct {
-        nv_desc_header header;
-        nv_desc_leg leg;
-        nv_desc_run run;
-    } record = {
-        {.magic = NV_DESC_MAGIC, .version = NV_DESC_VERSION, .length = sizeof record, .size = VOLUME_BYTES, .map_to = 1,
-         .block_min = 1, .leg_count = 1},
-        {.id = 1, .state = NV_LEG_IN_SYNC, .run_count = 1},
-        {.length = VOLUME_BYTES, .object = open_object(world, VOLUME_BYTES), .state = NV_RUN_MAPPED},
-    };
+    const size_t length = sizeof(nv_desc_header) + sizeof(nv_desc_leg) + world->load->runs * sizeof(nv_desc_run);
+    const uint32_t object = open_object(world, world->load->file_bytes);
+    const nv_desc_leg leg = {.id = 1, .state = NV_LEG_IN_SYNC, .run_count = world->load->runs};
+    uint8_t *record = malloc(length), *to = record + sizeof(nv_desc_header);
+    uint64_t size = 0;
     uint32_t volume;
 
-    if (nv_volume_open(world->plane, &record, sizeof record, &volume) != 0)
+    if (!record)
+        fail("no memory");
+    to = (uint8_t *)memcpy(to, &leg, sizeof leg) + sizeof leg;
+    for (uint64_t i = 0; i < world->load->runs; i++) {
+        const nv_desc_run run = one_run(world->load, i, size, object);
+        to = (uint8_t *)memcpy(to, &run, sizeof run) + sizeof run;
+        size += run.length;
+    }
+    memcpy(record, &(nv_desc_header){.magic = NV_DESC_MAGIC, .version = NV_DESC_VERSION, .length = length, .size = size,
+                                     .map_to = 1, .block_min = 1, .leg_count = 1}, sizeof(nv_desc_header));
+    if (nv_volume_open(world->plane, record, length, &volume) != 0)
         fail("the volume does not open");
+    free(record);
+    world->volume_bytes = size;
     return volume;
 }
 
 static void open_world(struct world *world)
 {
     const nv_plane_config config = {.reactors = 1, .cpu_first = -1, .pool_bytes = 16u << 20, .connections_max = 4};
-    const nv_connection_params params = {.flags = world->structured ? NV_CONN_STRUCTURED : 0,
+    const nv_connection_params params = {.flags = world->load->structured ? NV_CONN_STRUCTURED : 0,
                                          .tflags = NBD_FLAG_SEND_FLUSH,
                                          .block_min = 1, .payload_max = NV_PAYLOAD_MAX};
     const struct nv_sim_faults none = {0};
@@ -117,7 +176,7 @@ static void open_world(struct world *world)
     nv_sim_begin(SEED, &none);
     if (nv_plane_build(&config, false, &world->plane) != 0)
         fail("the plane does not start");
-    world->volume = world->mirror ? open_mirror(world) : open_volume(world);
+    world->volume = world->load->mirror ? open_mirror(world) : open_volume(world);
     world->socket = nv_sim_socket();
     if (nv_connection_open(world->plane, world->socket, world->volume, &params, NULL, 0, 1, &connection) != 0)
         fail("the connection does not open");
@@ -140,6 +199,13 @@ static size_t settle(struct world *world)
     return received;
 }
 
+static uint64_t next_block(struct world *world)
+{
+    const uint64_t asked = world->asked++, blocks = world->volume_bytes / BLOCK;
+
+    return (world->load->random_order ? scatter(asked) : asked * 37) % blocks;
+}
+
 static void build_batch(struct world *world)
 {
     uint8_t *to = world->requests;
@@ -147,24 +213,31 @@ static void build_batch(struct world *world)
     for (uint32_t i = 0; i < world->batch; i++) {
         to = put32(to, NBD_REQUEST_MAGIC);
         to = put16(to, 0);
-        to = put16(to, world->write ? NBD_CMD_WRITE : NBD_CMD_READ);
+        to = put16(to, world->load->write ? NBD_CMD_WRITE : NBD_CMD_READ);
         to = put64(to, i);
-        to = put64(to, world->asked++ * 37 % (VOLUME_BYTES / BLOCK) * BLOCK);
+        to = put64(to, next_block(world) * BLOCK);
         to = put32(to, BLOCK);
-        to += world->write ? BLOCK : 0;
+        to += world->load->write ? BLOCK : 0;
     }
     world->requests_bytes = (size_t)(to - world->requests);
 }
 
 static void run_batch(struct world *world)
 {
-    const size_t head = world->structured ? 28u : NBD_SIMPLE_BYTES; /* a chunk header, an offset */
+    const size_t head = world->load->structured ? 28u : NBD_SIMPLE_BYTES; /* a chunk header, an offset */
 
     build_batch(world);
     if (nv_sim_client_send(world->socket, world->requests, world->requests_bytes) != world->requests_bytes)
         fail("the socket does not hold a batch: another SEED is needed");
-    if (settle(world) != world->batch * (head + (world->write ? 0 : BLOCK)))
+    if (settle(world) != world->batch * (head + (world->load->write ? 0 : BLOCK)))
         fail("a batch was not answered in full");
+}
+
+/* A function of its own, whose name a tool is told: what it calls is counted (--toggle-collect), and nothing else. */
+__attribute__((noinline)) static void count_batches(struct world *world, long batches)
+{
+    for (long i = 0; i < batches; i++)
+        run_batch(world);
 }
 
 static void quiet(struct world *world, uint64_t ns)
@@ -220,32 +293,37 @@ static void close_world(struct world *world)
     nv_sim_end();
 }
 
+static const struct load *load_named(const char *name)
+{
+    for (size_t i = 0; i < sizeof LOADS / sizeof *LOADS; i++)
+        if (strcmp(LOADS[i].name, name) == 0)
+            return &LOADS[i];
+    return NULL;
+}
+
 int main(int argc, char **argv)
 {
-    struct world world = {0};
     const long batches = argc == 3 ? strtol(argv[2], NULL, 10) : 0;
+    struct world world = {.load = batches > 0 ? load_named(argv[1]) : NULL};
 
-    if (batches < 1 || (strcmp(argv[1], "read") && strcmp(argv[1], "write") && strcmp(argv[1], "structured") &&
-                        strcmp(argv[1], "mirror") && strcmp(argv[1], "resync"))) {
-        fputs("usage: nvsim_steady read|write|structured|mirror|resync BATCHES\n", stderr);
+    if (!world.load) {
+        fputs("usage: nvsim_steady read|write|structured|mirror|resync|region|runs|uneven BATCHES\n", stderr);
         return 2;
     }
-    world.resync = strcmp(argv[1], "resync") == 0;
-    world.mirror = world.resync || strcmp(argv[1], "mirror") == 0;
-    world.write = (world.mirror && !world.resync) || strcmp(argv[1], "write") == 0;
-    world.structured = strcmp(argv[1], "structured") == 0;
-    world.batch = world.write ? WRITES : READS;
+    world.batch = world.load->write ? WRITES : READS;
     world.requests = calloc(world.batch, NBD_REQUEST_BYTES + BLOCK);
     if (!world.requests)
         fail("no memory");
     open_world(&world);
-    if (world.resync)
+    if (world.load->resync)
         run_resync(&world, batches);
-    for (long i = 0; i < batches && !world.resync; i++)
-        run_batch(&world);
+    else {
+        for (int i = 0; i < WARM_UP; i++)
+            run_batch(&world);
+        count_batches(&world, batches);
+        printf("%lu requests\n", (unsigned long)batches * world.batch);
+    }
     close_world(&world);
     free(world.requests);
-    if (!world.resync)
-        printf("%lu requests\n", (unsigned long)batches * world.batch);
     return 0;
 }

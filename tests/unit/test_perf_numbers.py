@@ -347,7 +347,7 @@ def test_callgrind_s_costs_are_summed_by_file_without_what_was_called() -> None:
     text = (
         "version: 1\npositions: line\nevents: Ir\nsummary: 99\n\nob=/x/nvsim\nfl=/r/native/nbd/receive.c\n"
         "fn=parse\n10 5\n"
-        "fi=/r/native/nbd/wire.h\n11 7\nfe=/r/native/nbd/receive.c\n12 1\ncfi=/r/native/sim/disk.c\ncfn=read\n"
+        "fi=/r/native/sim/../nbd/wire.h\n11 7\nfe=/r/native/nbd/receive.c\n12 1\ncfi=/r/native/sim/disk.c\ncfn=read\n"
         "calls=3 40\n13 1000\n14 2\n\nfl=/r/native/sim/disk.c\nfn=read\n40 900\n"
     )
     costs = callgrind.parse(text)
