@@ -96,18 +96,22 @@ def qos(
     seconds: Annotated[float, typer.Option(min=0.2, help="Length of one measurement.")] = 10.0,
     quick: Annotated[bool, typer.Option(help="Half a second each: does it run?")] = False,
     out: Annotated[Path | None, typer.Option(help="Result file; perf/results/qos-TIME.json without it.")] = None,
+    into: Annotated[Path | None, typer.Option(help="Result file whose limits and shares these replace.")] = None,
 ) -> None:
     """Limits and shares with the real daemon: what gets through, and how long requests take."""
+    if into and (quick or out):
+        raise _fail("--into takes a measurement at full length: leave --quick and --out out", 2)
+    options = running.Options(quick=quick)
     try:
-        result = limiting.run(running.Options(quick=quick), min(seconds, 0.5) if quick else seconds, say)
-    except (PointError, ServerError) as error:
+        before = results.load(into) if into else None
+        result = running.run_suites(options, [], say)
+        result = limiting.measured(result, options, min(seconds, 0.5) if quick else seconds, say)
+        if before is not None:
+            of_suites = {"rounds": before.rounds, "seconds": before.seconds}
+            result = results.joined(before, result.model_copy(update=of_suites), suites.complete())
+    except (PointError, ServerError, ResultError) as error:
         raise _fail(str(error), 2) from error
-    path = out or results.FOLDER / f"qos-{datetime.now(UTC):%Y%m%dT%H%M%SZ}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(results.dump(result))
-    page = path.with_suffix(".md")
-    page.write_text(limiting.markdown(result))
-    print(f"{path}\n{page}")
+    _write(result, into or out or results.FOLDER / f"qos-{datetime.now(UTC):%Y%m%dT%H%M%SZ}.json")
 
 
 @app.command()

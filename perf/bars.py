@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from perf import stats
+from perf import limits, stats
 from perf.model import Count, PointResult, Result, Sample
 from perf.peers import (
     CEILING,
@@ -331,6 +331,28 @@ def _counted(bar: CountBar, counts: dict[tuple[str, str, str], float]) -> Summar
     return stats.summarise([value / other]) if value is not None and other else None
 
 
+def _limit_figures(points: Sequence[PointResult]) -> Iterator[tuple[str, str, Relation, float | None, float]]:
+    """Limits and shares: the row, the label, the bar and the figure."""
+    cases, parts, length = limits.cases(points), limits.parts(points), f"{limits.seconds(points):g} s"
+    if cases:
+        row = f"limits of a VVol, {len(cases)} loads of {length}"
+        through = [case.obtained for case in cases]
+        yield row, "obtained / asked, the least", ">=", 0.95, min(through)
+        yield row, "obtained / asked, the most", "<=", 1.05, max(through)
+        for depth in sorted({case.depth for case in cases}):
+            waited = max(case.waited for case in cases if case.depth == depth)
+            yield (
+                row,
+                f"p99.9 latency / its bound, depth {depth}, the longest",
+                "<=",
+                1.0 if depth > 1 else None,
+                waited,
+            )
+    for part in parts:
+        row = f"shares of {len(parts)} VVols that keep one reactor busy, {length}"
+        yield row, f"{part.shares} of {part.of}: obtained / its part", ">=", 0.95, part.obtained
+
+
 def _verdicts(points: Sequence[PointResult], counts: Sequence[Count]) -> Iterator[Verdict]:
     measured = {(p.suite, p.point): p for p in points}
     counted = {(c.peer, c.work, c.name): c.value for c in counts}
@@ -341,6 +363,9 @@ def _verdicts(points: Sequence[PointResult], counts: Sequence[Count]) -> Iterato
             bar.work, bar.label, _asked(bar.relation, bar.factor, bar.within_noise), ratio,
             _reached(bar.relation, bar.factor, ratio, bar.within_noise),
         )  # fmt: skip
+    for row, label, relation, factor, figure in _limit_figures(points):
+        found = stats.summarise([figure])
+        yield Verdict(row, label, _asked(relation, factor), found, _reached(relation, factor, found))
     for count in COUNT_BARS:
         value = _counted(count, counted)
         yield Verdict(

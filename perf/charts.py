@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from perf import stats
+from perf import limits, stats
 from perf.model import PointResult, Result
 from perf.peers import CEILING, OUR_FORMS, STORAGE
 
@@ -111,7 +111,27 @@ def _lines(points: list[PointResult], metric: stats.Metric) -> Iterator[tuple[st
             yield peer, mix, sorted((count, summary.median) for count, summary in line if summary)
 
 
-SPECIAL: dict[str, Callable[[list[PointResult], Path], Path]] = {"scaling": scaling_chart}
+def limits_chart(points: list[PointResult], path: Path) -> Path:
+    """What each limit let through, and how long requests were held back, over what it should be."""
+    from matplotlib import pyplot
+
+    cases = limits.cases(points)[::-1]
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 0.8 + 0.24 * len(cases)), sharey=True, layout="constrained")
+    shown = (
+        ("obtained / asked", [case.obtained for case in cases]),
+        ("p99.9 latency / its bound", [case.waited for case in cases]),
+    )
+    for axis, (label, values) in zip(axes, shown, strict=True):
+        axis.barh([case.name for case in cases], values, color=OURS_COLOUR)
+        axis.axvline(1, color=INK, linewidth=1)
+        axis.set_title(label, fontsize=9, loc="left")
+        _tidy(axis)
+    return save(figure, path)
+
+
+SPECIAL: dict[str, Callable[[list[PointResult], Path], Path]] = {
+    "scaling": scaling_chart, limits.SUITE: limits_chart,
+}  # fmt: skip
 LATENCY_POINTS = (("core", "randread-4k-qd1"), ("disk", "randread-4k-qd1"))
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from perf import report, stats
+from perf import limits, report, stats
 from perf.model import PointResult, Result
 from perf.peers import CEILING, OUR_FORMS, OURS, RIVALS
 from perf.stats import Metric, Summary
@@ -105,6 +105,11 @@ def compare(old: Result, new: Result) -> list[Change]:
         if (point.suite, point.point) in before
         for change in _point(before[point.suite, point.point], point, new.skipped)
     ]
+    was_obtained = limits.obtained(old.points)
+    for name, now in limits.obtained(new.points).items():
+        if name in was_obtained:
+            further = abs(now - 1) - abs(was_obtained[name] - 1)
+            changes.append(Change(f"{limits.SUITE}/{name}", "obtained", was_obtained[name], now, further, FLOOR))
     counted = {(c.peer, c.work, c.name): c.value for c in old.counts}
     for count in new.counts:
         was = counted.get((count.peer, count.work, count.name))

@@ -15,14 +15,14 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from perf import generators, machine, report
+from perf import generators, limits, machine
 from perf.generators import PointError
-from perf.model import Count, PointResult, Result, Sample
+from perf.model import PointResult, Result, Sample
+from perf.neighbours import Watch
 from perf.peers import OURS, ROOT, filter_of
 from perf.run import Options, Say, fill
 from perf.servers import Place, Plan, Running, free_port, running
@@ -34,9 +34,6 @@ QUANTUM_S = 0.0002
 APPLY_LIMIT_S = 60.0
 VM = "bench"
 SHARES = {"three": 300, "one": 100}
-ACHIEVED = "achieved / limit"
-LONG = "p99.9 latency / bound"
-SHARE = "got / share"
 
 
 @dataclass(frozen=True)
@@ -125,14 +122,28 @@ def bound_s(limit: Limit, depth: int, connections: int) -> float:
     return depth * (connections / limit.rate + QUANTUM_S)
 
 
-def _point(name: str, load: Load, sample: Sample) -> PointResult:
-    spec = {key: str(value) for key, value in load.model_dump(exclude_none=True).items()}
+def _point(name: str, load: Load, sample: Sample, more: dict[str, str]) -> PointResult:
+    spec = {key: str(value) for key, value in load.model_dump(exclude_defaults=True).items()}
     return PointResult(
-        suite="qos", point=name, generator="loadgen", backend="tmpfs", transport="unix", spec=spec, samples=(sample,)
-    )
+        suite=limits.SUITE, point=name, generator="loadgen", backend="tmpfs", transport="unix",
+        spec={**spec, "connections": str(load.connections), **more}, samples=(sample,),
+    )  # fmt: skip
 
 
-def limits(options: Options, seconds: float, say: Say) -> Iterator[tuple[PointResult, list[Count]]]:
+def _case(farm: _Farm, limit: Limit, load: Load, seconds: float, build: Path) -> PointResult:
+    reactors = farm.place.reactors
+    more = {
+        limits.LIMIT: ", ".join(f"{key} {value}" for key, value in limit.qos.items()),
+        limits.REACTORS: str(reactors),
+        limits.SECONDS: f"{seconds:g}",
+        limits.ASKED: f"{limit.rate:g}",
+        limits.BOUND: f"{bound_s(limit, load.depth, load.connections) * 1e6:g}",
+    }
+    name = f"{limit.name}-d{load.depth}-c{load.connections}-r{reactors}"
+    return _point(name, load, farm.load("disk", load, seconds, build), more)
+
+
+def with_limits(options: Options, seconds: float, say: Say) -> Iterator[PointResult]:
     """Every limit at every depth, number of connections and of reactors."""
     for reactors in REACTORS:
         with _farm(options, reactors, {"disk": {}}) as farm:
@@ -140,69 +151,44 @@ def limits(options: Options, seconds: float, say: Say) -> Iterator[tuple[PointRe
                 farm.apply("disk", {"qos": limit.qos})
                 for depth, connections in product(DEPTHS, CONNECTIONS):
                     load = Load(mix="read=100", block=limit.block, depth=depth, connections=connections)
-                    name = f"{limit.name}-d{depth}-c{connections}-r{reactors}"
-                    sample = farm.load("disk", load, seconds, options.build)
-                    ratio = sample.iops / limit.rate
-                    waited = sample.latency.p999_us / 1e6 / bound_s(limit, depth, connections)
-                    say(f"  {name}: {ratio:.4f} of the limit, p99.9 latency {waited:.2f} of its bound")
-                    yield (
-                        _point(name, load, sample),
-                        [
-                            Count(peer=OURS, work=name, name=ACHIEVED, value=ratio, tolerance=0.05),
-                            Count(peer=OURS, work=name, name=LONG, value=waited, tolerance=1.0),
-                        ],
-                    )
+                    point = _case(farm, limit, load, seconds, options.build)
+                    for case in limits.cases([point]):
+                        waited = f"p99.9 latency {case.waited:.2f} of its bound"
+                        say(f"  {case.name}: {case.obtained:.4f} of the limit, {waited}")
+                    yield point
 
 
-def shares(options: Options, seconds: float, say: Say) -> Iterator[tuple[PointResult, list[Count]]]:
+def with_shares(options: Options, seconds: float, say: Say) -> list[PointResult]:
     """Two VVols with unequal shares on one reactor that they keep busy together.
 
     Deep queues: where both clients share a processor, each sends nothing while the other runs, and what waits at the
     server must last that long."""
     load = Load(mix="read=100", block="4k", depth=256, connections=8)
     profiles = {name: {"qos": {"shares": part}} for name, part in SHARES.items()}
+    whole = sum(SHARES.values())
     with _farm(options, 1, profiles) as farm, ThreadPoolExecutor(len(SHARES)) as pool:
         jobs = {name: pool.submit(farm.load, name, load, seconds, options.build) for name in SHARES}
         samples = {name: job.result() for name, job in jobs.items()}
-    whole = sum(sample.iops for sample in samples.values())
-    for name, part in SHARES.items():
-        ratio = samples[name].iops / whole / (part / sum(SHARES.values()))
-        work = f"shares-{part}-of-{sum(SHARES.values())}"
-        say(f"  {work}: {samples[name].iops:,.0f} of {whole:,.0f} requests a second, {ratio:.4f} of its part")
-        yield _point(work, load, samples[name]), [Count(peer=OURS, work=work, name=SHARE, value=ratio, tolerance=0.2)]
+    points = [
+        _point(
+            f"shares-{part}-of-{whole}", load, samples[name],
+            {limits.SECONDS: f"{seconds:g}", limits.SHARES: str(part), limits.OF: str(whole)},
+        )
+        for name, part in SHARES.items()
+    ]  # fmt: skip
+    for part in limits.parts(points):
+        say(f"  {part.name}: {part.sample.iops:,.0f} of {part.together:,.0f} a second, {part.obtained:.4f} of its part")
+    return points
 
 
-def run(options: Options, seconds: float, say: Say) -> Result:
-    """All of it as a result file of its own. Raises PointError, ServerError."""
-    generators.build(options.build)
-    options.disk.mkdir(parents=True, exist_ok=True)
-    load_before, started, ticks = os.getloadavg()[0], datetime.now(UTC), machine.processor_ticks()
-    found = [*limits(options, seconds, say), *shares(options, seconds, say)]
-    return Result(
-        started=started.isoformat(timespec="seconds"), commit=machine.commit(ROOT), complete=False, quick=options.quick,
-        rounds=1, seconds=seconds, load_before=load_before, stolen=machine.stolen_since(ticks),
-        machine=machine.describe(options.disk), points=tuple(point for point, _ in found),
-        counts=tuple(count for _, counts in found for count in counts),
+def measured(result: Result, options: Options, seconds: float, say: Say) -> Result:
+    """A result with limits and shares measured anew, and stamped. Raises PointError, ServerError."""
+    watch = Watch()
+    points = (*with_limits(options, seconds, say), *with_shares(options, seconds, say))
+    stamp = watch.stamp(machine.commit(ROOT), 1, seconds, ())
+    return result.model_copy(
+        update={
+            "points": points, "stamps": {**result.stamps, limits.SUITE: stamp}, "complete": False, "rounds": 1,
+            "seconds": seconds,
+        }
     )  # fmt: skip
-
-
-def markdown(result: Result) -> str:
-    """The result as a page: what got through, what requests took, and the machine."""
-    counted: dict[str, dict[str, float]] = {}
-    for count in result.counts:
-        counted.setdefault(count.work, {})[count.name] = count.value
-    lines = [
-        "# Limits and shares, measured",
-        "",
-        f"{result.started}, commit {result.commit}, {result.seconds} s each, 1 round.",
-        *report.warnings(result),
-        "",
-        *report.table_head(["case", "requests/s", ACHIEVED, SHARE, "p50 ms", "p99.9 ms", LONG]),
-    ]
-    for point in result.points:
-        sample, figures = point.samples[0], counted[point.point]
-        ratios = [f"{figures[name]:.4f}" if name in figures else "" for name in (ACHIEVED, SHARE)]
-        times = [f"{us / 1000:.2f}" for us in (sample.latency.p50_us, sample.latency.p999_us)]
-        long = f"{figures[LONG]:.2f}" if LONG in figures else ""
-        lines.append("| " + " | ".join([point.point, f"{sample.iops:,.0f}", *ratios, *times, long]) + " |")
-    return "\n".join([*lines, "", *report.machine_lines(result.machine), ""])

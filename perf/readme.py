@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from perf import bars, report, results, stats
+from perf import bars, limits, report, results, stats
 from perf.model import PointResult, Result
 from perf.peers import CEILING, OURS, QEMU_NBD, RIVALS, ROOT, STORAGE
 from perf.stats import Metric
@@ -134,6 +134,8 @@ def bar_page(result: Result, source: str, up: str) -> str:
     lines += [f"Everything else: [the report]({charts}.md), [the samples]({up}{source}).", ""]
     if result.counts:
         lines += ["Counted, per request unless the name says otherwise:", "", report.count_table(result.counts), ""]
+    if measured := limits.tables(result.points):
+        lines += ["### Limits and shares, measured", "", *measured]
     return "\n".join(lines)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from perf import bars, charts, stats
+from perf import bars, charts, limits, stats
 from perf.model import Count, Machine, PointResult, Result
 from perf.stats import Summary, middle, peers_of
 
@@ -173,10 +173,14 @@ def markdown(result: Result) -> str:
     lines += ["## Bars", "", tally(verdicts), "", bar_table(verdicts), ""]
     suite = ""
     for point in result.points:
+        if point.suite == limits.SUITE:
+            continue
         if point.suite != suite:
             suite = point.suite
             lines += [f"## {suite}: {point.generator}, {point.backend}, {point.transport}", ""]
         lines += [point_table(point), ""]
+    if measured := limits.tables(result.points):
+        lines += ["## Limits and shares", "", *measured]
     if result.counts:
         lines += ["## Counted, per request unless the name says otherwise", "", count_table(result.counts), ""]
     if result.skipped:
