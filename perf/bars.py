@@ -130,6 +130,13 @@ def _large(suite: str, where: str) -> Iterator[Bar]:
         )  # fmt: skip
 
 
+def _responder_bars(suite: str, where: str) -> Iterator[Bar]:
+    """Large blocks beside the ceiling's responder with the file: what a server must do that stores what it is given."""
+    for work, kind, does in ((_SEQ_READ, "read", "reading"), (_SEQ_WRITE, "write", "storing in")):
+        label = f"IOPS per CPU-second / the same responder {does} the file"
+        yield Bar(work + where, label, suite, f"seq{kind}-256k-qd8", _PER_CPU, (CEILING_FILE,), ">=", None)
+
+
 def _against_peers(suite: str, where: str) -> list[Bar]:
     """The bars that compare with other servers: the same ones on every transport without TLS."""
     costs = [
@@ -248,10 +255,7 @@ BARS: tuple[Bar, ...] = (
             (_READ, "randread-4k-qd32"), (_READ_DEEP, "randread-4k-qd256"), (_SEQ_READ, "seqread-256k-qd8"),
         )
     ),
-    Bar(
-        _SEQ_READ, "IOPS per CPU-second / the same responder reading the file", "memory", "seqread-256k-qd8", _PER_CPU,
-        (CEILING_FILE,), ">=", None,
-    ),
+    *_responder_bars("memory", ""),
     *_disk_bars(),
     *(
         Bar(
@@ -265,6 +269,7 @@ BARS: tuple[Bar, ...] = (
         _IOPS, (OURS_ONE_RUN,), ">=", None, ours=OURS_MILLION_RUNS,
     ),
     *_against_peers("tcp", ", TCP"),
+    *_responder_bars("memory-tcp", ", TCP"),
     *(
         Bar(_TLS, f"{point}: IOPS per CPU-second / best peer", "tls", point, _PER_CPU, RIVALS, ">=", 1.0)
         for point in ("randread-4k-qd32", "randwrite-4k-qd32", "seqread-256k-qd8", "seqwrite-256k-qd8")

@@ -83,7 +83,7 @@ def _ceiling(place: Place) -> Plan:
 
 
 def _ceiling_file(place: Place) -> Plan:
-    """The same responder, answering from a map of the file: what memory allows that no cache holds."""
+    """The same responder, sending from a map of the file and receiving into it: what memory allows."""
     plan = _ceiling(place)
     return replace(plan, command=[*plan.command, "--file", str(place.file)])
 
@@ -314,7 +314,7 @@ PEERS: tuple[Peer, ...] = (
     Peer(NBDKIT_LOG, _DISK, _UNIX, _nbdkit_log, "nbdkit", variant=True),
     Peer(QEMU_LOG, _DISK, _UNIX, _qemu_log, "qemu-nbd", variant=True),
     Peer(CEILING, _ALL, _PLAIN, _ceiling, "cc"),
-    Peer(CEILING_FILE, _PAGE_CACHE, _UNIX, _ceiling_file, "cc", variant=True),
+    Peer(CEILING_FILE, _PAGE_CACHE, _PLAIN, _ceiling_file, "cc", variant=True),
     Peer(CEILING_DIRECT, _DISK, _UNIX, _ceiling_direct, "cc", variant=True),
     Peer("nbdkit-file", _FILES, _EVERYWHERE, _nbdkit_file, "nbdkit"),
     Peer(NBDKIT_CACHE, _DISK, _UNIX, _nbdkit_cache, "nbdkit", variant=True),

@@ -1,15 +1,15 @@
 /*
  * ceiling: the socket's ceiling. An NBD responder that does no storage work at all, so that its rate is
  * what the socket, the protocol and one client allow: reads are answered from one hot buffer, writes
- * are received and dropped. With --file it answers reads from a map of that file: the ceiling of a server
- * whose bytes are somewhere in memory and not in a cache. With --direct it reads and writes that file past the page cache
- * (direct.h): the ceiling of a server of a disk.
+ * are received and dropped. With --file it answers reads from a map of that file and receives writes into it: the ceiling
+ * of a server whose bytes are somewhere in memory and not in a cache. With --direct it reads and writes that file past the
+ * page cache (direct.h): the ceiling of a server of a disk.
  *
  * Invariants: shares no code with the product. One thread per --threads (with --direct: per connection), each owns its
  * connections for life. Per batch: one large recv, every whole request in it parsed, all replies in one gathered send.
  * A reply never leaves before its request was received whole, write payload included.
  *
- * It does not: keep what is written, check ranges without --file, speak TLS, structured replies or
+ * It does not: keep what is written without --file, check ranges without --file, speak TLS, structured replies or
  * extended headers, defend itself against a hostile client (it trusts its benchmark), or share fairly.
  */
 #define _GNU_SOURCE
@@ -47,6 +47,8 @@ enum {
     REQUEST_BYTES = 28,
     REPLY_BYTES = 16,
     REPLIES_MAX = RECEIVE_BYTES / REQUEST_BYTES + 1,
+    BULK_BYTES = 64 << 10,      /* writes of so much are received where they belong, each request by itself */
+    LOW_WATER_BYTES = 128 << 10, /* of bulk on TCP, waited for at once: fewer calls and wake-ups than each segment's */
     PARTS_MAX = 1000,           /* iovecs in one send; the kernel's limit is 1024 */
     READ_MAX = 32 << 20,
     OPTION_BYTES_MAX = 64 << 10,
@@ -66,8 +68,10 @@ enum {
 struct connection {
     int fd;
     size_t have;                    /* bytes in `in` not yet parsed */
-    size_t skip;                    /* bytes of write payload still to be dropped */
+    size_t skip;                    /* bytes of write payload still to come */
     uint64_t skip_cookie;           /* whose payload that is: answered when it is whole */
+    uint8_t *put;                   /* where they belong; NULL: they are dropped */
+    bool bulk;                      /* the last write was a long one */
     unsigned replies;
     unsigned parts;
     struct iovec part[PARTS_MAX];
@@ -95,7 +99,7 @@ static struct {
 
 static struct worker workers[THREADS_MAX];
 static uint8_t *hot;
-static const uint8_t *mapped;       /* the file; NULL without one */
+static uint8_t *mapped;       /* the file; NULL without one */
 static struct direct direct;
 
 static void put16(uint8_t *p, uint16_t v) { v = htobe16(v); memcpy(p, &v, sizeof v); }
@@ -150,6 +154,7 @@ static bool parse(struct connection *c)
     for (;;) {
         if (c->skip > 0) {
             size_t n = (size_t)(end - p) < c->skip ? (size_t)(end - p) : c->skip;
+            if (c->put) c->put = (uint8_t *)memcpy(c->put, p, n) + n;
             p += n;
             c->skip -= n;
             if (c->skip > 0) break;
@@ -166,6 +171,8 @@ static bool parse(struct connection *c)
         if (command == CMD_WRITE && length > 0) {
             c->skip = length;
             c->skip_cookie = cookie;
+            c->put = mapped ? mapped + offset : NULL;
+            c->bulk = mapped && length >= BULK_BYTES;
         } else if (!stage_reply(c, cookie, offset, command == CMD_READ ? length : 0)) {
             return false;
         }
@@ -176,10 +183,34 @@ static bool parse(struct connection *c)
     return true;
 }
 
+static void set_low_water(const struct connection *c, size_t bytes)
+{
+    int n = (int)bytes;
+    if (options.tcp_port && setsockopt(c->fd, SOL_SOCKET, SO_RCVLOWAT, &n, sizeof n) < 0) die("low water");
+}
+
+/* Bulk straight to where it belongs. As serve(). */
+static int store(struct connection *c)
+{
+    size_t want = c->skip < LOW_WATER_BYTES ? c->skip : LOW_WATER_BYTES;
+    assert(c->put && c->have == 0 && want > 0);
+    set_low_water(c, want);
+    ssize_t n = recv(c->fd, c->put, want, options.tcp_port ? 0 : MSG_DONTWAIT);
+    if (n < 0) return errno == EAGAIN || errno == EINTR ? 0 : -1;
+    if (n == 0) return -1;
+    c->put += n;
+    c->skip -= (size_t)n;
+    if (c->skip > 0) return 1;
+    set_low_water(c, 1);
+    return stage_reply(c, c->skip_cookie, 0, 0) && flush_replies(c) ? 1 : -1;
+}
+
 /* One batch. 1: served something, 0: nothing there, -1: close. */
 static int serve(struct connection *c)
 {
-    ssize_t n = recv(c->fd, c->in + c->have, RECEIVE_BYTES - c->have, MSG_DONTWAIT);
+    if (c->bulk && c->skip > 0) return store(c);
+    size_t want = c->bulk ? REQUEST_BYTES - c->have : RECEIVE_BYTES - c->have;
+    ssize_t n = recv(c->fd, c->in + c->have, want, MSG_DONTWAIT);
     if (n < 0) return errno == EAGAIN || errno == EINTR ? 0 : -1;
     if (n == 0) return -1;
     c->have += (size_t)n;
@@ -358,13 +389,13 @@ static int listen_on(void)
 }
 
 /* Every page is in the table before the first request: what is measured is memory, not faults. */
-static const uint8_t *map_file(const char *path)
+static uint8_t *map_file(const char *path)
 {
-    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    int fd = open(path, O_RDWR | O_CLOEXEC);
     struct stat stat;
     if (fd < 0 || fstat(fd, &stat) < 0) die(path);
     if ((uint64_t)stat.st_size < options.size) { errno = ERANGE; die(path); }
-    void *at = mmap(NULL, options.size, PROT_READ, MAP_SHARED | MAP_POPULATE, fd, 0);
+    void *at = mmap(NULL, options.size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, fd, 0);
     if (at == MAP_FAILED) die(path);
     close(fd);
     return at;

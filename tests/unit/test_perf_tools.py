@@ -123,6 +123,31 @@ class Responder:
         return True
 
 
+@pytest.mark.parametrize("block", ["4k", "256k"])
+@pytest.mark.parametrize("transport", ["unix", "tcp"])
+def test_the_ceiling_with_a_file_keeps_what_is_written(tools: Path, folder: Path, transport: str, block: str) -> None:
+    """Short writes are taken out of what was received, long ones received where they belong."""
+    file, path = folder / "f", folder / "s"
+    size = 4 * SIZE
+    file.write_bytes(bytes(size))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    where = ["--unix", str(path)] if transport == "unix" else ["--tcp", str(port)]
+    with subprocess.Popen([tools / "ceiling", *where, "--size", str(size), "--file", str(file)]) as process:
+        client = ["--unix", str(path)] if transport == "unix" else ["--tcp", f"127.0.0.1:{port}"]
+        work = ["--block", block, "--depth", "3", "--mix", "read=30,write=70", "--count", "400", "--verify"]
+        for _ in range(500):
+            done = subprocess.run(
+                [tools / "loadgen", *client, *work], capture_output=True, text=True, timeout=60, check=False
+            )
+            if "Connection refused" not in done.stderr and "No such file" not in done.stderr:
+                break
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+    assert report(done)["verified"] > 0
+    assert file.read_bytes() != bytes(size)
+
+
 def test_it_counts_every_request_and_the_servers_cpu(tools: Path, ceiling: tuple[Path, int]) -> None:
     path, pid = ceiling
     out = report(load(tools, path, "--depth", "32", "--count", "3200", "--connections", "3", "--pid", str(pid)))
