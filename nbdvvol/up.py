@@ -181,7 +181,16 @@ def _filter(farm: _Farm, host: str, run: Path) -> Child:
     config = farm.farm.hosts[host]
     token = config.token_file or str(farm.state / "hosts" / f"{host}.token")
     words = ["filter", "--host", host, "--control", f"unix:{farm.run / 'control.sock'}", "--token-file", token]
-    words += ["--run", str(run), "--reactors", str(config.reactors), "--spin-us", str(config.spin_us)]
+    words += [
+        "--run",
+        str(run),
+        "--state",
+        str(farm.state),
+        "--reactors",
+        str(config.reactors),
+        "--spin-us",
+        str(config.spin_us),
+    ]
     words += ["--cache", str(config.cache)]
     if config.first_cpu is not None:
         words += ["--first-cpu", str(config.first_cpu)]

@@ -53,6 +53,15 @@ def filter_(
     cert: Annotated[Path | None, typer.Option(metavar="FILE", help="Client certificate instead of a token.")] = None,
     key: Annotated[Path | None, typer.Option(metavar="FILE", help="Its key.")] = None,
     run: Run = Path("run"),
+    state: Annotated[
+        Path | None,
+        typer.Option(
+            "--state",
+            metavar="DIR",
+            help="What must survive a restart of the machine: which write-back logs may hold data. Else the --run DIR.",
+            show_default=False,
+        ),
+    ] = None,
     reactors: Annotated[int, typer.Option(min=1, max=64, help="Threads that move data.")] = 1,
     spin_us: Annotated[int, typer.Option(min=0, max=10_000, help="Longest busy wait before a thread sleeps.")] = 200,
     first_cpu: Annotated[
@@ -87,6 +96,7 @@ def filter_(
         cert=cert,
         key=key,
         run=run,
+        state=state,
         reactors=reactors,
         spin_us=spin_us,
         first_cpu=first_cpu,

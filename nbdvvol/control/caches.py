@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from nbdvvol.control.registry import logs, views
 from nbdvvol.control.tasks import Body, Context, Undo
+from nbdvvol.model.errors import Code, NvError
 from nbdvvol.model.log import LogReport
 from nbdvvol.model.units import about_size
 
@@ -15,7 +16,10 @@ async def drain(context: Context) -> None:
     """Have what the VVol's log holds carried to its storage; then it is logged again, as its profile says."""
     uuid = context.job.vvol
     vvol = await context.registry.run(views.resolve, uuid)
-    if vvol.log is None or not vvol.log.known:
+    if vvol.log is not None and not vvol.log.known:
+        hint = f"nbdvvol cache recover {vvol.full_name}, or nbdvvol cache discard {vvol.full_name}"
+        raise NvError(Code.CONFLICT, f"{vvol.log.words()}: decide first what becomes of it", hint)
+    if vvol.log is None:
         await context.registry.run(logs.resume, uuid)  # it was done, perhaps, when control was stopped
         has = f"its cache (mode {vvol.cache.mode})" if vvol.cache is not None else "without a cache it"
         if vvol.cache is not None and vvol.cache.mode == "writeback":

@@ -20,6 +20,7 @@ class Standing:
 
     state: Literal["clean", "dirty", "unknown"] = "clean"
     host: str = ""
+    """Unknown: who has noted that a log of his holds data; "": nobody has."""
     log: str = ""
     epoch: int = 0
     draining: bool = False
@@ -48,6 +49,8 @@ def decide(now: Standing, host: str, generation: int, change: LogChange) -> Deci
         return Decided("generation", text, now)
     if now.state == "dirty" and (now.host, now.log) != (host, change.log):
         return Decided("other", f"log {now.log} on host {now.host} holds data of it, not {change.log}", now)
+    if now.state == "unknown" and now.host not in ("", host):
+        return Decided("other", f"a log on host {now.host} may hold data of it", now)
     if change.wanted == "dirty":
         return _dirty(now, host, change)
     if not now.holds and change.wanted == "clean":

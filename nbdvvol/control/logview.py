@@ -77,9 +77,10 @@ def _failed(vvol: VVol, _: frozenset[str]) -> Iterator[Problem]:
 def _left(vvol: VVol, connected: frozenset[str]) -> Iterator[Problem]:
     """Data of it is in the log of a host that does not serve it now."""
     log, binding = vvol.log, vvol.binding
-    if log is None or (log.known and log.host in connected and binding is not None and binding.host == log.host):
+    at_home = log is not None and log.host in connected and binding is not None and binding.host == log.host
+    if log is None or at_home:  # there, that host tells what is wrong
         return
-    if not log.known:
+    if not log.known and not log.host:
         yield Problem(
             code="LOG_UNCHECKED",
             subject=vvol.full_name,
@@ -91,6 +92,8 @@ def _left(vvol: VVol, connected: frozenset[str]) -> Iterator[Problem]:
     action = f"start the filter of host {log.host}"
     if binding is None or binding.host != log.host:
         action += f" and bind it there: nbdvvol bind {vvol.full_name} --host {log.host}"
+    if not log.known:
+        action += f"; if that host served it last: nbdvvol cache recover {vvol.full_name}"
     yield Problem(
         code="LOG_PINNED",
         subject=vvol.full_name,

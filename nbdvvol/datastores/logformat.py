@@ -10,6 +10,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum, IntEnum
+from typing import Protocol
 from uuid import UUID
 
 import google_crc32c
@@ -21,6 +22,7 @@ ENTRIES_MAX = 160
 DATA_UNITS_MAX = 128
 ZERO_BLOCKS_MAX = 256
 VERSION = 1
+EPOCH_MAX = (1 << 64) - 1
 
 _SUPER = struct.Struct("<8sII16s16sQQQQQQI")
 _HEAD = struct.Struct("<8s16sQIIIIQII16s")
@@ -183,7 +185,14 @@ def _data_valid(record: Record, data: bytes) -> bool:
     return all(google_crc32c.value(data[i * UNIT : (i + 1) * UNIT]) == crc for i, crc in enumerate(crcs))
 
 
-def records(ring: bytes, found: Super, epoch_max: int) -> Iterator[Record | End]:
+class Sliced(Protocol):
+    """Bytes, or what gives them slice by slice, each at a multiple of a unit."""
+
+    def __getitem__(self, part: slice, /) -> bytes:
+        """Those from start to stop."""
+
+
+def records(ring: Sliced, found: Super, epoch_max: int) -> Iterator[Record | End]:
     """The valid records from the tail on, then where they end. `ring` is all of the log behind its superblocks."""
     position, number, chain = found.tail, found.next, found.chain
     newer = False

@@ -9,7 +9,6 @@ clients that know of claims only, as long as the VVol exists: `EPOCHS_FILE` is w
 from __future__ import annotations
 
 import asyncio
-import os
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import structlog
 from pydantic import Field, ValidationError
 
 from nbdvvol.dataplane.types import ConnectionEnd
+from nbdvvol.filter.durable import replace_file
 from nbdvvol.model.base import Model
 from nbdvvol.model.errors import Code, NvError
 from nbdvvol.nbd.claims import Claim
@@ -72,21 +72,8 @@ class ClaimBook:
         async with self._lock:
             if any(self._written.get(uuid, {}).get(claim.key, _NONE) < claim.order for claim in claims):
                 whole = {name: dict(epochs) for name, epochs in self._highest.items()}
-                await asyncio.to_thread(self._write, _File(exports=whole).model_dump_json(indent=1))
+                await asyncio.to_thread(replace_file, self._path, _File(exports=whole).model_dump_json(indent=1))
                 self._written = whole
-
-    def _write(self, text: str) -> None:
-        fresh = self._path.with_suffix(".new")
-        with fresh.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.replace(self._path)
-        folder = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 @dataclass(eq=False, slots=True)

@@ -1,8 +1,8 @@
 """The filter daemon: puts link, exports, listeners, work and data plane together; starts and stops them in order.
 
 After a kill and a restart control says again what to serve, under fresh epochs, and the sockets are replaced. It
-keeps nothing on disk but failed syncs that control has not heard of, and the epochs that clients claimed. One filter
-a run directory.
+keeps nothing on disk but failed syncs that control has not heard of, the epochs that clients claimed, and which
+write-back logs may hold data. One filter a run directory, and one of a host a state directory.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from nbdvvol.filter.claims import ClaimBook
 from nbdvvol.filter.exports import Export, ExportTable
 from nbdvvol.filter.link import ControlLink, LinkOptions, Question
 from nbdvvol.filter.listener import Listeners
+from nbdvvol.filter.lognotes import LogBook
 from nbdvvol.filter.objects import ObjectTable
 from nbdvvol.filter.observe import Observer
 from nbdvvol.filter.reconcile import merge
@@ -33,6 +34,7 @@ from nbdvvol.filter.work import WorkShop
 from nbdvvol.logs import log_to_stderr
 from nbdvvol.model.errors import Code, NvError
 from nbdvvol.model.link import Delta, Fault, Held, HostState, Snapshot, Work
+from nbdvvol.model.log import LogNote
 
 _log = structlog.get_logger("filter")
 
@@ -46,6 +48,8 @@ class FilterOptions:
     """`unix:PATH` or `https://ADDRESS:PORT`."""
     run_dir: Path
     """Sockets appear in run_dir/vms."""
+    state_dir: Path | None = None
+    """What must survive a restart of the machine: which logs may hold data; None: run_dir."""
     token_file: Path | None = None
     ca_file: Path | None = None
     """Certificate authority of control's https certificate; None: the system's."""
@@ -63,9 +67,12 @@ class FilterOptions:
 class Filter:
     """One running filter over a data plane. Implements the link's Handler."""
 
-    def __init__(self, options: FilterOptions, plane: DataPlane, faults: FaultBook, claims: ClaimBook) -> None:
+    def __init__(
+        self, options: FilterOptions, plane: DataPlane, faults: FaultBook, claims: ClaimBook, logs: LogBook
+    ) -> None:
         self._plane = plane
         self._faults = faults
+        self._logs = logs
         self._link = ControlLink(
             LinkOptions(
                 host=options.host,
@@ -79,8 +86,8 @@ class Filter:
             self,
         )
         self._objects = ObjectTable(plane, self._faults)
-        self._table = ExportTable(plane, self._objects, self._link, claims)
-        self._work = WorkShop(plane, self._objects, self._link.send, self._table.verify)
+        self._table = ExportTable(plane, self._objects, self._link, claims, logs)
+        self._work = WorkShop(plane, self._objects, self._link.send, self._table.verify, logs.drop_all)
         self._observer = Observer(options.host, self._link.instance, plane, self._table, self._objects, self._link.send)
         self._listeners = Listeners(
             options.run_dir.absolute(), plane, lambda vm: View(self._table, self._link, vm), self._link
@@ -94,6 +101,7 @@ class Filter:
     async def run(self, stop: asyncio.Event) -> None:
         """Serve until `stop` is set, then end in order: nobody new, haggling told, I/O in flight finished."""
         self._listeners.adopt(take_sockets())
+        await self._logs.look_over()
         tasks = [asyncio.create_task(self._link.run()), asyncio.create_task(self._say_applied())]
         stopped = asyncio.create_task(stop.wait())
         try:
@@ -116,6 +124,7 @@ class Filter:
             await asyncio.gather(*tasks, return_exceptions=True)
             self._objects.shutdown()
             self._faults.close()
+            self._logs.close()
             _log.info("stopped")
 
     def _remote_told(self, datastore: str, connected: bool, sentence: str) -> None:
@@ -136,6 +145,15 @@ class Filter:
     def faults(self) -> list[Fault]:
         """Failed syncs that control may not have heard of."""
         return self._faults.unheard()
+
+    def logs(self) -> list[LogNote]:
+        """Write-back logs that may hold data, and how much, where that is known."""
+        return [self._with_amount(note) for note in self._logs.all()]
+
+    def _with_amount(self, note: LogNote) -> LogNote:
+        log = self._table.log_of(note.vvol)
+        stats = log.stats() if log is not None and note.epoch == log.spec.epoch else None
+        return note if stats is None else note.model_copy(update={"dirty_bytes": stats.dirty_bytes})
 
     def snapshot(self, control: str, message: Snapshot) -> None:
         """The whole state."""
@@ -192,8 +210,11 @@ async def run_filter(options: FilterOptions) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     options.run_dir.mkdir(parents=True, exist_ok=True)
-    with locked(options.run_dir):
+    state_dir = options.state_dir or options.run_dir
+    state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with locked(options.run_dir / "filter.lock"), locked(state_dir / f"logs-{options.host}.lock"):
         faults, claims = FaultBook(options.run_dir.absolute()), ClaimBook(options.run_dir.absolute())
+        logs = LogBook(state_dir.absolute(), options.host)
         config = PlaneConfig(
             reactors=options.reactors,
             spin_us=options.spin_us,
@@ -202,13 +223,13 @@ async def run_filter(options: FilterOptions) -> None:
         )
         plane = Plane(config)
         _log.info("filter starts", host=options.host, control=options.control, pid=os.getpid())
-        await Filter(options, plane, faults, claims).run(stop)
+        await Filter(options, plane, faults, claims, logs).run(stop)
 
 
 @contextlib.contextmanager
-def locked(run_dir: Path) -> Iterator[None]:
-    """Hold the run directory; it is given back by the kernel however the process ends."""
-    fd = os.open(run_dir / "filter.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+def locked(file: Path) -> Iterator[None]:
+    """Hold a directory by a lock file in it; it is given back by the kernel however the process ends."""
+    fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -216,8 +237,8 @@ def locked(run_dir: Path) -> Iterator[None]:
             holder = os.pread(fd, 32, 0).decode("ascii", "replace").strip()
             raise NvError(
                 Code.BUSY,
-                f"another filter (pid {holder or 'unknown'}) runs in {run_dir}",
-                "stop it, or give another --run directory",
+                f"another filter (pid {holder or 'unknown'}) runs in {file.parent}",
+                f"stop it, or give another --{'run' if file.name == 'filter.lock' else 'state'} directory",
             ) from None
         os.ftruncate(fd, 0)
         os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)

@@ -20,6 +20,7 @@ from nbdvvol.filter.claims import ClaimBook, ExportGate
 from nbdvvol.filter.lease import LeaseLink, Leases
 from nbdvvol.filter.legplace import Storage
 from nbdvvol.filter.legs import LegLink, Mirror, MirrorError
+from nbdvvol.filter.lognotes import LogBook, check_notes
 from nbdvvol.filter.objects import HeldObject, ObjectTable
 from nbdvvol.filter.reconcile import (
     Step,
@@ -30,7 +31,7 @@ from nbdvvol.filter.reconcile import (
     touched,
     transmission_flags,
 )
-from nbdvvol.filter.writelog import NOTHING_KEPT, Kept, LogLink, WriteLog
+from nbdvvol.filter.writelog import LogLink, WriteLog
 from nbdvvol.model.errors import Code, NvError
 from nbdvvol.model.link import DatastoreSpec, ExportReport, Fault, Held, HostState, VVolSpec
 from nbdvvol.model.mirror import NotServed
@@ -84,8 +85,6 @@ class Export:
     error: str = ""
     why: NotServed = ""
     highest_epoch: int = 0
-    log_kept: Kept = NOTHING_KEPT
-    """What its log holds, when it is closed and opened anew."""
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     settled: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -144,13 +143,16 @@ class Export:
 class ExportTable:
     """Every VVol of this host."""
 
-    def __init__(self, plane: DataPlane, objects: ObjectTable, reporter: Reporter, claims: ClaimBook) -> None:
+    def __init__(
+        self, plane: DataPlane, objects: ObjectTable, reporter: Reporter, claims: ClaimBook, logs: LogBook
+    ) -> None:
         self.state: HostState | None = None
         """What control wants; None until it has said so."""
         self._plane = plane
         self._objects = objects
         self._reporter = reporter
         self._claims = claims
+        self._logs = logs
         self._leases = Leases(reporter)
         self._storage = Storage(plane, objects, self._store)
         self._exports: dict[str, Export] = {}
@@ -403,6 +405,7 @@ class ExportTable:
         if spec is None:  # control changed its mind meanwhile
             return
         export.highest_epoch = max(export.highest_epoch, spec.epoch)
+        await check_notes(self._logs, spec, self._reporter.log)
         if spec.mirror is not None:
             await self._open_mirror(export, spec)
             return
@@ -433,7 +436,6 @@ class ExportTable:
             except BaseException:
                 await self._plane.close_volume(volume)
                 await log.close()
-                export.log_kept = log.kept
                 raise
             if not await log.make_anew():
                 return self._plane.open_volume(desc, limits(spec)), log
@@ -443,7 +445,7 @@ class ExportTable:
             export.settled.clear()
             export.changed.set()
 
-        return WriteLog(self._plane, self._reporter, spec, wake, export.log_kept)
+        return WriteLog(self._plane, self._reporter, spec, wake, self._logs)
 
     async def _open_mirror(self, export: Export, spec: VVolSpec) -> None:
         log = self._write_log(export, spec)
@@ -459,7 +461,6 @@ class ExportTable:
                 self._leases.drop(spec.uuid)
                 await mirror.close()
                 await log.close()
-                export.log_kept = log.kept
                 raise
             usable = await log.make_anew()
         mirror.start()
@@ -566,7 +567,6 @@ class ExportTable:
         else:
             await self._plane.close_volume(running.volume)
         await running.log.close(remove=export.wanted is None)
-        export.log_kept = running.log.kept
         await self._make_durable(running)
         export.running = None
         self._reporter.released(export.uuid, export.highest_epoch if export.wanted is None else running.spec.epoch)

@@ -47,7 +47,7 @@ from nbdvvol.model.link import (
     Work,
     from_control,
 )
-from nbdvvol.model.log import LogChange, LogRecord, LogReport
+from nbdvvol.model.log import LogChange, LogNote, LogRecord, LogReport
 from nbdvvol.model.mirror import Leased, LegChange, LegDoubt, LegRecord, MirrorReport, Renew
 
 _log = structlog.get_logger("link")
@@ -86,6 +86,9 @@ class Handler(Protocol):
 
     def address(self) -> str:
         """Address of the TCP listener, or ""."""
+
+    def logs(self) -> list[LogNote]:
+        """Write-back logs of this host that may hold data."""
 
     def faults(self) -> list[Fault]:
         """Failed syncs that control may not have heard of."""
@@ -310,6 +313,7 @@ class ControlLink:
             held=self.handler.held(),
             address=self.handler.address(),
             run_dir=self.options.run_dir,
+            logs=self.handler.logs(),
         )
         await socket.send(hello.model_dump_json())
         async with asyncio.timeout(_OPEN_S):  # wait_for of Python 3.11 may swallow a cancellation

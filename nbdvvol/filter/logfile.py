@@ -17,9 +17,19 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from nbdvvol.dataplane.log import LogVerdict
+from nbdvvol.dataplane.log import LogFound, LogVerdict
 from nbdvvol.datastores.base import direct_alignment, sync_folder
-from nbdvvol.datastores.logformat import RING_OFFSET, State, decode_super
+from nbdvvol.datastores.logformat import (
+    EPOCH_MAX,
+    RING_OFFSET,
+    UNIT,
+    EntryKind,
+    Record,
+    State,
+    Super,
+    decode_super,
+    records,
+)
 from nbdvvol.model.errors import Code, NvError
 from nbdvvol.model.farm import LOG_UNIT
 from nbdvvol.model.units import format_size
@@ -82,9 +92,12 @@ def open_log_file(folder: str, name: str, size: int, held: str = "") -> LogFile:
             path, block = _place(folder, name)
         return _open_device(path, size, held) if block else _open_file(path, size, make=not held)
     except OSError as error:
-        where = error.filename or held or folder
-        code, words = _WORDS.get(error.errno or 0, (Code.IO, f"failed: {error.strerror}"))
-        raise NvError(code, f"the log {where} {words}") from error
+        raise _told(error, held or folder) from error
+
+
+def _told(error: OSError, where: str) -> NvError:
+    code, words = _WORDS.get(error.errno or 0, (Code.IO, f"failed: {error.strerror}"))
+    return NvError(code, f"the log {error.filename or where} {words}")
 
 
 def _place(folder: str, name: str) -> tuple[str, bool]:
@@ -145,6 +158,81 @@ def is_there(path: str, identity: tuple[int, int]) -> bool:
         return False
     except OSError:
         return True
+
+
+def look_at_log(path: str, uuid: str, log: str) -> LogFound:
+    """What the log of a VVol with this id holds, which nobody uses now; it is not touched. USABLE: nothing;
+    UNKNOWN_DATA: something; else it is not there. Raises NvError where it cannot be read."""
+    try:
+        fd = _open_to_look(path)
+        try:
+            return _look(Pieces(fd), os.lseek(fd, 0, os.SEEK_END), uuid, log)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise _told(error, path) from error
+
+
+def _open_to_look(path: str) -> int:
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        return os.open(path, flags | os.O_DIRECT)  # what the device has, and nothing that is remembered of it
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return os.open(path, flags)
+
+
+class Pieces:
+    """The ring of a log that is open, as a reader of its format takes it: by aligned slices, zeros behind its end."""
+
+    def __init__(self, fd: int, base: int = RING_OFFSET) -> None:
+        self._fd, self._base = fd, base
+        self._memory = mmap.mmap(-1, _PIECE)
+
+    def __getitem__(self, part: slice) -> bytes:
+        """Raises OSError."""
+        length = part.stop - part.start
+        with memoryview(self._memory) as whole, whole[:length] as space:
+            done = os.preadv(self._fd, [space], self._base + part.start)
+            return bytes(space[:done]).ljust(length, b"\0")
+
+
+def _look(ring: Pieces, size: int, uuid: str, log: str) -> LogFound:
+    state, found = decode_super(ring[-RING_OFFSET:0])
+    if found is None:
+        nothing = {State.BLANK: LogVerdict.MISSING, State.VERSION: LogVerdict.UNKNOWN_VERSION}
+        return LogFound(nothing.get(state, LogVerdict.FOREIGN), 0, 0, 0, bytes(16))
+    verdict = LogVerdict.USABLE
+    if str(found.vvol) != uuid:
+        verdict = LogVerdict.OTHER_VVOL
+    elif found.id.hex != log:
+        verdict = LogVerdict.OTHER_LOG
+    elif size < RING_OFFSET + found.ring:
+        verdict = LogVerdict.CUT
+    if verdict is not LogVerdict.USABLE:
+        return LogFound(verdict, 0, 0, 0, found.id.bytes)
+    dirty, count = _dirty_blocks(ring, found)
+    return LogFound(LogVerdict.UNKNOWN_DATA if dirty else verdict, 0, dirty * UNIT, count, found.id.bytes)
+
+
+def _dirty_blocks(ring: Pieces, found: Super) -> tuple[int, int]:
+    """Blocks of the VVol that live records hold, as recovery counts them; and how many records there are."""
+    dirty: set[int] = set()
+    count = 0
+    for record in records(ring, found, EPOCH_MAX):
+        if not isinstance(record, Record):
+            break
+        count += 1
+        for entry in record.entries:
+            blocks = range(entry.block, entry.block + entry.blocks)
+            if entry.kind is not EntryKind.TOMBSTONE:
+                dirty.update(blocks)
+            elif len(blocks) <= len(dirty):
+                dirty.difference_update(blocks)
+            else:
+                dirty = {block for block in dirty if block not in blocks}
+    return len(dirty), count
 
 
 def _lock(fd: int, path: str) -> None:

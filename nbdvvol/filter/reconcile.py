@@ -11,6 +11,7 @@ import enum
 from collections.abc import Mapping
 from typing import TypeVar
 
+from nbdvvol.dataplane.log import LogPolicy
 from nbdvvol.dataplane.types import (
     CacheMode,
     CachePolicy,
@@ -22,6 +23,7 @@ from nbdvvol.dataplane.types import (
     VolumeLimits,
 )
 from nbdvvol.model.link import Delta, HostState, LegSpec, VVolSpec
+from nbdvvol.model.log import LogSpec
 from nbdvvol.nbd.constants import TransmissionFlag
 
 T = TypeVar("T")
@@ -171,4 +173,20 @@ def transmission_flags(*, read_only: bool) -> int:
         return int(flags | TransmissionFlag.READ_ONLY)
     return int(
         flags | TransmissionFlag.SEND_TRIM | TransmissionFlag.SEND_WRITE_ZEROES | TransmissionFlag.SEND_FAST_ZERO
+    )
+
+
+def log_policy(spec: LogSpec) -> LogPolicy:
+    """What the data plane is told of a VVol's write-back log."""
+    held = bytes.fromhex(spec.held) if spec.held else None
+    if spec.log is None:
+        return LogPolicy(held=held)
+    return LogPolicy(
+        age_ms=round(spec.log.age * 1000),
+        bypass_bytes=spec.log.bypass,
+        stream_bytes=spec.log.stream,
+        destage_rate=spec.log.destage_rate or 0,
+        deadline_ms=round(spec.log.deadline * 1000),
+        held=held,
+        discard=spec.discard,
     )

@@ -7,7 +7,6 @@ machine's memory; so are all bytes then that no FLUSH had answered for.
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from uuid import uuid4
@@ -15,6 +14,7 @@ from uuid import uuid4
 import structlog
 from pydantic import Field, ValidationError
 
+from nbdvvol.filter.durable import replace_file
 from nbdvvol.model.base import Model
 from nbdvvol.model.errors import Code, NvError
 from nbdvvol.model.link import Fault
@@ -95,19 +95,6 @@ class FaultBook:
     def _write(self, text: str) -> None:
         """Replace the file as a whole; "" removes it."""
         try:
-            if text:
-                fresh = self._path.with_suffix(".new")
-                with fresh.open("w") as file:
-                    file.write(text)
-                    file.flush()
-                    os.fsync(file.fileno())
-                fresh.replace(self._path)
-            else:
-                self._path.unlink(missing_ok=True)
-            folder = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            replace_file(self._path, text)
         except OSError as error:
             _log.error("a failed sync cannot be written down; it holds until this process ends", error=str(error))

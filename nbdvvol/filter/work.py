@@ -82,6 +82,8 @@ class _Sized(_Args):
 
 Result = dict[str, Any]
 Handler = Callable[[int, Any], Awaitable[Result]]
+DropNotes = Callable[[str], Awaitable[None]]
+"""Forget every note of a VVol's write-back logs. Raises OSError."""
 
 
 class Verify(Protocol):
@@ -94,8 +96,11 @@ class Verify(Protocol):
 class WorkShop:
     """Does work orders, each in a task of its own."""
 
-    def __init__(self, plane: DataPlane, objects: ObjectTable, send: Send, verify: Verify) -> None:
+    def __init__(
+        self, plane: DataPlane, objects: ObjectTable, send: Send, verify: Verify, drop_notes: DropNotes
+    ) -> None:
         self._verify_legs = verify
+        self._drop_notes = drop_notes
         self._plane = plane
         self._objects = objects
         self._send = send
@@ -268,6 +273,7 @@ class WorkShop:
     # ---- logs and mirrors ----
 
     async def _log_remove(self, _: int, args: _LogRemove) -> Result:
+        await self._drop_notes(args.vvol)
         await asyncio.to_thread(remove_log_file, args.file, args.vvol)
         return {}
 

@@ -13,13 +13,13 @@ import asyncio
 import errno
 import os
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import structlog
 
-from nbdvvol.dataplane.log import LogEvent, LogEventKind, LogFound, LogPolicy, LogState, LogStats, LogVerdict
+from nbdvvol.dataplane.log import LogEvent, LogEventKind, LogFound, LogState, LogStats, LogVerdict
 from nbdvvol.dataplane.types import DataPlane
 from nbdvvol.datastores.logformat import RING_OFFSET, decode_super
 from nbdvvol.filter.legplace import quiet, words_of
@@ -27,6 +27,8 @@ from nbdvvol.filter.legs import MirrorError
 from nbdvvol.filter.logfile import VERDICTS, LogFile, file_name, is_there, open_log_file, remove_log_file
 from nbdvvol.filter.logkeeper import LogKeeper
 from nbdvvol.filter.logmachine import Do, LogMachine, Plane
+from nbdvvol.filter.lognotes import LogBook
+from nbdvvol.filter.reconcile import log_policy
 from nbdvvol.model.errors import Code, NvError
 from nbdvvol.model.farm import LOG_UNIT, CacheLog
 from nbdvvol.model.link import VVolSpec
@@ -48,19 +50,8 @@ REPORT_S = 1.0
 NOTICE_LOST = 16
 """Lost ranges that an event names; a report has more, the filter's own log all that the data plane tells."""
 CALL_AGAIN_S = 0.1
+_NOTHING: tuple[object, ...] = ()
 _WANTED: dict[Do, LogWanted] = {Do.ASK_DIRTY: "dirty", Do.ASK_CLEAN: "clean", Do.ASK_FORGET: "forget"}
-
-
-@dataclass(frozen=True, slots=True)
-class Kept:
-    """A log that this process had open, and that may hold data of a VVol."""
-
-    epoch: int = 0
-    log: str = ""
-    file: str = ""
-
-
-NOTHING_KEPT = Kept()
 
 
 class LogLink(Protocol):
@@ -87,46 +78,30 @@ async def _opened(folder: str, name: str, size: int, held: str) -> LogFile:
 
 def _asked(log: LogSpec | None) -> tuple[object, ...]:
     """What of it people ask for."""
-    return () if log is None else (log.on, log.folder, log.log, log.discard)
-
-
-def policy_of(spec: LogSpec) -> LogPolicy:
-    """What the data plane is told."""
-    held = bytes.fromhex(spec.held) if spec.held else None
-    if spec.log is None:
-        return LogPolicy(held=held)
-    return LogPolicy(
-        age_ms=round(spec.log.age * 1000),
-        bypass_bytes=spec.log.bypass,
-        stream_bytes=spec.log.stream,
-        destage_rate=spec.log.destage_rate or 0,
-        deadline_ms=round(spec.log.deadline * 1000),
-        held=held,
-        discard=spec.discard,
-    )
+    return _NOTHING if log is None or log.log is None else (log.on, log.folder, log.log, log.discard)
 
 
 class WriteLog:
     """The log of one VVol that this host serves, or why it has none."""
 
     def __init__(
-        self, plane: DataPlane, link: LogLink, spec: VVolSpec, wake: Callable[[], None], kept: Kept = NOTHING_KEPT
+        self, plane: DataPlane, link: LogLink, spec: VVolSpec, wake: Callable[[], None], book: LogBook
     ) -> None:
         self.spec = spec
-        self.kept = kept
-        """What this process has logged before, of which control's word may not have come back yet."""
         self.volume: int | None = None
         """The one that it is before, or may come before; None: it is not served (any more)."""
         self._plane = plane
         self._link = link
         self._wake = wake  # when there is no log before the volume any more
+        self._book = book  # has a note of this log as long as it is in use, and until it holds nothing
         self._loop = asyncio.get_running_loop()
         self._machine: LogMachine | None = None
         self._number: int | None = None
         self._path = ""
         self._identity = (0, 0)
         self._gone = False  # its file: who starts next would not find it
-        self._left = False  # its file, which is to be removed
+        self._ended = ""  # the log that was, which holds nothing and whose note is to go, ...
+        self._left = False  # ... and then its file
         self._length = 0
         self._asked_length: int | None = None  # None: it was taken as long as it was
         self._block = False
@@ -170,6 +145,8 @@ class WriteLog:
         if self._other_size(found, log):
             self._anew = True
             return False
+        if not await self._noted(found, log):
+            return False
         self._limits = log.log
         self._machine = LogMachine(on=log.on, held=bool(log.held))
         self._found = found
@@ -181,23 +158,39 @@ class WriteLog:
         return True
 
     def _standing(self) -> LogSpec | None:
-        """What control says; but what this process has logged under this epoch holds data, unless that was given up."""
-        log, kept = self.spec.log, self.kept
-        if kept.epoch != self.spec.epoch or not kept.log or (log is not None and log.given_up >= kept.epoch):
+        """What control says; but what this process has logged under this epoch, of which control's word may not have
+        come back yet, holds data, unless that was given up."""
+        log, kept = self.spec.log, self._book.under(self.spec.uuid, self.spec.epoch)
+        if kept is None or (log is not None and log.given_up >= kept.epoch):
             return log
         told = log if log is not None else LogSpec(on=False)
         return told.model_copy(update={"held": kept.log, "file": kept.file, "discard": False})
+
+    async def _noted(self, found: LogFound, log: LogSpec) -> bool:
+        """It may hold data from now on, which has to be noted first. False: it is not used, for that cannot be."""
+        try:
+            await self._book.keep(self.spec, found.id.hex(), self._path)
+        except OSError as error:
+            why = f"{self._path}: what it may hold cannot be noted: {error}"
+            if not log.held:
+                self._found = None
+                self._refuse(why, log)
+                self._keeper.later()
+                return False
+            _log.warning("a log that control knows of", vvol=self._name(), why=why)
+        return True
 
     async def _try_open(self, volume: int, log: LogSpec, *, beside: bool = False) -> LogFound:
         name, size = file_name(self._name(), self.spec.uuid), log.log.size if log.log is not None else 0
         file = await _opened(log.folder, name, size, log.file if log.held else "")
         self._path, self._block, self._identity = file.path, file.block, file.identity
+        self._ended, self._left = "", False  # what was to go is used again, perhaps
         self._length, self._asked_length = file.length, None if log.held else size
         try:
             self._number = self._open_object(file)
         finally:
             os.close(file.fd)
-        policy = replace(policy_of(log), beside=beside)
+        policy = replace(log_policy(log), beside=beside)
         return await self._plane.open_log(volume, self._number, 0, file.length, policy)
 
     def _open_object(self, file: LogFile) -> int:
@@ -262,7 +255,7 @@ class WriteLog:
         self.report()
 
     def _look_after(self) -> None:
-        if self.volume is not None and (self.spec.log is not None or self.phase is not None):
+        if self.volume is not None and (_asked(self.spec.log) != _NOTHING or self.phase is not None):
             self._watch()
             self._keeper.go_on()
 
@@ -302,13 +295,16 @@ class WriteLog:
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._close_object()
         machine, self._machine, self.volume = self._machine, None, None
-        if machine is not None and self._found is not None:
-            self.kept = NOTHING_KEPT if machine.clean else Kept(self.spec.epoch, self._found.id.hex(), self._path)
-        if self._left or (remove and machine is not None and machine.clean):
-            await self._remove_file()
+        if machine is not None and self._found is not None and machine.clean:
+            self._ended, self._left = self._found.id.hex(), self._left or remove
+        await self._tidy()
 
-    async def _remove_file(self) -> None:
-        if self._block:
+    async def _tidy(self) -> None:
+        """Who starts next must not miss a log that holds nothing: its file goes after its note, if at all."""
+        if self._ended and not await self._book.strike(self.spec.uuid, self._ended):
+            return
+        self._ended = ""
+        if self._block or not self._left:
             return
         try:
             await asyncio.to_thread(remove_log_file, self._path, self.spec.uuid)
@@ -364,13 +360,13 @@ class WriteLog:
         """Have the volume without it. Raises OSError: try again later."""
         assert self.volume is not None and self._machine is not None
         await self._plane.detach_log(self.volume)
-        failed = self._gone or self._machine.plane is Plane.VOID
+        failed, found = self._gone or self._machine.plane is Plane.VOID, self._found
         self._machine, self._found, self._limits, self._gone = None, None, None, False
-        self.kept, self._lost = NOTHING_KEPT, []
-        self._phase, self._left = "void" if failed else None, not failed
+        self._lost = []
+        assert found is not None
+        self._phase, self._ended, self._left = "void" if failed else None, found.id.hex(), not failed
         await self._close_object()
-        if self._left:
-            await self._remove_file()
+        await self._tidy()
         self._wake()
         self.report()
 
@@ -384,7 +380,8 @@ class WriteLog:
             if found.verdict is not LogVerdict.USABLE:
                 await self._let_go(volume)
                 return self._is_no_log(found)
-            await self._attach(volume)
+            await self._book.keep(self.spec, found.id.hex(), self._path)
+            await self._attach(volume, found)
         except (NvError, OSError):
             await self._let_go(volume)
             raise
@@ -393,10 +390,11 @@ class WriteLog:
         self.follow(self.spec)
         return True
 
-    async def _attach(self, volume: int) -> None:
+    async def _attach(self, volume: int, found: LogFound) -> None:
         try:
             await self._plane.attach_log(volume)
         except OSError as error:
+            await self._book.strike(self.spec.uuid, found.id.hex())
             if error.errno == errno.ETIMEDOUT:
                 raise TimeoutError(errno.ETIMEDOUT, "what is under way takes too long") from error
             raise
@@ -463,7 +461,7 @@ class WriteLog:
         if self._machine is None or self.volume is None or log is None or log.log in (None, self._limits):
             return
         try:
-            self._plane.limit_log(self.volume, policy_of(log))
+            self._plane.limit_log(self.volume, log_policy(log))
             self._limits = log.log
         except OSError as error:
             if error.errno == errno.EALREADY:  # it has not heard the last ones yet

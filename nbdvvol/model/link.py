@@ -42,7 +42,7 @@ from nbdvvol.model.farm import (
     TlsFiles,
     VVolType,
 )
-from nbdvvol.model.log import LogChange, LogRecord, LogReport, LogSpec
+from nbdvvol.model.log import LogChange, LogNote, LogRecord, LogReport, LogSpec
 from nbdvvol.model.mirror import (
     Leased,
     LegChange,
@@ -58,7 +58,7 @@ from nbdvvol.model.mirror import (
 )
 from nbdvvol.model.observe import HostCounters, TraceCount, TraceEvery, TraceReport, TraceSeconds
 
-PROTOCOL = 7
+PROTOCOL = 8
 MESSAGE_BYTES_MAX = 64 << 20
 
 
@@ -211,6 +211,8 @@ class Hello(Model):
     """Address of its TCP listener, when it has one."""
     run_dir: str = ""
     """Absolute; control builds unix URIs from it."""
+    logs: list[LogNote] = Field(default_factory=list)
+    """Write-back logs of this host that may hold data: a registry that was rebuilt knows of none."""
 
 
 class Applied(Model):

@@ -85,6 +85,19 @@ class FoundLog(Model):
     file: str = Field(default="", exclude=True)
 
 
+class LogNote(Model):
+    """Filter → control, in its hello: a log of this host that may hold data of a VVol, whatever the registry says."""
+
+    vvol: str
+    log: LogId
+    file: str
+    epoch: Count
+    """Under which it was opened last."""
+    generation: Count = 0
+    dirty_bytes: Count | None = None
+    """What it holds; null: that is not known."""
+
+
 LOST_MAX = 64
 """Ranges that a report names."""
 

@@ -124,7 +124,8 @@ class LogKept(Model):
     """Its id."""
     file: str = ""
     known: bool = True
-    """false: the registry was rebuilt, and a log may hold data."""
+    """false: the registry was rebuilt, or put back, and a log may hold data: a host has noted that (`host`), or nobody
+    knows which."""
     since: datetime | None = None
     size: int = 0
     dirty_bytes: int = 0
@@ -137,8 +138,11 @@ class LogKept(Model):
 
     def words(self) -> str:
         """For people: what it may hold."""
-        if not self.known:
+        if not self.known and not self.host:
             return "a write-back log may hold data of it: the registry was rebuilt, and nobody knows of which host"
+        if not self.known:
+            held = about_size(self.dirty_bytes) if self.told is not None else "data"
+            return f"the log {self.file} on host {self.host} holds {held} of it of which the registry knows nothing"
         if self.told is None:
             return f"the log {self.file} on host {self.host} may hold data of it; its host has not said how much"
         held = holding_words(self.dirty_bytes, self.oldest_age_ms)

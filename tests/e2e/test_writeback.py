@@ -6,6 +6,7 @@ The storage is an O_DIRECT file, so that what it has can be looked at beside the
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -236,6 +237,38 @@ def test_a_log_that_is_lost_is_missed_until_it_is_given_up(farms: MakeFarm) -> N
     with farm.open("root", wait_s=40) as nbd:
         assert nbd.read(0, 4 * KiB) == bytes(4 * KiB)
     serving(farm)
+
+
+def test_a_rebuilt_registry_passes_over_no_log_that_holds_data(two: Farm) -> None:
+    """It knows of none, and the profile has none any more; the host on which one lies has noted that."""
+    assert two.control is not None
+    two.filters["local"].kill_group()
+    assert two.control.stop(30) == 0
+    for path in two.state.glob("registry.db*"):
+        path.unlink()
+    whole = spec(mode="read", other={"logs": "logs2", "cache": "8MiB"})
+    whole["vms"]["vm1"]["host"] = "other"
+    two.write_file(whole)
+    run([sys.executable, "-m", "nbdvvol", "registry", "rebuild", "-f", two.file, "--state", two.state])
+    two.start_control()
+    two.start_filter()
+    wait_until("all hosts are there", lambda: all(h["connected"] for h in two.api("GET", "/v1/hosts")))
+    wait_until("its log is missed", lambda: "LOG_PINNED" in codes(two))
+    kept = two.vvol("vm1/root")["log"]
+    assert (kept["host"], kept["known"], kept["dirty_bytes"]) == ("local", False, 64 * KiB)
+    with pytest.raises(ApiError, match="on host local holds 64KiB of it of which the registry knows nothing"):
+        two.api("POST", "/v1/vvols/vm1/root/bind", {"host": "other"})
+    two.api("POST", "/v1/vvols/vm1/root/bind", {"host": "local"})
+    wait_until("it is not served without what it acknowledged", lambda: "LOG_UNKNOWN" in codes(two))
+    assert "/logs/" in two.vvol("vm1/root")["binding"]["error"]
+    two.cli("cache", "recover", "root")
+    with two.open("root", wait_s=40) as nbd:
+        assert nbd.read(0, 64 * KiB) == pattern(43, 0, 64 * KiB)
+    wait_until("it is in the storage", lambda: two.vvol("vm1/root")["log"] is None)
+    two.task(two.api("POST", "/v1/vvols/vm1/root/bind", {"host": "other"}))
+    with opened(two) as nbd:
+        assert nbd.read(0, 64 * KiB) == pattern(43, 0, 64 * KiB)
+    assert not list((two.folder / "logs").iterdir()) and codes(two) == []
 
 
 def test_a_log_that_does_not_fit_makes_it_slower_and_nothing_else(small_tmpfs: Path, farms: MakeFarm) -> None:

@@ -15,6 +15,8 @@ from typing import Any
 from nbdvvol.control.link import Links
 from nbdvvol.model import link
 from nbdvvol.model.errors import Code
+from nbdvvol.model.log import LogNote
+from nbdvvol.model.mirror import NotServed
 from nbdvvol.model.observe import HostCounters, TraceReport
 
 MIB = 1 << 20
@@ -90,6 +92,8 @@ class FakeFilter:
         self.control = ""
         self.state = link.HostState(host=host)
         self.serving: dict[str, link.VVolSpec] = {}
+        self.logs: list[LogNote] = []
+        """What it says of its write-back logs when it connects."""
         self.heard: list[Any] = []
         self.leaving: set[str] = set()
         """Taken away by control but not drained yet."""
@@ -109,6 +113,8 @@ class FakeFilter:
         self.refused = ""
         self.on_serve: Callable[[FakeFilter, link.VVolSpec], None] = lambda _fake, _spec: None
         """Called before a VVol is served, or served anew."""
+        self.refuses: dict[str, NotServed] = {}
+        """VVols that it does not serve, and why; `on_serve` may change it."""
         self._pipe: Pipe | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._working: list[asyncio.Task[None]] = []
@@ -135,6 +141,7 @@ class FakeFilter:
             control=self.control,
             held=held,
             run_dir=self.run_dir,
+            logs=self.logs,
         )
         self._spawn(links.serve(self.host, theirs))
         await mine.send(hello.model_dump_json())
@@ -247,6 +254,8 @@ class FakeFilter:
                 block_min=1,
                 block_preferred=4096,
                 block_max=32 * MIB,
+                error="refused" if spec.uuid in self.refuses else "",
+                why=self.refuses.get(spec.uuid, ""),
             )
             for spec in specs
         ]

@@ -33,6 +33,7 @@ from nbdvvol.dataplane.types import (
     VolumeLimits,
     VolumeStats,
 )
+from tests.unit.log_words import log_head, write_head
 
 
 @dataclass
@@ -225,8 +226,16 @@ class FakePlane(DataPlane):
         usable = LogFound(LogVerdict.USABLE, 0, 0, 0, policy.held or policy.fresh)
         found = self.verdicts.pop(0) if self.verdicts else usable
         self.logs[volume] = FakeLog(obj, length, policy, found.id, dirty_bytes=found.dirty_bytes)
+        if found.verdict is LogVerdict.USABLE and not policy.held:
+            self._write_log(volume, 0)
         self.log.append(f"log {volume}")
         return found
+
+    def _write_log(self, volume: int, blocks: int) -> None:
+        """On its file, for who looks there: it holds so many blocks."""
+        log, desc = self.logs[volume], self.volumes[volume]
+        head = log_head(desc.uuid, log.id, length=log.length, epoch=desc.epoch, blocks=blocks)
+        write_head(self.objects[log.obj].fd, head)
 
     async def attach_log(self, volume: int) -> None:
         assert self.logs[volume].policy.beside
@@ -242,6 +251,7 @@ class FakePlane(DataPlane):
 
     def allow_log(self, volume: int) -> None:
         self.logs[volume].state, self.logs[volume].dirty_bytes = LogState.SERVING, 4096
+        self._write_log(volume, 1)
         self.log.append(f"allow {volume}")
 
     def limit_log(self, volume: int, policy: LogPolicy) -> None:
@@ -253,6 +263,7 @@ class FakePlane(DataPlane):
         self.log.append(f"drain {volume}")
         await self.logs[volume].drained.wait()
         self.logs[volume].dirty_bytes = 0
+        self._write_log(volume, 0)
 
     def forget_log(self, volume: int) -> None:
         self.log.append(f"forget {volume}")

@@ -15,6 +15,7 @@ from uuid import UUID
 from nbdvvol.datastores.format import Label, MapCopy, MapRun, encode_label, encode_map, region_bytes, region_layout
 from nbdvvol.filter.claims import ClaimBook
 from nbdvvol.filter.exports import ExportTable
+from nbdvvol.filter.lognotes import LogBook
 from nbdvvol.filter.objects import ObjectTable
 from nbdvvol.filter.syncfaults import FaultBook
 from nbdvvol.model.link import DatastoreSpec, LegSpec, RunSpec, VVolSpec
@@ -132,7 +133,9 @@ class MirrorRig(Rig):
     def _start(self) -> None:
         self.objects = ObjectTable(self.plane, FaultBook(self.run_dir))
         self.objects.farm = "farm"
-        self.table = ExportTable(self.plane, self.objects, self.registry, ClaimBook(self.run_dir))
+        self.table = ExportTable(
+            self.plane, self.objects, self.registry, ClaimBook(self.run_dir), LogBook(self.run_dir)
+        )
         self.plane.on_mirror = self.table.mirror_event
         self.plane.on_sync_failed = self.table.sync_failed
 

@@ -10,6 +10,7 @@ import pytest
 
 from nbdvvol.filter.claims import ClaimBook
 from nbdvvol.filter.exports import ExportTable
+from nbdvvol.filter.lognotes import LogBook
 from nbdvvol.filter.objects import ObjectTable
 from nbdvvol.filter.syncfaults import FaultBook
 from tests.unit.fake_plane import FakePlane
@@ -26,7 +27,7 @@ class Bench:
         self.reports = Reports()
         self.objects = ObjectTable(self.plane, FaultBook(path.parent))
         self.objects.farm = "farm"
-        self.table = ExportTable(self.plane, self.objects, self.reports, ClaimBook(path.parent))
+        self.table = ExportTable(self.plane, self.objects, self.reports, ClaimBook(path.parent), LogBook(path.parent))
 
     def want(self, epoch: int | None) -> None:
         """Control names VVol 1 under this epoch, or takes it away; nothing of it is done yet."""

@@ -11,7 +11,7 @@ from nbdvvol.control.logview import log_problems
 from nbdvvol.control.registry import bindings, caches, logs, mirrors, tasks, vvols
 from nbdvvol.model import link
 from nbdvvol.model.errors import Code, NvError
-from nbdvvol.model.log import LogChange, LogRecord, LogReport, LogWanted, LostRange
+from nbdvvol.model.log import LogChange, LogNote, LogRecord, LogReport, LogWanted, LostRange
 from nbdvvol.model.resources import AddLeg, BindVVol, ResizeVVol, TaskState
 from tests.unit.control_farm import PLAIN, TestFarm, running_farm
 from tests.unit.fake_filter import FakeFilter
@@ -369,3 +369,115 @@ async def test_a_folder_for_logs_is_a_whole_path(farm: TestFarm) -> None:
     other["hosts"]["a"]["logs"] = "logs"
     with pytest.raises(NvError, match="host a: the folder for logs 'logs' is not absolute"):
         await farm.apply(other)
+
+
+# ---- what hosts have noted of their logs ----
+
+
+async def noting(
+    logged: Logged, host: str, epoch: int, log: str = LOG, dirty_bytes: int | None = 64 * KIB
+) -> FakeFilter:
+    """A new filter of a host, which has noted a log; the one before has died."""
+    await getattr(logged, host).die()
+    fake = FakeFilter(host, logged.farm.disks)
+    words = {"vvol": logged.uuid, "log": log, "file": f"/logs/{host}", "epoch": epoch, "dirty_bytes": dirty_bytes}
+    fake.logs = [LogNote.model_validate(words)]
+    fake.on_serve = refuses
+    await fake.connect(logged.farm.control.links)
+    logged.farm.filters.append(fake)
+    setattr(logged, host, fake)
+    return fake
+
+
+def refuses(fake: FakeFilter, spec: link.VVolSpec) -> None:
+    """As a filter that finds data in the log it has noted: until it is told what becomes of it."""
+    word = spec.log is not None and (spec.log.held == fake.logs[0].log or spec.log.given_up >= fake.logs[0].epoch)
+    fake.refuses = {} if word else {spec.uuid: "log-unknown"}
+
+
+async def test_a_log_that_only_its_host_remembers_keeps_its_vvol_there(logged: Logged) -> None:
+    """The registry says nothing of it: it was rebuilt, or put back from a backup. No other host gets the VVol."""
+    run, control = logged.farm.control.registry.run, logged.farm.control
+    epoch = (await logged.farm.vvol()).epoch
+    await noting(logged, "a", epoch)
+    kept = (await logged.farm.vvol()).log
+    assert kept is not None and (kept.host, kept.log, kept.known, kept.dirty_bytes) == ("a", LOG, False, 64 * KIB)
+    with pytest.raises(NvError, match="/logs/a on host a holds 64KiB of it of which the registry knows nothing") as no:
+        await control.may_move("vm1", "root", "b")
+    assert no.value.code is Code.CONFLICT and "start the filter of host a" in no.value.hint
+    await control.may_move("vm1", "root", "a")
+
+    async def told() -> bool:
+        return "LOG_UNKNOWN" in await logged.codes()
+
+    await logged.farm.until(told)
+    task = (await run(caches.begin_drain, "vm1", "root")).task
+    done = await logged.farm.over(task.id)
+    assert done.state is TaskState.ERROR and "decide first" in done.error
+    await logged.says(64 * KIB, state="refused", found=LOG, verdict="unknown-data", file="/logs/a")
+    taken = (await run(logs.recover, "vm1", "root", await control.found_log("vm1", "root"))).log
+    assert taken is not None and (taken.known, taken.host, taken.log, taken.file) == (True, "a", LOG, "/logs/a")
+
+    async def held() -> bool:
+        found = logged.a.serving[logged.uuid].log
+        return found is not None and found.held == LOG
+
+    await logged.farm.until(held)
+    await logged.change("clean")
+    assert (await logged.farm.vvol()).log is None
+
+
+async def test_another_host_gets_it_by_force_alone_and_what_was_given_up_stays_so(logged: Logged) -> None:
+    run, control = logged.farm.control.registry.run, logged.farm.control
+    await noting(logged, "a", (await logged.farm.vvol()).epoch)
+    await logged.a.stop()
+    assert "LOG_PINNED" in await logged.codes()
+    answer = await run(vvols.begin_bind, "vm1", "root", BindVVol(host="b", force=True))
+    assert any("holds 64KiB of it of which the registry knows nothing" in risk for risk in answer.risks)
+    assert (await logged.farm.over(answer.task.id)).state is TaskState.SUCCESS
+    after = await logged.farm.vvol()
+    assert after.log is None and after.binding is not None and after.binding.host == "b"
+    log = logged.b.serving[logged.uuid].log
+    assert log is not None and log.given_up >= 1 and not log.held
+    await noting(logged, "a", 1)
+    assert (await logged.farm.vvol()).log is None, "it is given up, whatever its host has noted"
+    assert any(event.kind == "log.noted" for event in await control.watch_events(0, 99, 0))
+
+
+async def test_a_note_of_what_the_registry_knows_is_no_news(logged: Logged) -> None:
+    epoch = (await logged.farm.vvol()).epoch
+    await logged.change("dirty")
+    await noting(logged, "a", epoch)
+    kept = (await logged.farm.vvol()).log
+    assert kept is not None and kept.known
+    await noting(logged, "b", epoch, OTHER)
+    assert (await logged.farm.vvol()).log == kept, "who had it before, in order, has left nothing behind"
+    await noting(logged, "b", epoch + 50, OTHER)
+    kept = (await logged.farm.vvol()).log
+    assert kept is not None and (kept.host, kept.known) == ("b", False), "an epoch that this registry never gave out"
+
+
+async def test_a_log_in_use_is_written_down_again_at_once(logged: Logged) -> None:
+    """Control was away, and its registry has lost that alone: the process that has the VVol is the same."""
+    a, epoch = logged.a, (await logged.farm.vvol()).epoch
+    await a.disconnect()
+    a.logs = [LogNote(vvol=logged.uuid, log=LOG, file="/logs/a", epoch=epoch)]
+    await a.connect(logged.farm.control.links)
+    kept = (await logged.farm.vvol()).log
+    assert kept is not None and (kept.host, kept.log, kept.known, kept.told) == ("a", LOG, True, None)
+
+
+async def test_a_host_that_serves_again_has_settled_what_it_noted(logged: Logged) -> None:
+    """It could not look at its log when it connected; when it serves, it has."""
+    await logged.a.die()
+    fake = logged.a = FakeFilter("a", logged.farm.disks)
+    fake.logs = [LogNote(vvol=logged.uuid, log=LOG, file="/logs/a", epoch=(await logged.farm.vvol()).epoch)]
+    logged.farm.filters.append(fake)
+    await fake.connect(logged.farm.control.links)
+
+    async def settled() -> bool:
+        vvol = await logged.farm.vvol()
+        return vvol.log is None and vvol.binding is not None and vvol.binding.state == "bound"
+
+    await logged.farm.until(settled)
+    assert (await logged.change("dirty", OTHER)).refused == ""

@@ -19,6 +19,7 @@ import nbdvvol.filter.link as link_module
 import nbdvvol.filter.view as view_module
 from nbdvvol.filter.claims import ClaimBook
 from nbdvvol.filter.daemon import Filter, FilterOptions, locked
+from nbdvvol.filter.lognotes import LogBook
 from nbdvvol.filter.syncfaults import FaultBook
 from nbdvvol.model.errors import Code, NvError
 from nbdvvol.model.farm import SocketConfig
@@ -70,10 +71,9 @@ class Bench:
         self.task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
+        run_dir = self.options.run_dir
         self.task = asyncio.create_task(
-            Filter(self.options, self.plane, FaultBook(self.options.run_dir), ClaimBook(self.options.run_dir)).run(
-                self.stop
-            )
+            Filter(self.options, self.plane, FaultBook(run_dir), ClaimBook(run_dir), LogBook(run_dir)).run(self.stop)
         )
 
     async def end(self) -> None:
@@ -520,9 +520,10 @@ async def test_a_first_word_that_is_no_welcome_ends_the_link(bench: Bench) -> No
 
 
 def test_one_filter_a_run_directory(tmp_path: Path) -> None:
-    with locked(tmp_path):
-        with pytest.raises(NvError, match="pid") as caught, locked(tmp_path):
+    for name, option in (("filter.lock", "--run"), ("logs-h1.lock", "--state")):
+        with locked(tmp_path / name):
+            with pytest.raises(NvError, match="pid") as caught, locked(tmp_path / name):
+                pass
+            assert caught.value.code is Code.BUSY and option in caught.value.hint
+        with locked(tmp_path / name):
             pass
-        assert caught.value.code is Code.BUSY
-    with locked(tmp_path):
-        pass

@@ -13,6 +13,7 @@ import nbdvvol.filter.exports as exports_module
 from nbdvvol.dataplane.types import CacheMode, CachePolicy, CacheTotals, VolumeLimits
 from nbdvvol.filter.claims import ClaimBook
 from nbdvvol.filter.exports import ExportTable
+from nbdvvol.filter.lognotes import LogBook
 from nbdvvol.filter.objects import ObjectTable
 from nbdvvol.filter.syncfaults import FaultBook
 from nbdvvol.model.errors import NvError
@@ -30,7 +31,7 @@ class Bench:
         self.faults = FaultBook(run_dir)
         self.objects = ObjectTable(self.plane, self.faults)
         self.objects.farm = "farm"
-        self.table = ExportTable(self.plane, self.objects, self.reports, ClaimBook(run_dir))
+        self.table = ExportTable(self.plane, self.objects, self.reports, ClaimBook(run_dir), LogBook(run_dir))
 
     async def take(self, *parts: object) -> None:
         for export in self.table.take(host_state(*parts)):  # type: ignore[arg-type]

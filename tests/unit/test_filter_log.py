@@ -20,6 +20,7 @@ from nbdvvol.filter.claims import ClaimBook
 from nbdvvol.filter.exports import ExportTable
 from nbdvvol.filter.logfile import file_name, is_there, open_log_file, remove_log_file
 from nbdvvol.filter.logkeeper import LogKeeper
+from nbdvvol.filter.lognotes import LogBook
 from nbdvvol.filter.objects import ObjectTable
 from nbdvvol.filter.syncfaults import FaultBook
 from nbdvvol.filter.writelog import WriteLog
@@ -103,7 +104,8 @@ class Bench:
         self.plane, self.reports = FakePlane(), Reports()
         self.objects = ObjectTable(self.plane, FaultBook(folder))
         self.objects.farm = "farm"
-        self.table = ExportTable(self.plane, self.objects, self.reports, ClaimBook(folder))
+        self.notes = LogBook(folder)
+        self.table = ExportTable(self.plane, self.objects, self.reports, ClaimBook(folder), self.notes)
         self.plane.on_log = self.table.log_event
 
     def spec(self, log: dict[str, Any] | None = None, **more: Any) -> VVolSpec:
@@ -145,6 +147,7 @@ async def _bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> AsyncIterat
     yield bench
     await bench.table.stop()
     await bench.table.close_all()
+    bench.notes.close()
     assert bench.plane.volumes == {} and bench.plane.objects == {}
     bench.objects.shutdown()
 
@@ -182,6 +185,27 @@ async def test_it_is_drained_off_and_on_again_while_it_serves(bench: Bench) -> N
     assert bench.files() == [], "an empty log leaves nothing behind"
 
 
+async def test_a_file_that_could_not_be_removed_and_is_used_again_stays(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stuck(path: str, uuid: str) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    await bench.logging()
+    bench.log.drained.set()
+    with monkeypatch.context() as context:
+        context.setattr(writelog_module, "remove_log_file", stuck)
+        await bench.take(vvol(1))
+        await until(lambda: bench.reports.asked)
+        bench.reports.answer("clean")
+        await until(lambda: not bench.plane.logs and not bench.notes.all())
+        await bench.take(bench.spec())
+        await until(lambda: bench.reports.asked)
+    bench.reports.answer("dirty")
+    await bench.take()
+    assert len(bench.files()) == len(bench.notes.all()) == 1, "it holds data now"
+
+
 async def test_limits_change_while_it_serves(bench: Bench) -> None:
     await bench.logging()
     await bench.take(bench.spec({"log": CacheLog(size=MIB, bypass=4096, age=1, destage_rate=MIB)}))
@@ -214,11 +238,13 @@ async def test_what_a_log_holds_is_recovered_first(bench: Bench) -> None:
     await bench.logging()
     path = bench.folder / bench.files()[0]
     await bench.take()
-    bench.plane.verdicts = [LogFound(LogVerdict.USABLE, 0, 8192, 2, HELD)]
-    await bench.take(bench.spec({"held": HELD.hex(), "file": str(path)}, epoch=2))
-    assert bench.log.policy.held == HELD
+    [note] = bench.notes.all()
+    held = bytes.fromhex(note.log)
+    bench.plane.verdicts = [LogFound(LogVerdict.USABLE, 0, 8192, 2, held)]
+    await bench.take(bench.spec({"held": note.log, "file": str(path)}, epoch=2))
+    assert bench.log.policy.held == held
     assert "notice log_recovered vm1/disk1" in bench.reports.lines
-    assert bench.reports.answer("dirty").log == HELD.hex()
+    assert bench.reports.answer("dirty").log == note.log
 
 
 def test_every_log_that_is_not_the_right_one_is_called_by_what_it_is() -> None:
@@ -379,7 +405,7 @@ async def test_what_was_given_up_after_all_of_it_was_carried_may_be_overwritten(
 
 
 async def test_a_log_that_fails_again_and_again_is_left_alone_for_longer(bench: Bench) -> None:
-    log = WriteLog(bench.plane, bench.reports, bench.spec(), lambda: None)
+    log = WriteLog(bench.plane, bench.reports, bench.spec(), lambda: None, LogBook(bench.folder.parent))
     keeper = LogKeeper(log)
     now = asyncio.get_running_loop().time()
     due = []

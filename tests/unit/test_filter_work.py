@@ -33,8 +33,12 @@ class Bench:
         self.objects = ObjectTable(self.plane, FaultBook(run_dir))
         self.objects.farm = "farm"
         self.sent: list[BaseModel] = []
-        self.shop = WorkShop(self.plane, self.objects, self.sent.append, self.verify)
+        self.shop = WorkShop(self.plane, self.objects, self.sent.append, self.verify, self.drop_notes)
+        self.dropped: list[str] = []
         self.number = 0
+
+    async def drop_notes(self, uuid: str) -> None:
+        self.dropped.append(uuid)
 
     async def verify(self, uuid: str, epoch: int, *, repair: bool) -> Verified:
         if epoch != 3:

@@ -22,6 +22,7 @@ from nbdvvol.control.registry.store import REBUILT_NAME, with_log
 from nbdvvol.control.registry.tx import Tx, transaction
 from nbdvvol.datastores import format as disk
 from nbdvvol.model.errors import Code, NvError
+from nbdvvol.model.log import LogNote
 from nbdvvol.model.mirror import LegChange, Stamp
 from nbdvvol.model.rebuild import Rebuilt
 from nbdvvol.model.resources import AddLeg, BindVVol, ResizeVVol, TaskState
@@ -435,3 +436,31 @@ async def test_a_vvol_that_may_have_data_in_a_log_is_not_taken_for_whole(lost: L
     assert any("a write-back log may hold data of it" in risk for risk in answer.risks)
     assert (await farm.over(answer.task.id)).state is TaskState.SUCCESS
     assert (await farm.vvol("vm1/solo")).log is None
+
+
+async def test_a_log_that_a_host_has_noted_keeps_its_vvol_there(lost: LostFarm) -> None:
+    """Its profile has no log any more, so that nothing else tells of it."""
+    await lost.start()
+    solo = await lost.farm.vvol("vm1/solo")
+    await lost.lose()
+    assert (await lost.rebuild()).written
+    await lost.restart()
+    farm = lost.farm
+    two = FakeFilter("two", farm.disks, "/run/two")
+    note = {"vvol": solo.uuid, "log": "ab" * 16, "file": "/logs/solo", "epoch": solo.epoch, "dirty_bytes": 4096}
+    two.logs = [LogNote.model_validate(note)]
+    farm.filters.append(two)
+    await farm.filter("one", "/run/one")
+    assert (await farm.vvol("vm1/solo")).binding is None or not await _serves(farm.filters[-1], 4)
+    await two.connect(farm.control.links)
+    kept = (await farm.vvol("vm1/solo")).log
+    assert kept is not None and (kept.host, kept.known) == ("two", False)
+
+    async def refused() -> bool:
+        tasks = await farm.control.registry.run(views.tasks)
+        return any(task.state is TaskState.ERROR and "/logs/solo on host two" in task.error for task in tasks)
+
+    await farm.until(refused, 10)
+    assert "LOG_PINNED" in [problem.code for problem in (await farm.control.status()).problems]
+    task = (await farm.control.registry.run(vvols.begin_bind, "vm1", "solo", BindVVol(host="two"))).task
+    assert (await farm.over(task.id)).state is TaskState.SUCCESS

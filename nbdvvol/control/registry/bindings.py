@@ -110,7 +110,7 @@ def bind(tx: Tx, uuid: str, host: str, force: bool = False, now: Moment | None =
         return ""
     if force:
         faults.accept(tx, uuid, name)
-        if logs.pinned_to(tx, uuid) != host:
+        if logs.kept_by(tx, uuid) != host:
             logs.give_up(tx, row, f"given up for host {host}, by force")
     logs.check_pin(tx, row, host)
     risk = faults.elsewhere(tx, uuid, host)
@@ -266,6 +266,8 @@ def report(tx: Tx, host: str, exports: list[ExportReport]) -> None:
         state = "binding" if export.error else "bound"
         mine = update(s.holders).where(s.holders.c.vvol == export.uuid, s.holders.c.host == host)
         tx.db.execute(mine.values(state=state, facts=export.model_dump_json(), error=export.error))
+        if state == "bound":
+            logs.settled(tx, host, export.uuid, export.epoch)
         name = f"{row.vm}/{row.name}"
         if export.error and export.error != row.error:
             tx.event("vvol.not_served", name, f"host {host} cannot serve it: {export.error}")
@@ -284,6 +286,7 @@ def connect(tx: Tx, hello: Hello) -> Snapshot | Resumed:
     fresh = host.instance != hello.instance
     if fresh:
         orders.drop_dead(tx, hello.host)
+    logs.noted(tx, hello.host, hello.logs, fresh=fresh)
     holding = {held.uuid: held.epoch for held in hello.held}
     query = select(s.holders, s.vvols.c.vm, s.vvols.c.epoch.label("newest")).join(
         s.vvols, s.vvols.c.uuid == s.holders.c.vvol

@@ -17,7 +17,7 @@ from nbdvvol.control.registry.tx import Tx, now, transaction
 from nbdvvol.control.registry.views import HELD, check_ready, find_vvol, kept_view, log_row, vvol_view
 from nbdvvol.model.errors import Code, NvError
 from nbdvvol.model.farm import HostConfig, ProfileConfig
-from nbdvvol.model.log import FoundLog, LogChange, LogRecord, LogReport, LogSpec
+from nbdvvol.model.log import FoundLog, LogChange, LogNote, LogRecord, LogReport, LogSpec
 from nbdvvol.model.resources import LogKept, VVol
 
 NONE: dict[str, Any] = {"state": "clean", "log": "", "since": "", "told": "", "dirty_bytes": 0, "oldest_ms": 0}
@@ -29,7 +29,8 @@ def standing(row: Row[Any] | None) -> Standing:
     if row is None:
         return Standing()
     if row.state != "dirty":
-        return Standing(row.state, draining=row.wish == "drain", given_up=row.given_up, epoch=row.epoch)
+        host = row.host if row.state == "unknown" else ""
+        return Standing(row.state, host, "", row.epoch, row.wish == "drain", row.given_up)
     return Standing(row.state, row.host, row.log, row.epoch, row.wish == "drain", row.given_up)
 
 
@@ -106,6 +107,53 @@ def reported(tx: Tx, host: str, reports: list[LogReport]) -> None:
         tx.db.execute(mine.values(told=now(), **figures))
 
 
+# ---- what hosts have noted ----
+
+
+def noted(tx: Tx, host: str, notes: list[LogNote], *, fresh: bool) -> None:
+    """A host's filter is here, and says which logs there may hold data. A registry that was rebuilt knows of none, an
+    old one of others: the VVol is kept to that host until the operator has a word on it. `fresh`: a new process."""
+    for note in notes:
+        row = tx.db.execute(select(s.vvols).where(s.vvols.c.uuid == note.vvol)).one_or_none()
+        if row is not None and row.state == "ready" and _is_news(tx, host, row, note):
+            _take_note(tx, host, row, note, fresh=fresh)
+
+
+def _is_news(tx: Tx, host: str, row: Row[Any], note: LogNote) -> bool:
+    """The registry may have forgotten of it. A host from which the VVol was taken in order, as far as the registry
+    knows, has noted what is empty, or was given up."""
+    known = standing(log_row(tx, row.uuid))
+    if note.epoch <= known.given_up or (known.state == "dirty" and (known.host, known.log) == (host, note.log)):
+        return False
+    if known.holds and note.epoch <= known.epoch:
+        return False
+    return note.epoch > row.epoch or _holder_state(tx, host, row.uuid) not in ("", "forced")
+
+
+def _holder_state(tx: Tx, host: str, uuid: str) -> str:
+    mine = select(s.holders.c.state).where(s.holders.c.vvol == uuid, s.holders.c.host == host)
+    return tx.db.execute(mine).scalar_one_or_none() or ""
+
+
+def _take_note(tx: Tx, host: str, row: Row[Any], note: LogNote, *, fresh: bool) -> None:
+    mine = select(s.holders).where(s.holders.c.vvol == row.uuid, s.holders.c.host == host)
+    holder = tx.db.execute(mine.where(s.holders.c.state.in_(HELD), s.holders.c.epoch == note.epoch)).one_or_none()
+    serves = holder is not None and not fresh  # it is in use now, by this registry's own word
+    told = {"told": now(), "dirty_bytes": note.dirty_bytes} if note.dirty_bytes is not None else {"told": ""}
+    values = {"log": note.log, "file": note.file, "epoch": note.epoch, "generation": note.generation, "since": now()}
+    _set(tx, row.uuid, state="dirty" if serves else "unknown", host=host, discard=False, wish="", **values, **told)
+    _touch(tx, row.uuid)
+    text = f"host {host} has noted that its log {note.file} may hold data of it, logged under epoch {note.epoch}"
+    tx.event("log.noted", f"{row.vm}/{row.name}", f"{text}; the registry knew nothing of it")
+
+
+def settled(tx: Tx, host: str, uuid: str, epoch: int) -> None:
+    """The host serves the VVol, under an epoch that is newer than what it had noted: its log holds nothing, or the
+    operator had a word on it."""
+    mine = (s.logs.c.state == "unknown") & (s.logs.c.host == host) & (s.logs.c.epoch < epoch)
+    tx.db.execute(update(s.logs).where(s.logs.c.vvol == uuid, mine).values(**NONE))
+
+
 # ---- what it means for others ----
 
 
@@ -127,10 +175,16 @@ def pinned_to(tx: Tx, uuid: str) -> str:
     return row.host if row is not None and row.state == "dirty" else ""
 
 
+def kept_by(tx: Tx, uuid: str) -> str:
+    """The same, also where the registry has it by that host's note alone."""
+    row = log_row(tx, uuid)
+    return row.host if row is not None and row.state != "clean" else ""
+
+
 def check_pin(tx: Tx, row: Row[Any], host: str) -> None:
     """Raise CONFLICT when a log that no host is there to drain holds data, and `host` is another one's."""
     log = log_row(tx, row.uuid)
-    if log is None or log.state == "clean" or (log.state == "dirty" and log.host == host):
+    if log is None or log.state == "clean" or log.host == host:
         return
     serves = select(s.holders.c.host).where(s.holders.c.vvol == row.uuid, s.holders.c.host == log.host)
     if log.state == "dirty" and tx.db.execute(serves.where(s.holders.c.state.in_(HELD))).one_or_none() is not None:
@@ -152,7 +206,7 @@ def refuse_elsewhere(tx: Tx, vm: str, name: str, host: str | None, connected: fr
 
 def refusal(name: str, host: str, log: Row[Any]) -> NvError:
     """Why a VVol does not go to a host."""
-    if log.state == "unknown":
+    if log.state == "unknown" and not log.host:
         hint = f"name the host that served it last, and say that: nbdvvol bind {name} --host HOST --force"
     else:
         hint = f"start the filter of host {log.host} and bind it there, or give that data up: "
@@ -166,7 +220,7 @@ def give_up(tx: Tx, row: Row[Any], why: str) -> None:
     if log is None or log.state == "clean":
         return
     told = holds(log)
-    given_up = max(log.given_up, row.epoch) if log.state == "dirty" else log.given_up
+    given_up = max(log.given_up, row.epoch) if log.state == "dirty" or log.host else log.given_up
     _set(tx, row.uuid, wish="", given_up=given_up, **NONE)
     _touch(tx, row.uuid)
     tx.event("log.given_up", f"{row.vm}/{row.name}", f"{why}: {told}")
@@ -283,7 +337,8 @@ def log_spec(
     wanted = policy.logging if not row.read_only else None
     folder = (wanted.path or config.logs) if wanted is not None else None
     held = log is not None and log.state == "dirty" and log.host == host
-    if folder is None and not held:
+    word = log is not None and (log.discard or log.given_up)  # on what a note of the host's may name
+    if folder is None and not held and not word:
         return None
     return LogSpec(
         on=folder is not None and (log is None or log.wish != "drain"),

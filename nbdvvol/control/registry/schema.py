@@ -165,10 +165,11 @@ logs = Table(
 )
 """Write-back logs; a VVol without a row has none that holds data of it.
 `state`: `dirty`: on `host`, the log with this id (`log`, in `file`) may hold data that the storage has not, committed
-under `epoch` and `generation`, at the time `since`; `clean`: none does; `unknown`: this registry was rebuilt, and one
-may. `wish`: `drain`: it is to be carried below. `discard`: what lies in its place may be overwritten, by the operator's
-word. `given_up`: what logs of this epoch and older ones hold was given up. `size`, `dirty_bytes`, `oldest_ms`: as its
-host said last, at the time `told`."""
+under `epoch` and `generation`, at the time `since`; `clean`: none does; `unknown`: this registry was rebuilt, or is
+old, and one may: `host` has noted that of the log `log` in `file`, or nobody knows which. `wish`: `drain`: it is to be
+carried below. `discard`: what lies in its place may be overwritten, by the operator's word. `given_up`: what logs of
+this epoch and older ones hold was given up. `size`, `dirty_bytes`, `oldest_ms`: as its host said last, at the time
+`told`."""
 
 runs = Table(
     "runs",

@@ -248,7 +248,7 @@ def begin_bind(tx: Tx, vm: str, name: str, body: BindVVol) -> TaskRef:
         bindings.unbind(tx, row.uuid, True)
         faults.accept(tx, row.uuid, f"{vm}/{name}")
         wanted = json.loads(running.args)["host"]
-        if logs.pinned_to(tx, row.uuid) != wanted:
+        if logs.kept_by(tx, row.uuid) != wanted:
             logs.give_up(tx, row, f"given up for host {wanted}, by force")
         return task_ref(tx, task_view(running), row.uuid, at_risk)
     home: str = tx.db.execute(select(s.vms.c.host).where(s.vms.c.name == vm)).scalar_one()
