@@ -218,6 +218,31 @@ def _log_bars() -> Iterator[Bar]:
     yield Bar(work, "IOPS / no log", "writeback", point, _IOPS, (OURS_SLOW,), ">=", 0.9, ours=OURS_LOG_FULL)
 
 
+def _hot_bars() -> Iterator[Bar]:
+    """Reads of a file that a processor's cache holds: how near the ceiling is when nobody waits for main memory."""
+    for work, point in (
+        (_READ, "randread-4k-qd32"),
+        (_READ_DEEP, "randread-4k-qd256"),
+        (_SEQ_READ, "seqread-256k-qd8"),
+    ):
+        for label, metric in (("IOPS", _IOPS), ("IOPS per CPU-second", _PER_CPU)):
+            yield Bar(work, f"of a file of 1 MiB: {label} / socket ceiling", "hot", point, metric, _C, ">=", None)
+
+
+def _bulk_bars() -> Iterator[Bar]:
+    """Large blocks for a processor-second while no server spins: then the ceiling's figure is what the socket costs."""
+    for suite, where in (("bulk", ""), ("bulk-tcp", ", TCP")):
+        for work, point in ((_SEQ_READ, "seqread-256k-qd8"), (_SEQ_WRITE, "seqwrite-256k-qd8")):
+            for ours, label in (
+                (OURS, _BEST_CPU),
+                (CEILING, "the same of the socket ceiling"),
+                (CEILING_FILE, "the same of the ceiling's responder with the file"),
+            ):
+                yield Bar(
+                    work + where, f"no server spins: {label}", suite, point, _PER_CPU, RIVALS, ">=", None, ours=ours
+                )
+
+
 def _disk_bars() -> Iterator[Bar]:
     """fio on the same file, without any client, and the ceiling's responder on one: how far any server gets."""
     responder, part = (CEILING_DIRECT,), "the ceiling's responder on the file"
@@ -277,7 +302,7 @@ BARS: tuple[Bar, ...] = (
     *_mirror_bars("mirror", ""),
     *_mirror_bars("mirror-disk", ", O_DIRECT on the real disk"),
 )  # fmt: skip
-OWN_BARS: tuple[Bar, ...] = (*_cache_bars(), *_log_bars())
+OWN_BARS: tuple[Bar, ...] = (*_hot_bars(), *_bulk_bars(), *_cache_bars(), *_log_bars())
 """Of suites that are run by themselves: judged where a run has them."""
 
 IDLE_EXPORTS = 1000
