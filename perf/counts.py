@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -140,9 +140,13 @@ def system_calls(options: Options, peer: str, requests: int, say: Say) -> list[C
 
 
 def threads_of(pid: int) -> set[int]:
-    """Its threads, without the kernel's own that do io_uring's blocking work."""
-    tasks = Path(f"/proc/{pid}/task").iterdir()
-    return {int(task.name) for task in tasks if not (task / "comm").read_text().startswith("iou-")}
+    """Its threads, without the kernel's own that do io_uring's blocking work, which come and go meanwhile."""
+    found = set()
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with suppress(FileNotFoundError, ProcessLookupError):
+            if not (task / "comm").read_text().startswith("iou-"):
+                found.add(int(task.name))
+    return found
 
 
 def busiest_thread(pid: int, among: set[int], load: Callable[[], None]) -> int:

@@ -55,19 +55,24 @@ def test_what_waits_is_answered(style: Style) -> None:
                 answer = client.wait(cookie).check()
                 assert len(answer.data) == 4096 and (i or answer.data == data)
         stats = rig.stats(volume)
-        assert stats.reads == 80 and 50 <= stats.delayed <= 84
+        assert stats.reads == 80 and 0 < stats.delayed <= 84, "how many depends on when the machine lets us run"
         assert stats.delay_ns > 0 and stats.in_flight == 0
 
 
 def test_large_writes_wait_too(rig: Rig) -> None:
     """Before their payload is taken in: bandwidth that is spent pushes back on the socket."""
-    volume = limited(rig, VolumeLimits(bandwidth=16 << 20, burst_us=1000))
+    volume = limited(rig, VolumeLimits(bandwidth=64 << 10, burst_us=1000))
     client = rig.connect(volume, SIZE)
-    for i in range(4):
-        client.write(i << 18, bytes([i + 1]) * (1 << 18))
-    for i in range(4):
-        assert client.read(i << 18, 1 << 18) == bytes([i + 1]) * (1 << 18)
-    assert rig.stats(volume).delayed >= 6
+    client.write(0, b"1" * (1 << 18))
+    cookies = [client.send(w.CMD_WRITE, 1 << 18, 1 << 16, payload=b"2" * (1 << 16))]
+    eventually("it waits", lambda: rig.stats(volume).delayed >= 1)
+    assert rig.stats(volume).writes == 1
+    rig.wait(rig.plane.limit_volume(volume, VolumeLimits(bandwidth=256 << 20, burst_us=1000)))
+    cookies += [client.send(w.CMD_WRITE, i << 18, 1 << 16, payload=b"3" * (1 << 16)) for i in (2, 3)]
+    for cookie in cookies:
+        client.wait(cookie).check()
+    for i, byte in enumerate(b"1233"):
+        assert client.read(i << 18, 1 << 16) == bytes([byte]) * (1 << 16)
 
 
 def test_other_limits_hold_for_what_waits_already() -> None:
@@ -88,10 +93,13 @@ def test_limits_come_to_a_volume_in_use(rig: Rig) -> None:
     volume = rig.volume(SIZE)
     client = rig.connect(volume, SIZE)
     client.read(0, 4096)
+    rig.wait(rig.plane.limit_volume(volume, CRAWL))
+    cookies = send_reads(client, 10)
+    eventually("it waits", lambda: rig.stats(volume).delayed >= 1)
     rig.wait(rig.plane.limit_volume(volume, VolumeLimits(iops=100, burst_us=1000)))
-    for cookie in send_reads(client, 10):
+    for cookie in cookies:
         client.wait(cookie).check()
-    assert rig.stats(volume).delayed >= 8
+    assert rig.stats(volume).reads == 11
 
 
 def test_closing_does_not_wait() -> None:
