@@ -5,6 +5,7 @@ The storage is an O_DIRECT file, so that what it has can be looked at beside the
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -17,15 +18,18 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.e2e.test_sync_faults import Lun, lun
 from tests.lib.farm import ApiError, Farm, JsonDict, plain_spec
+from tests.lib.faultfs import FaultFs
 from tests.lib.ledger import Ledger, Writer
-from tests.lib.nbdwords import KiB, MiB
+from tests.lib.nbdwords import CMD_FLUSH, CMD_READ, KiB, MiB
 from tests.lib.pattern import pattern
-from tests.lib.procs import need, run, wait_until
+from tests.lib.procs import need, run, short_dir, wait_until
 from tests.lib.rawio import Transmission, open_export
 
 __all__ = ["lun"]
 pytestmark = pytest.mark.timeout(120)
 MakeFarm = Callable[..., Farm]
+LOG_RING = 8192
+"""Where a log's ring begins."""
 LAZY: JsonDict = {"size": "8MiB", "age": "1h"}
 
 
@@ -278,6 +282,77 @@ def test_a_log_that_does_not_fit_makes_it_slower_and_nothing_else(small_tmpfs: P
     [problem] = json.loads(farm.cli("status", "-x", "-o", "json", check=False).stdout)
     assert problem["code"] == "LOG_REFUSED" and "does not fit" in problem["message"]
     assert list(small_tmpfs.iterdir()) == []
+
+
+def test_what_can_be_read_nowhere_is_told_to_the_byte(farms: MakeFarm) -> None:
+    """The log's disk has bad places: people and programs hear which bytes of the VVol those were, until they are
+    written again. Nobody is given what is older."""
+    folder = short_dir()
+    fs = FaultFs(folder)
+    try:
+        farm = farms(spec({"size": "4MiB", "path": str(folder), "age": "1h"}))
+        farm.start_split()
+        serving(farm)
+        lost = {8 * KiB: pattern(48, 0, 8 * KiB), 3 * MiB: pattern(50, 0, 4 * KiB)}
+        with farm.open("root") as nbd:
+            for offset, data in lost.items():
+                nbd.write(offset, data)
+        farm.filters["local"].kill_group()  # and what its RAM has of it
+        farm.start_filter()
+        with farm.open("root", wait_s=20) as nbd:
+            serving(farm)
+            [log] = fs.files.values()
+            end = log.find(lost[3 * MiB]) + 4 * KiB
+            fs.fail("read", errno.EIO, LOG_RING, end - LOG_RING)
+            nbd.write(MiB, pattern(49, 0, 4 * KiB))
+            for offset in (8 * KiB, 12 * KiB, 3 * MiB):
+                assert nbd.call(CMD_READ, offset, 4 * KiB).error == errno.EIO
+            ranges = [{"offset": offset, "length": len(data)} for offset, data in lost.items()]
+            wait_until("the API has it", lambda: farm.vvol("vm1/root")["log_now"]["lost"] == ranges)
+            assert log_of(farm)["lost_bytes"] == 12 * KiB
+            problem, *_ = json.loads(farm.cli("status", "-x", "-o", "json", check=False).stdout)
+            assert problem["code"] == "LOG_DATA_LOST" and problem["subject"] == "vm1/root"
+            assert (
+                "12KiB that were logged" in problem["message"] and "bytes 8192+8192, 3145728+4096" in problem["message"]
+            )
+            told = farm.cli("get", "events").stdout
+            assert "log_lost" in told and "8192+8192" in told
+            fs.mend()
+            assert nbd.call(CMD_READ, 8 * KiB, 4 * KiB).error == errno.EIO and nbd.call(CMD_FLUSH).error == errno.EIO
+            assert nbd.read(MiB, 4 * KiB) == pattern(49, 0, 4 * KiB)
+            for offset, data in lost.items():
+                nbd.write(offset, data)
+            nbd.flush()
+            wait_until("nothing is lost any more", lambda: "LOG_DATA_LOST" not in codes(farm))
+            assert all(nbd.read(offset, len(data)) == data for offset, data in lost.items())
+        farm.stop()
+    finally:
+        fs.close()
+        folder.rmdir()
+
+
+def test_a_log_that_is_moved_away_in_use_is_carried_and_begins_anew(farms: MakeFarm) -> None:
+    farm = farms(spec()).start()
+    serving(farm)
+    data = pattern(47, 0, 64 * KiB)
+    with farm.open("root") as nbd:
+        nbd.write(0, data)
+        assert log_of(farm)["dirty_bytes"] == 64 * KiB
+        [path] = (farm.folder / "logs").iterdir()
+        moved = path.rename(farm.folder / "moved")
+        wait_until("it is told", lambda: "LOG_FAILED" in codes(farm))
+        nbd.write(64 * KiB, data)
+        wait_until("all of it is in the storage", lambda: farm.vvol("vm1/root")["log"] is None)
+        assert nbd.read(0, 128 * KiB) == data * 2
+        wait_until("it begins anew in its place", path.exists, 30)
+        serving(farm)
+        nbd.write(128 * KiB, data)
+        assert log_of(farm)["dirty_bytes"] == 64 * KiB and codes(farm) == []
+        nbd.flush()
+        assert nbd.read(0, 192 * KiB) == data * 3
+    events = farm.events()
+    assert "log_failed" in events and "log_lost" not in events
+    moved.unlink()
 
 
 def test_over_a_mirror_it_outlives_its_filter_and_a_leg(farms: MakeFarm) -> None:
