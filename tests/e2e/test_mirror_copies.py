@@ -78,7 +78,7 @@ def test_a_whole_copy_tells_how_it_gets_on_and_goes_on_after_a_kill(farms: MakeF
 
 def test_reads_come_from_the_leg_that_the_policy_names(farms: MakeFarm, peers: list[Peer]) -> None:
     """A slow leg and a quick one; the policy changes while it is served."""
-    peers.append(nbdkit(64 * MiB, "--filter=delay", "rdelay=10ms").start())
+    peers.append(nbdkit(64 * MiB, "--filter=delay", "rdelay=40ms").start())
     spec = mirrored(remote(peers[0]), local("one"), read="primary")
     farm = farms(spec).start()
 

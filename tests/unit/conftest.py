@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,3 +18,13 @@ def tools(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("tools")
     generators.build(out)
     return out
+
+
+@pytest.fixture
+def memory() -> Iterator[Path]:
+    """A folder in memory, for registries: they sync every change, of which most of a test's time was made."""
+    folder = Path(tempfile.mkdtemp(dir="/dev/shm", prefix="nv"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

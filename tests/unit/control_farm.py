@@ -103,7 +103,7 @@ class TestFarm:
         """Tasks that are not over."""
         return await self.control.registry.run(tasks.live_jobs)
 
-    async def until(self, check: Any, timeout_s: float = 5.0) -> None:
+    async def until(self, check: Any, timeout_s: float = 20.0) -> None:
         """Wait until `await check()` is true."""
         async with asyncio.timeout(timeout_s):
             while not await check():
@@ -123,9 +123,9 @@ class TestFarm:
 
 
 @pytest.fixture(name="farm")
-async def running_farm(tmp_path: Path) -> AsyncIterator[TestFarm]:
+async def running_farm(memory: Path) -> AsyncIterator[TestFarm]:
     """A farm whose control has started, with nothing applied."""
-    it = TestFarm(tmp_path / "state")
+    it = TestFarm(memory / "state")
     await it.start()
     yield it
     await it.end()

@@ -86,7 +86,7 @@ class Reports:
         self.lines.append(f"notice {event} {subject}")
 
 
-async def until(true: Callable[[], Any], limit_s: float = 5.0) -> None:
+async def until(true: Callable[[], Any], limit_s: float = 20.0) -> None:
     """Wait for a condition; fail when it does not come true in time."""
     async with asyncio.timeout(limit_s):
         while not true():

@@ -67,7 +67,7 @@ class Client(Transmission):
 
     end: Future[ConnectionEnd]
 
-    def ended(self, timeout_s: float = 10) -> ConnectionEnd:
+    def ended(self, timeout_s: float = 20) -> ConnectionEnd:
         """Wait for the plane's word that the connection is over."""
         return self.end.result(timeout_s)
 
@@ -92,7 +92,7 @@ class Rig:
 
         return self.wait(run())
 
-    def wait(self, coroutine: Coroutine[Any, Any, T], timeout_s: float = 20) -> T:
+    def wait(self, coroutine: Coroutine[Any, Any, T], timeout_s: float = 40) -> T:
         """Run a coroutine in the plane's loop to its end."""
         return self.start(coroutine).result(timeout_s)
 
@@ -139,7 +139,7 @@ class Rig:
 
     def connect(
         self, volume: int, size: int = 1 << 20, style: Style = "simple", *, early: bytes = b"", tflags: int = ALL_FLAGS,
-        timeout_s: float = 10, pair: Pair = socket.socketpair, **params: Any,
+        timeout_s: float = 20, pair: Pair = socket.socketpair, **params: Any,
     ) -> Client:  # fmt: skip
         """A client in the transmission phase of `volume`."""
         structured = style != "simple"
@@ -170,7 +170,7 @@ class Rig:
         return self.call(self.plane.volume_stats, volume)
 
 
-def eventually(what: str, check: Callable[[], object], timeout_s: float = 10) -> None:
+def eventually(what: str, check: Callable[[], object], timeout_s: float = 30) -> None:
     """Wait until `check` holds."""
     end = time.monotonic() + timeout_s
     while not check():

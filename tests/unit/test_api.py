@@ -74,13 +74,9 @@ class Api:
 
 
 @pytest.fixture
-async def api() -> AsyncIterator[Api]:
-    folder = Path(tempfile.mkdtemp(dir="/tmp", prefix="nv"))
-    try:
-        async with Api(folder, TestFarm(folder / "state")) as it:
-            yield it
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+async def api(memory: Path) -> AsyncIterator[Api]:
+    async with Api(memory, TestFarm(memory / "state")) as it:
+        yield it
 
 
 def _error(answer: httpx.Response) -> dict[str, Any]:

@@ -191,9 +191,9 @@ class Storm:
 
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("seed", SEEDS)
-async def test_storm(tmp_path: Path, seed: int) -> None:
+async def test_storm(memory: Path, seed: int) -> None:
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50))
-    farm = TestFarm(tmp_path / "state")
+    farm = TestFarm(memory / "state")
     farm.disks.bytes["/fake/s"] = bytearray(b"old!" * (6 << 18))
     farm.disks.bytes["/fake/s"][: 1 << 20] = bytes(1 << 20)
     await farm.start()

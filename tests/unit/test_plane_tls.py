@@ -214,7 +214,7 @@ def test_silent_client_is_cut_in_time(rig: Rig, server: TlsContext) -> None:
     peer = Peer(rig, server, timeout_ms=300)
     start = time.monotonic()
     failure(rig, peer)
-    assert 0.2 < time.monotonic() - start < 2
+    assert 0.2 < time.monotonic() - start < 8
     assert peer.raw.recv(1) == b""
 
 

@@ -145,7 +145,7 @@ def test_t25_client_that_never_reads(shared: SharedFarm, unharmed: Bystander, le
         begun = time.monotonic()
         other.write(60 * MiB, b"progress")
         other.flush()
-        assert time.monotonic() - begun < 3
+        assert time.monotonic() - begun < 8
     stop.set()
     nbd.stream.sock.shutdown(2)
     nbd.stream.close()

@@ -411,7 +411,7 @@ def test_h28_very_many_queries(shared: SharedFarm, haggle: Haggle) -> None:
     fitting = ["a:"] * ((OPTION_BYTES_LIMIT - 12) // 6)
     begun = time.monotonic()
     assert haggle.meta(w.OPT_SET_META_CONTEXT, "root", fitting) == {}
-    assert time.monotonic() - begun < 2
+    assert time.monotonic() - begun < SILENCE_LIMIT_S - 2
     still_good(haggle)
     with Haggle(shared.socket()) as other:
         other.begin().structured()
@@ -435,7 +435,7 @@ def test_many_silent_clients_do_not_lock_others_out(shared: SharedFarm) -> None:
         begun = time.monotonic()
         with shared.open("root") as nbd:
             nbd.read(0, 4096)
-        assert time.monotonic() - begun < 3
+        assert time.monotonic() - begun < SILENCE_LIMIT_S - 2
     finally:
         for stream in silent:
             stream.close()
@@ -455,7 +455,7 @@ def test_a_flood_on_one_vms_socket_is_no_other_vms_trouble(shared: SharedFarm) -
         with shared.open("root", vm="vm2") as nbd, shared.open("root") as other:
             nbd.write(0, b"calm")
             assert nbd.read(0, 4) == b"calm" and len(other.read(0, 4096)) == 4096
-        assert time.monotonic() - begun < 3
+        assert time.monotonic() - begun < SILENCE_LIMIT_S - 2
     finally:
         for stream in flood:
             stream.close()
