@@ -4,6 +4,7 @@ BIN := .venv/bin
 SEEDS ?= 1..1000
 SECONDS_EACH ?= 60
 KILLS ?= 1000
+WHOLE = -n 2 --dist loadfile
 SEED ?= 1
 C_FILES = $(shell find native -name '*.c' | sort)
 .PHONY: run test lint setup native sim storm fuzz perf clean
@@ -12,9 +13,9 @@ run:                ## a farm from configs/quickstart.yaml, in the foreground
 	@scripts/setup run
 	@exec $(BIN)/nbdvvol up -f configs/quickstart.yaml
 
-test:               ## the whole test suite
+test:               ## the whole test suite, in two workers; or some of it, in one: make test ARGS="tests/unit -k cache"
 	@scripts/setup run test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(or $(ARGS),$(WHOLE))
 
 lint:               ## ruff, mypy, import-linter, and a C compile with warnings as errors
 	@scripts/setup lint

@@ -8,12 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import Scheduling
 
+from tests.lib.beside import TwoEnds
 from tests.lib.bystander import Bystander
 from tests.lib.farm import ACTIVE, Farm
 from tests.lib.pki import make_pki
 from tests.lib.procs import short_dir
 from tests.lib.shared import SharedFarm
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Scheduling | None:
+    """How files are dealt out to several workers."""
+    return TwoEnds(config, log) if config.getoption("dist") == "loadfile" else None
 
 
 @pytest.hookimpl(hookwrapper=True)
