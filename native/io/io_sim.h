@@ -79,6 +79,7 @@ void nv_sim_crash(int file, bool cache_survives, struct sim_random *random, uint
 
 /* A connected socket pair: the returned descriptor is the server's end, and names the client's in the calls below. */
 int nv_sim_socket(void);
+void nv_sim_socket_room(int socket, size_t bytes); /* how much of it each direction holds, before anything is sent */
 size_t nv_sim_client_send(int socket, const void *bytes, size_t size); /* bytes taken; 0: full or closed */
 size_t nv_sim_client_recv(int socket, void *out, size_t capacity);
 bool nv_sim_client_ended(int socket);    /* the server is gone and everything it sent was received */

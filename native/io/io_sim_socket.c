@@ -24,6 +24,19 @@ int nv_sim_socket(void)
     return sim_add_handle((struct handle){.kind = HANDLE_SOCKET, .socket = socket, .owner = true});
 }
 
+void nv_sim_socket_room(int number, size_t bytes)
+{
+    struct sim_socket *socket = sim_handle_of(number, HANDLE_SOCKET)->socket;
+
+    for (int i = 0; i < 2; i++) {
+        struct pipe_queue *queue = i ? &socket->to_client : &socket->to_server;
+        assert(queue->size == 0 && bytes > 0);
+        queue->capacity = bytes;
+        queue->bytes = realloc(queue->bytes, bytes);
+        assert(queue->bytes);
+    }
+}
+
 void sim_socket_free(struct sim_socket *socket)
 {
     free(socket->to_server.bytes);

@@ -7,7 +7,8 @@
  *
  * A request costs its bytes and NV_SHARE_REQUEST. A volume may take on a request while its budget is positive, whatever
  * the request costs; what it overdrew is missing in the turns after. Within a volume connections take turns: those that
- * found the budget spent are first in the next turn, before those that spent it.
+ * found the budget spent are first in the next turn, before those that spent it, and both before what arrives in it
+ * (resume_postponed() in reactor.c).
  */
 #include "nbd/pace.h"
 

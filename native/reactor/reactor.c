@@ -81,13 +81,31 @@ void nv_reactor_postpone(struct nv_reactor *reactor, struct nv_conn *conn, bool 
     reactor->postponed_tail[served] = &conn->postpone_next;
 }
 
+/*
+ * To the head of the kicked, in order: those that were not served first. A connection that was kicked meanwhile, by an answer
+ * of its own that has gone, stands where the order puts it, or it would be the first in every turn.
+ */
 static void resume_postponed(struct nv_reactor *reactor)
 {
-    for (unsigned i = 0; i < 2; i++) {
-        for (struct nv_conn *conn = reactor->postponed[i]; conn; conn = conn->postpone_next) {
+    struct nv_conn **link = &reactor->kicked, *conn;
+
+    while ((conn = *link))
+        if (conn->postponed)
+            *link = conn->kick_next;
+        else
+            link = &conn->kick_next;
+    reactor->kicked_tail = link;
+    for (unsigned i = 2; i-- > 0;) {
+        if (!reactor->postponed[i])
+            continue;
+        for (conn = reactor->postponed[i]; conn; conn = conn->postpone_next) {
             conn->postponed = false;
-            nv_reactor_kick(reactor, conn);
+            conn->kicked = true;
+            conn->kick_next = conn->postpone_next ? conn->postpone_next : reactor->kicked;
+            if (!conn->kick_next)
+                reactor->kicked_tail = &conn->kick_next;
         }
+        reactor->kicked = reactor->postponed[i];
         reactor->postponed[i] = NULL;
         reactor->postponed_tail[i] = &reactor->postponed[i];
     }
@@ -341,8 +359,10 @@ bool nv_reactor_turn(struct nv_reactor *reactor)
     bool any = false;
 
     reactor->turn++;
-    if (reactor->postponed[0] || reactor->postponed[1])
+    if (reactor->postponed[0] || reactor->postponed[1]) {
         resume_postponed(reactor);
+        any = run_kicked(reactor) > 0; /* before what has come meanwhile: they have waited longer */
+    }
     for (unsigned round = 0; round < NV_TURN_ROUNDS; round++) {
         unsigned count = nv_io_run(reactor->io) + run_inbox(reactor) + run_kicked(reactor);
         feed_starving(reactor);

@@ -205,12 +205,32 @@ static void busy_turn(void)
     world_move();
 }
 
-static void share(const uint32_t *shares, uint32_t count, const uint32_t *clients, uint32_t block)
+static void note_served(uint64_t *volumes, uint64_t *clients)
 {
-    uint64_t before[WORLD_VOLUMES], served = 0;
+    for (uint32_t i = 0; i < world.volume_count; i++)
+        volumes[i] = world.volumes[i].served;
+    for (uint32_t i = 0; i < WORLD_CLIENTS; i++)
+        clients[i] = world.clients[i] ? world.clients[i]->answers : 0;
+}
+
+/* What the connection of a volume that got least was given, of an equal part. */
+static double least_of_connections(uint32_t volume, uint32_t count, const uint64_t *before, uint64_t served)
+{
+    uint64_t least = UINT64_MAX;
+
+    for (uint32_t i = 0; i < WORLD_CLIENTS; i++)
+        if (world.clients[i] && world.clients[i]->volume == volume && world.clients[i]->answers - before[i] < least)
+            least = world.clients[i]->answers - before[i];
+    return (double)least * count / (double)served;
+}
+
+static void share(const uint32_t *shares, uint32_t count, const uint32_t *clients, uint32_t block, bool memory)
+{
+    uint64_t before[WORLD_VOLUMES], answers_before[WORLD_CLIENTS], served = 0;
     uint32_t weights = 0;
 
-    world_begin(2, 1); /* an even seed: not in memory, where a small socket lets one reply go a turn */
+    world_begin(2 + memory, 1);
+    world.room = QOS_DEPTH_MAX * (block + 64u); /* a small one would let one reply go a turn */
     for (uint32_t i = 0; i < count; i++) {
         const nv_qos_limits limits = {.shares = shares[i], .burst_us = NV_QOS_BURST_MIN_US};
         world_add_volume(&limits, block);
@@ -221,25 +241,28 @@ static void share(const uint32_t *shares, uint32_t count, const uint32_t *client
     world.filling = true;
     for (uint32_t i = 0; i < TURNS; i++) {
         if (i == TURNS / 10)
-            for (uint32_t j = 0; j < count; j++)
-                before[j] = world.volumes[j].served;
+            note_served(before, answers_before);
         busy_turn();
     }
     for (uint32_t i = 0; i < count; i++)
         served += world.volumes[i].served - before[i];
     for (uint32_t i = 0; i < count; i++)
-        printf("shares %u of %u block %u connections %u: %.4f\n", shares[i], weights, block, clients[i],
-               (double)(world.volumes[i].served - before[i]) * weights / ((double)served * shares[i]));
+        printf("shares %u of %u block %u%s connections %u: %.4f, each of them at least %.4f\n", shares[i], weights, block,
+               memory ? " in memory" : "", clients[i],
+               (double)(world.volumes[i].served - before[i]) * weights / ((double)served * shares[i]),
+               least_of_connections(i, clients[i], answers_before, world.volumes[i].served - before[i]));
     world_end();
 }
 
 static void share_all(void)
 {
-    share((uint32_t[]){300, 100}, 2, (uint32_t[]){3, 3}, 4096);
-    share((uint32_t[]){300, 100}, 2, (uint32_t[]){3, 3}, 65536);
-    share((uint32_t[]){100, 100}, 2, (uint32_t[]){2, 6}, 4096);
-    share((uint32_t[]){1000, 10, 100}, 3, (uint32_t[]){3, 3, 2}, 4096);
-    share((uint32_t[]){100, 100, 100, 700}, 4, (uint32_t[]){1, 2, 2, 3}, 4096);
+    for (unsigned memory = 0; memory < 2; memory++) {
+        share((uint32_t[]){300, 100}, 2, (uint32_t[]){3, 3}, 4096, memory);
+        share((uint32_t[]){300, 100}, 2, (uint32_t[]){3, 3}, 65536, memory);
+        share((uint32_t[]){100, 100}, 2, (uint32_t[]){2, 6}, 4096, memory);
+        share((uint32_t[]){1000, 10, 100}, 3, (uint32_t[]){3, 3, 2}, 4096, memory);
+        share((uint32_t[]){100, 100, 100, 700}, 4, (uint32_t[]){1, 2, 2, 3}, 4096, memory);
+    }
 }
 
 int main(int argc, char **argv)

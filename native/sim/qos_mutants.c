@@ -9,6 +9,7 @@
  *   5  nobody waits longer than half the time              nv_qos_reserve
  *   6  a timer is never replaced by an earlier one         nv_io_cancel
  *   7  a busy reactor's parts are not kept to              nv_share_spent
+ *   8  who was served goes first again                     nv_reactor_postpone
  */
 #include "io/io.h"
 #include "limits.h"
@@ -27,6 +28,8 @@ void __real_nv_io_cancel(struct nv_io *io, struct nv_op *op);
 void __wrap_nv_io_cancel(struct nv_io *io, struct nv_op *op);
 bool __real_nv_share_spent(struct nv_conn *conn);
 bool __wrap_nv_share_spent(struct nv_conn *conn);
+void __real_nv_reactor_postpone(struct nv_reactor *reactor, struct nv_conn *conn, bool served);
+void __wrap_nv_reactor_postpone(struct nv_reactor *reactor, struct nv_conn *conn, bool served);
 
 static bool paces(const struct nv_op *op)
 {
@@ -69,4 +72,9 @@ void __wrap_nv_io_cancel(struct nv_io *io, struct nv_op *op)
 bool __wrap_nv_share_spent(struct nv_conn *conn)
 {
     return !mutant(7) && __real_nv_share_spent(conn);
+}
+
+void __wrap_nv_reactor_postpone(struct nv_reactor *reactor, struct nv_conn *conn, bool served)
+{
+    __real_nv_reactor_postpone(reactor, conn, served != mutant(8));
 }

@@ -96,6 +96,8 @@ struct qos_client *world_add_client(uint32_t index, uint32_t depth, enum qos_mix
     if (slot == WORLD_CLIENTS)
         return NULL;
     client = world.clients[slot] = qos_client_create(nv_sim_socket(), index, depth, volume->bytes_max);
+    if (world.room)
+        nv_sim_socket_room(client->socket, world.room);
     client->mix = mix;
     client->volume_bytes = WORLD_VOLUME_BYTES;
     if (nv_connection_open(world.plane, client->socket, volume->number, &params, NULL, 0, slot, &client->number) != 0)

@@ -35,6 +35,7 @@ struct world {
     uint64_t busy_ns;
     uint64_t answers;
     bool filling;               /* clients make new requests */
+    size_t room;                /* of each new client's socket; 0: as it is drawn */
     bool strict;                /* answers are judged by how long they took */
 };
 

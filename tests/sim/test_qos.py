@@ -24,7 +24,8 @@ MUTANTS = {
     6: "a timer is never replaced by an earlier one",
 }
 SHARES_IGNORED = 7
-LINE = re.compile(r"(.*): (\d+\.\d+)")
+SERVED_FIRST = 8
+LINE = re.compile(r"(.*): (\d+\.\d+)(?:, each of them at least (\d+\.\d+))?")
 
 
 def nvqos(binary: Path, *arguments: str, mutant: int = 0) -> subprocess.CompletedProcess[str]:
@@ -61,20 +62,34 @@ def test_limits_hold_over_ten_seconds(folder: Path) -> None:
 
 
 @pytest.mark.timeout(600)
+def connections(text: str) -> list[float]:
+    """What the connection that got least was given, as a part of an equal one, of each line's volume."""
+    found = [LINE.fullmatch(line) for line in text.splitlines()]
+    return [float(match[3]) for match in found if match]
+
+
 def test_a_busy_reactor_is_divided_by_shares(folder: Path) -> None:
     """Also between volumes of one and of six connections. A volume with few connections sometimes has nothing that
-    has arrived yet, and leaves that part to the others."""
+    has arrived yet, and leaves that part to the others. Within a volume connections get equal parts."""
     run = nvqos(folder / "nvqos", "--shares")
     assert run.returncode == 0, run.stderr
     found = ratios(run.stdout)
-    assert len(found) == 2 + 2 + 2 + 3 + 4
+    assert len(found) == 2 * (2 + 2 + 2 + 3 + 4)
     assert all(0.95 <= ratio <= 1.05 for ratio in found), run.stdout
+    assert all(0.95 <= ratio <= 1.01 for ratio in connections(run.stdout)), run.stdout
 
 
 def test_the_shares_are_what_divides_it(folder: Path) -> None:
     run = nvqos(folder / "nvqos_mutants", "--shares", mutant=SHARES_IGNORED)
     assert run.returncode == 0, run.stderr
     assert any(not 0.95 <= ratio <= 1.05 for ratio in ratios(run.stdout)), run.stdout
+
+
+def test_who_was_not_served_goes_first_in_the_next_turn(folder: Path) -> None:
+    run = nvqos(folder / "nvqos_mutants", "--shares", mutant=SERVED_FIRST)
+    assert run.returncode == 0, run.stderr
+    assert all(0.95 <= ratio <= 1.05 for ratio in ratios(run.stdout)), run.stdout
+    assert any(ratio < 0.9 for ratio in connections(run.stdout)), run.stdout
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda number: MUTANTS[number].replace(" ", "-"))
