@@ -3,6 +3,9 @@
  * one that has troubles, hurried and not, ended by a power cut after which that leg may be missing, and for every power cut
  * every choice of what was not durable yet. The farm is small and has no other troubles; the judge is the one of the seeds.
  *
+ * And every short life whose last leg in sync loses what it has not written down: the other leg is gone, then at most five
+ * operations of five, some of which are syncs that fail, then that leg comes back, is copied to, and intents are cleared.
+ *
  * The choices of one sequence are found by running it: each power cut asks for a number a sector, the script answers 0
  * where it has no other answer yet, and counts up from its end, like an odometer, until every answer was given.
  */
@@ -14,13 +17,14 @@
 #include "sim/answer.h"
 #include "sim/mirror_world.h"
 
-#define LETTERS "abcdefghijkl"
-#define OPERATIONS 12u
-#define LONGEST 3u
+#define LETTERS "abcdefghijklmn"
+#define LONGEST 5u
 #define CHOICES 64u
 #define HURRY 3u                    /* moves that an operation gets before the next, in a hurried run */
 #define IDLE 4u                     /* times that only the clock moved: after that nothing happens by itself for long */
 #define PATIENCE 3000u
+#define IDLE_MS 2000u               /* of intents where syncs are to fail: no operation waits so long */
+#define MOMENT_NS 5000000u
 
 enum operation {
     WRITE,                          /* a */
@@ -35,6 +39,19 @@ enum operation {
     CONTROL,                        /* j: the links to control are cut, or come back */
     REBIND,                         /* k: to the other host, while this one still runs */
     TIME,                           /* l: a second passes */
+    FLUSH_LOST,                     /* m: every sync fails, and loses what it should have saved */
+    CLEAR,                          /* n: the operator clears the faults */
+};
+
+struct family {
+    const char *letters;
+    uint32_t longest;
+    bool alone;                     /* the leg that fails is gone from the beginning, and back in the end */
+};
+
+static const struct family families[EXHAUSTIVE_FAMILIES] = {
+    [EXHAUSTIVE_LIVES] = {"abcdefghijkl", 3, false},
+    [EXHAUSTIVE_SYNCS] = {"aelmn", 5, true},
 };
 
 struct run {
@@ -43,6 +60,7 @@ struct run {
     uint32_t victim;                /* the leg that fails */
     bool missing;                   /* ... and is not there after the last power cut */
     bool hurried;
+    bool alone;                     /* of a family that is */
     uint8_t choices[CHOICES], bounds[CHOICES];
     uint32_t length, at;            /* of the choices */
 };
@@ -69,6 +87,12 @@ static void name_run(const struct run *run)
     under_way[used] = 0;
 }
 
+/* A life without such an operation is of the first family. */
+static bool loses(uint8_t operation)
+{
+    return operation == FLUSH_LOST;
+}
+
 static bool parse_run(const char *name, struct run *out)
 {
     const char *dot = strchr(name, '.');
@@ -81,6 +105,7 @@ static bool parse_run(const char *name, struct run *out)
         if (!letter)
             return false;
         out->operations[i] = (uint8_t)(letter - LETTERS);
+        out->alone |= loses(out->operations[i]);
     }
     out->victim = dot[1] == '1';
     out->missing = dot[2] == '1';
@@ -192,7 +217,23 @@ static void pass_time(struct world *world)
     const uint64_t until_ns = nv_sim_clock_ns() + 1000000000u;
 
     while (nv_sim_clock_ns() < until_ns)
-        world_move(world);
+        if (!world_move(world))
+            nv_sim_jump(MOMENT_NS); /* perhaps nobody waits for the clock */
+}
+
+static void set_sync_errors(struct world *world, uint16_t chance)
+{
+    world->farm.sync_errors = chance;
+    world_tell_troubles(world);
+}
+
+/* While syncs fail; then they succeed again. */
+static void flush_in_vain(struct world *world, const struct run *run)
+{
+    set_sync_errors(world, 1024);
+    ask(world, COMMAND_FLUSH, 0, 0, 0);
+    go_on(world, run);
+    set_sync_errors(world, 0);
 }
 
 static void operate(struct world *world, const struct run *run, enum operation operation)
@@ -236,6 +277,13 @@ static void operate(struct world *world, const struct run *run, enum operation o
     case TIME:
         pass_time(world);
         break;
+    case FLUSH_LOST:
+        flush_in_vain(world, run);
+        break;
+    case CLEAR:
+        if (world_serving(world))
+            host_clear_faults(world_serving(world));
+        break;
     }
     go_on(world, run);
 }
@@ -271,20 +319,36 @@ static void end(struct world *world, const struct run *run)
     world_stop(world, host);
 }
 
+/* Behind the operations of a life with one leg: all that may be lost is to be written down, or to be there once more. */
+static void end_alone(struct world *world, const struct run *run)
+{
+    host_clear_faults(world_serving(world));
+    return_leg(world, run);
+    for (uint32_t i = 0; i < 2u * IDLE_MS / 1000u; i++)
+        pass_time(world);
+}
+
 static struct mirror_figures live(struct run *run, bool trace)
 {
     struct world *world = world_create();
     struct mirror_figures figures;
+    const struct run calm = {.victim = run->victim};
 
     name_run(run);
     run->at = 0;
     farm_plain(&world->farm);
+    if (run->alone)
+        world->farm.policy.intent_idle_ms = IDLE_MS;
     world->farm.pick = pick;
     world->farm.pick_context = run;
     world_begin(world, trace);
     bind_and_wait(world, &world->hosts[0]);
+    if (run->alone)
+        operate(world, &calm, LEG_FAILS);
     for (world->step = 0; world->step < run->count; world->step++)
         operate(world, run, run->operations[world->step]);
+    if (run->alone)
+        end_alone(world, &calm);
     end(world, run);
     figures = world_figures(world);
     world_destroy(world);
@@ -326,11 +390,21 @@ static uint64_t run_choices(struct run run, struct mirror_figures *figures)
 /* Which leg fails matters if one does. */
 static bool has_victim(const struct run *run)
 {
-    bool has = run->missing;
+    bool has = run->missing || run->alone;
 
     for (uint32_t i = 0; i < run->count; i++)
         has |= run->operations[i] == LEG_FAILS;
     return has;
+}
+
+/* A life in which a sync fails, and something was written before. */
+static bool is_of_syncs(const struct run *run)
+{
+    bool any = false;
+
+    for (uint32_t i = 0; i < run->count; i++)
+        any |= loses(run->operations[i]);
+    return any && run->operations[0] == WRITE;
 }
 
 static uint64_t run_sequence(struct run run, struct mirror_figures *figures)
@@ -347,17 +421,27 @@ static uint64_t run_sequence(struct run run, struct mirror_figures *figures)
     return runs;
 }
 
-uint64_t exhaustive_run(uint32_t part, uint32_t parts, struct mirror_figures *figures, uint64_t *sequences_run)
+static struct run numbered(const struct family *family, uint32_t count, uint32_t number)
 {
+    const uint32_t letters = (uint32_t)strlen(family->letters);
+    struct run run = {.count = count, .alone = family->alone};
+
+    for (uint32_t i = 0; i < count; i++, number /= letters)
+        run.operations[i] = (uint8_t)(strchr(LETTERS, family->letters[number % letters]) - LETTERS);
+    return run;
+}
+
+uint64_t exhaustive_run(enum exhaustive_family which, uint32_t part, uint32_t parts, struct mirror_figures *figures,
+                        uint64_t *sequences_run)
+{
+    const struct family *family = &families[which];
     uint64_t runs = 0, number = 0;
 
     *sequences_run = 0;
-    for (uint32_t count = 0, sequences = 1; count <= LONGEST; count++, sequences *= OPERATIONS)
+    for (uint32_t count = 0, sequences = 1; count <= family->longest; count++, sequences *= (uint32_t)strlen(family->letters))
         for (uint32_t sequence = 0; sequence < sequences; sequence++) {
-            struct run run = {.count = count};
-            for (uint32_t i = 0, left = sequence; i < count; i++, left /= OPERATIONS)
-                run.operations[i] = (uint8_t)(left % OPERATIONS);
-            if (number++ % parts != part)
+            struct run run = numbered(family, count, sequence);
+            if ((family->alone && !is_of_syncs(&run)) || number++ % parts != part)
                 continue;
             runs += run_sequence(run, figures);
             ++*sequences_run;

@@ -16,8 +16,14 @@ struct mirror_figures {
 
 /* One seed; steps 0: as the seed has it. A violation ends the process. */
 struct mirror_figures mirror_run(uint64_t seed, uint32_t steps, bool trace);
-/* Every sequence of operations whose number leaves `part` when divided by `parts`; their count. */
-uint64_t exhaustive_run(uint32_t part, uint32_t parts, struct mirror_figures *figures, uint64_t *sequences_run);
+enum exhaustive_family {
+    EXHAUSTIVE_LIVES,               /* whatever may happen to two legs */
+    EXHAUSTIVE_SYNCS,               /* syncs of the last leg in sync fail */
+    EXHAUSTIVE_FAMILIES
+};
+/* Every sequence of operations of a family whose number leaves `part` when divided by `parts`; runs of them. */
+uint64_t exhaustive_run(enum exhaustive_family family, uint32_t part, uint32_t parts, struct mirror_figures *figures,
+                        uint64_t *sequences_run);
 /* One run again, as a violation names it; false: it is not the name of one. */
 bool exhaustive_replay(const char *name, bool trace);
 /* How to say which run it is: empty if no exhaustive one is under way. */

@@ -27,8 +27,10 @@
  *  22  a FLUSH leaves out what the filter's life before wrote past the log    nv_log_open
  *  23  a log that failed counts as void without a word on disk                nv_log_make_void
  *  24  a log goes out with what it holds                                      nv_logged_may_leave
+ *  25  what the last leg's second failed sync loses is not written once more  nv_intent_suspect
  */
 #include <errno.h>
+#include <stddef.h>
 #include <string.h>
 
 #include "backend/nbd.h"
@@ -74,6 +76,8 @@ void __real_nv_log_open(struct nv_log *log);
 void __wrap_nv_log_open(struct nv_log *log);
 int __real_nv_logged_may_leave(const struct nv_logged *logged);
 int __wrap_nv_logged_may_leave(const struct nv_logged *logged);
+void __real_nv_intent_suspect(struct nv_intent *intent, uint64_t offset, uint64_t length);
+void __wrap_nv_intent_suspect(struct nv_intent *intent, uint64_t offset, uint64_t length);
 void __real_nv_log_make_void(struct nv_log *log);
 void __wrap_nv_log_make_void(struct nv_log *log);
 enum nv_cache_fill __real_nv_cache_fill(struct nv_cache *cache, const struct nv_cache_spot *spot, uint64_t since,
@@ -269,6 +273,14 @@ void __wrap_nv_logged_fence(struct nv_logged *logged)
 bool __wrap_nv_mirror_orders_by(struct nv_mirror *mirror, struct nv_range_table *table)
 {
     return mutant(21) || __real_nv_mirror_orders_by(mirror, table);
+}
+
+void __wrap_nv_intent_suspect(struct nv_intent *intent, uint64_t offset, uint64_t length)
+{
+    const struct nv_mirror *mirror = (struct nv_mirror *)((char *)intent - offsetof(struct nv_mirror, intent));
+
+    if (!mutant(25) || !mirror->suspected)
+        __real_nv_intent_suspect(intent, offset, length);
 }
 
 void __wrap_nv_log_open(struct nv_log *log)

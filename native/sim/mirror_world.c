@@ -205,7 +205,10 @@ static bool all_in_sync(const struct world *world)
     return true;
 }
 
-/* Every leg is in sync by the registry's word and the plane's, and nothing is left to clear. */
+/*
+ * Every leg is in sync by the registry's word and the plane's, and nothing is left to clear, nor under way: what was asked
+ * of a leg before its troubles ended may yet take too long, and then that leg is given up, rightly.
+ */
 bool world_at_rest(struct world *world, struct host *host)
 {
     nv_mirror_status status;
@@ -214,7 +217,7 @@ bool world_at_rest(struct world *world, struct host *host)
         nv_volume_mirror(host->plane, host->volume, &status) != 0)
         return false;
     for (uint32_t i = 0; i < status.leg_count; i++)
-        if (status.legs[i].state != NV_LANE_IN_SYNC)
+        if (status.legs[i].state != NV_LANE_IN_SYNC || host_leg_has_late(host, i))
             return false;
     return status.intents == 0 && status.flags == 0 && status.leg_count == world->farm.leg_count && host_log_rests(host);
 }

@@ -43,7 +43,7 @@ void world_heal(struct world *world, bool all);
 void world_calm(struct world *world);
 
 bool world_answered(const struct host *host);
-/* Every leg is in sync by the registry's word and the plane's, and nothing is left to clear. */
+/* Every leg is in sync by the registry's word and the plane's, and nothing is left to clear, nor under way. */
 bool world_at_rest(struct world *world, struct host *host);
 /* Everything that can move moves once; if nothing can (false), the clock does. */
 bool world_move(struct world *world);

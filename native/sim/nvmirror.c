@@ -4,6 +4,7 @@
  *
  * usage: nvmirror --seeds A..B [--steps N] [--trace] [--follow CELL]
  *        nvmirror --exhaustive PART/PARTS          every short sequence of operations; part 0/1 is all of them
+ *        nvmirror --lost-syncs PART/PARTS          ... in which syncs of the last leg in sync fail
  *        nvmirror --run NAME [--trace]             one of those again, by the name that a violation gives
  */
 #include <stdio.h>
@@ -62,12 +63,12 @@ static int run_seeds(unsigned long long first, unsigned long long last, bool tra
     return 0;
 }
 
-static int run_exhaustive(unsigned part, unsigned parts)
+static int run_exhaustive(enum exhaustive_family family, unsigned part, unsigned parts)
 {
     struct mirror_figures sum = {0};
     uint64_t sequences;
 
-    printf("%llu runs, ", (unsigned long long)exhaustive_run(part, parts, &sum, &sequences));
+    printf("%llu runs, ", (unsigned long long)exhaustive_run(family, part, parts, &sum, &sequences));
     tell(&sum);
     printf("%llu sequences of operations\n", (unsigned long long)sequences);
     return 0;
@@ -75,8 +76,8 @@ static int run_exhaustive(unsigned part, unsigned parts)
 
 static int usage(void)
 {
-    fprintf(stderr, "usage: %s --seeds A..B [--steps N] [--trace] [--follow CELL] | --exhaustive PART/PARTS | --run NAME\n",
-            where.program);
+    fprintf(stderr, "usage: %s --seeds A..B [--steps N] [--trace] [--follow CELL] | --exhaustive PART/PARTS |"
+            " --lost-syncs PART/PARTS | --run NAME [--trace]\n", where.program);
     return 2;
 }
 
@@ -84,6 +85,7 @@ int main(int argc, char **argv)
 {
     unsigned long long first = 0, last = 0;
     unsigned part = 0, parts = 0;
+    enum exhaustive_family family = EXHAUSTIVE_LIVES;
     const char *name = NULL;
     bool trace = false, seeds = false;
 
@@ -93,6 +95,8 @@ int main(int argc, char **argv)
         if (!strcmp(argv[i], "--seeds") && i + 1 < argc)
             seeds = sscanf(argv[++i], "%llu..%llu", &first, &last) == 2 && first <= last;
         else if (!strcmp(argv[i], "--exhaustive") && i + 1 < argc)
+            (void)sscanf(argv[++i], "%u/%u", &part, &parts);
+        else if (!strcmp(argv[i], "--lost-syncs") && i + 1 < argc && (family = EXHAUSTIVE_SYNCS))
             (void)sscanf(argv[++i], "%u/%u", &part, &parts);
         else if (!strcmp(argv[i], "--run") && i + 1 < argc)
             name = argv[++i];
@@ -108,6 +112,6 @@ int main(int argc, char **argv)
     if (seeds)
         return run_seeds(first, last, trace);
     if (part < parts)
-        return run_exhaustive(part, parts);
+        return run_exhaustive(family, part, parts);
     return name && exhaustive_replay(name, trace) ? 0 : usage();
 }

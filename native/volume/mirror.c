@@ -166,20 +166,20 @@ bool nv_mirror_fault(struct nv_mirror *mirror, uint32_t lane, int error)
  * The last in-sync leg has lost something that reads may still see. Nobody else has it all: it is written once more, so
  * that legs which are copied from it later do not have what it has lost.
  */
-static void suspect(struct nv_mirror *mirror, const struct nv_mio *mio)
+static void suspect(struct nv_mirror *mirror, uint32_t lane, const struct nv_mio *mio)
 {
-    const struct nv_map_leg *leg = nv_mirror_map(mirror)->by_lane[__builtin_ctz(mirror->in_sync)];
     uint64_t count;
 
-    (void)leg_faults(leg, &count);
-    if (!mirror->suspected || count != mirror->suspected_faults) { /* one more loses what has been rewritten, too */
+    (void)leg_faults(nv_mirror_map(mirror)->by_lane[lane], &count);
+    if (!mirror->suspected || count != mirror->lanes[lane].faults) { /* one more loses what has been rewritten, too */
         nv_intent_suspect(&mirror->intent, 0, nv_mirror_map(mirror)->size);
         nv_copier_suspect(mirror);
     } else if (mio->request && mio->length > 0) {
         nv_intent_suspect(&mirror->intent, mio->offset, mio->length);
     }
     mirror->suspected = true;
-    mirror->suspected_faults = count;
+    mirror->lanes[lane].faults = count;
+    mirror->sole_faults++;
 }
 
 /* True: it may count. */
@@ -194,9 +194,7 @@ static bool has_kept_all(struct nv_mio *mio, uint32_t lane)
     }
     if (nv_mirror_fault(mirror, lane, -EIO))
         return false;
-    suspect(mirror, mio);
-    mirror->sole_faults++;
-    nv_lane_counts_faults(mirror, lane, nv_mirror_map(mirror)->by_lane[lane]);
+    suspect(mirror, lane, mio);
     return true;
 }
 

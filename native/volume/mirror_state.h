@@ -194,7 +194,6 @@ struct nv_mirror {
     bool attaching;                 /* nothing runs yet */
     bool expired;                   /* frozen for too long: EIO */
     uint64_t sole_faults;           /* failed syncs of the last in-sync leg */
-    uint64_t suspected_faults;      /* of that leg, when what they may have lost was marked */
     bool suspected;                 /* the last in-sync leg's sync has failed, and what it may have lost is marked */
     bool fenced, broken;            /* for good: EIO; broken: the last in-sync leg did not attach */
     bool closing, end_wanted, ended;

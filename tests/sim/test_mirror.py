@@ -49,10 +49,15 @@ MUTANTS = {
     22: "a FLUSH leaves out what the filter's life before wrote past the log",
     23: "a log that failed counts as void without a word on disk",
     24: "a log goes out with what it holds",
+    25: "what the last leg's second failed sync loses is not written once more",
 }
+LOST_SYNCS = {25}
+"""Mutants that every short life with failed syncs is to find, not seeds."""
 MET = 20
 """So often at least each trouble is met, and each way out taken, in the budget of seeds."""
 TALLY = re.compile(r"^ *(\d+) +[\d.]+ a thousand: (.+)$", re.MULTILINE)
+LOSING = sum(5 ** (length - 1) - 4 ** (length - 1) for length in range(1, 6))
+"""Sequences of at most 5 of 5 operations that begin with a write and have a flush in vain."""
 SEQUENCES = re.compile(r"^(\d+) sequences of operations$", re.MULTILINE)
 Hunts = dict[int, Future[subprocess.CompletedProcess[str]]]
 FIGURES = re.compile(r"(\d+) (?:seeds|runs), (\d+) answers judged, (\d+) crash points, (\d+) changes")
@@ -114,6 +119,12 @@ def test_every_short_life(folder: Path) -> None:
     assert answers > lives
 
 
+def test_every_short_life_in_which_the_last_leg_in_sync_loses_what_it_has_not_written_down(folder: Path) -> None:
+    run = nvmirror(folder / "nvmirror", "--lost-syncs", "0/1")
+    assert figures(run)[0] >= 8 * LOSING, "either leg stays, the other is missing in the end or there, hurried or not"
+    assert int(SEQUENCES.findall(run.stdout)[0]) == LOSING
+
+
 def test_a_seed_is_the_same_run_every_time(folder: Path) -> None:
     """Also when other seeds ran before it in the same process, at other addresses."""
     alone = nvmirror(folder / "nvmirror", "--seeds", "40..40", "--trace").stdout.split("1 seeds, ")[0]
@@ -125,6 +136,8 @@ def test_a_seed_is_the_same_run_every_time(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def hunts(request: pytest.FixtureRequest, folder: Path) -> Iterator[Hunts]:
     def hunt(mutant: int) -> subprocess.CompletedProcess[str]:
+        if mutant in LOST_SYNCS:
+            return nvmirror(folder / "nvmirror_mutants", "--lost-syncs", "0/1", mutant=mutant)
         first = FIRST_SEED.get(mutant, 1)
         seeds = f"{first}..{first + MUTANT_SEEDS - 1}"
         return nvmirror(folder / "nvmirror_mutants", "--seeds", seeds, mutant=mutant)
