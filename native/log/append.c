@@ -5,6 +5,7 @@
  * A record costs the device and us nearly as much with one block as with eight. So beside others that are under way one
  * begins only when it is as large as all of them together, or large by itself; until then it gathers.
  */
+#include <errno.h>
 #include <string.h>
 
 #include "log/state.h"
@@ -133,6 +134,19 @@ enum nv_log_added nv_log_add(struct nv_log *log, struct nv_log_request *request,
 
 /* ---- completion ---- */
 
+/* A read has found meanwhile that some of it cannot be had from the log: it is not durable. */
+static bool is_lost(const struct nv_log *log, const struct nv_log_request *request)
+{
+    const uint64_t first = request->offset / NV_LOG_UNIT;
+    bool lost = false;
+
+    for (uint64_t i = 0; log->lost_blocks > 0 && i < nv_log_units(request->length); i++) {
+        const uint64_t number = nv_log_newest(log, first + i);
+        lost |= number != NV_LOG_NONE && nv_log_version(log, number)->bad && nv_log_version(log, number)->state != NV_LOG_SETTLED;
+    }
+    return lost;
+}
+
 static void fua_done(struct nv_log_sync_wait *wait, int error)
 {
     struct nv_log_request *request = nv_log_who_waits(wait);
@@ -141,7 +155,7 @@ static void fua_done(struct nv_log_sync_wait *wait, int error)
     if (error)
         nv_log_hold(log, request);
     else
-        nv_log_finish(log, request, 0);
+        nv_log_finish(log, request, is_lost(log, request) ? -EIO : 0);
 }
 
 static void acknowledge(struct nv_log *log, struct nv_log_group *group)

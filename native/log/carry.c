@@ -32,6 +32,11 @@ static uint8_t *take_memory(struct nv_log *log)
     return NULL;
 }
 
+void nv_log_memory_kept(struct nv_log *log, const uint8_t *data)
+{
+    ++*users_of(log, data);
+}
+
 void nv_log_memory_back(struct nv_log *log, const uint8_t *data)
 {
     uint16_t *users = users_of(log, data);
@@ -75,8 +80,6 @@ static void written(struct nv_log_below *io)
 {
     struct nv_log_run *run = (struct nv_log_run *)((char *)io - offsetof(struct nv_log_run, below));
 
-    if (io->kept)
-        ++*users_of(run->log, io->data);
     if (io->error) {
         run->log->destager.failed = true;
         for (uint32_t i = 0; i < run->writing; i++)
@@ -245,6 +248,18 @@ static void give_up(struct nv_log *log)
     for (; destager->next < destager->count; destager->next++) {
         struct nv_log_version *version = nv_log_version(log, destager->batch[destager->next].number);
         if (version->state == NV_LOG_CARRIED)
+            version->state = NV_LOG_LIVE;
+    }
+}
+
+void nv_log_carry_newest(struct nv_log *log)
+{
+    const struct nv_log_destager *destager = &log->destager;
+
+    for (uint32_t i = destager->next; i < destager->count; i++) {
+        const struct nv_log_pick *pick = &destager->batch[i];
+        struct nv_log_version *version = nv_log_version(log, pick->number);
+        if (version->state == NV_LOG_CARRIED && nv_log_newest(log, pick->block) != pick->number)
             version->state = NV_LOG_LIVE;
     }
 }

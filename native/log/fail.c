@@ -4,6 +4,9 @@
  * records were on their way, writes over covered blocks and FLUSH are held until the log is void: were they answered
  * before, a crash would bring back what is in the log over what they had been promised. Then they go below.
  *
+ * From then on a block is carried in its newest version alone: the tombstone of a bypass that is held now may reach the
+ * device yet, and then recovery knows none of the versions that were before it; what is below has to be as new as they were.
+ *
  * If not even that superblock can be written, control's word is needed (NV_LOG_NEEDS_WORD): it commits that this log is
  * never replayed, and nv_log_forget() says so.
  *
@@ -58,6 +61,7 @@ void nv_log_fail(struct nv_log *log, int error)
         return;
     log->state = NV_LOG_FAILED;
     log->destager.retry_ns = 0;
+    nv_log_carry_newest(log);
     for (struct nv_log_group *group = log->flight; group; group = group->next)
         hold_all(log, &group->requests);
     if (log->building) {

@@ -29,18 +29,28 @@ uint64_t nv_log_newest(const struct nv_log *log, uint64_t block)
     return slot->block ? slot->number : NV_LOG_NONE;
 }
 
+/* It is quicker to look up each of so many blocks than to look at each version that there is. */
+static bool are_few(const struct nv_log *log, uint64_t blocks)
+{
+    return blocks <= log->version_head - log->version_tail;
+}
+
 bool nv_log_covered(const struct nv_log *log, uint64_t first, uint64_t blocks)
 {
-    if (blocks > log->indexed) {
-        for (uint64_t at = 0; at <= log->index_mask; at++)
-            if (log->index[at].block && log->index[at].block - 1 - first < blocks)
-                return true;
+    bool covered = false;
+
+    if (log->indexed == 0)
         return false;
+    if (are_few(log, blocks)) {
+        for (uint64_t i = 0; i < blocks && !covered; i++)
+            covered = slot_of(log, first + i)->block != 0;
+        return covered;
     }
-    for (uint64_t i = 0; i < blocks; i++)
-        if (slot_of(log, first + i)->block)
-            return true;
-    return false;
+    for (uint64_t number = log->version_tail; number < log->version_head && !covered; number++) {
+        const uint64_t block = nv_log_version(log, number)->block;
+        covered = block - first < blocks && slot_of(log, block)->block != 0;
+    }
+    return covered;
 }
 
 static void forget(struct nv_log *log, struct nv_log_slot *slot)
@@ -186,7 +196,7 @@ static void drop_block(struct nv_log *log, struct nv_log_slot *slot)
 
 void nv_log_drop(struct nv_log *log, uint64_t first, uint64_t blocks)
 {
-    if (blocks <= log->indexed) {
+    if (are_few(log, blocks)) {
         for (uint64_t i = 0; i < blocks; i++) {
             struct nv_log_slot *slot = slot_of(log, first + i);
             if (slot->block)

@@ -451,5 +451,8 @@ const char *nv_log_check(const struct nv_log *log)
     if (log->tail > log->synced || log->synced > log->completed || log->completed > log->head ||
         (log->head - log->tail > log->ring && log->state != NV_LOG_CLOSED))
         return "positions are out of order";
+    for (uint32_t i = 0; i < NV_LOG_BOUNCES && log->thirsty.first; i++)
+        if (!log->bounces[i].used)
+            return "a read waits for memory, and some is free";
     return NULL;
 }

@@ -33,7 +33,6 @@ struct nv_log_below {
     uint8_t kind;                   /* enum nv_log_kind */
     uint8_t flags;                  /* NV_LOG_FUA */
     bool ours;                      /* the log's own: destaging */
-    bool kept;                      /* set before it is done: `data` of ours is still used, until nv_log_memory_back() */
     int error;                      /* 0 or -errno */
     uint64_t offset, length;        /* bytes */
     uint8_t *data;
@@ -149,7 +148,8 @@ void nv_log_stop(struct nv_log *log);
 bool nv_log_stuck(const struct nv_log *log);
 /* Stop, and answer what waits so with -ESHUTDOWN, now and later. */
 void nv_log_shut(struct nv_log *log);
-/* What `data` of an I/O of ours points to is not used any more; said once for each that was `kept`. */
+/* What `data` of an I/O of ours points to is used past its end, until nv_log_memory_back(): said before it is done. */
+void nv_log_memory_kept(struct nv_log *log, const uint8_t *data);
 void nv_log_memory_back(struct nv_log *log, const uint8_t *data);
 /* The VVol has at least so many bytes; until now it had a multiple of 4096. */
 void nv_log_grow(struct nv_log *log, uint64_t size);

@@ -97,7 +97,13 @@ static void synced(struct nv_op *op)
 
 /* ---- what is there ---- */
 
-static bool recover(struct nv_log *log)
+/* A record behind its end says that the VVol has been larger. */
+static bool lies_inside(const struct nv_log *log, const struct nv_log_entry *entry)
+{
+    return entry->block + entry->blocks <= nv_log_units(log->config.size);
+}
+
+static enum nv_log_verdict recover(struct nv_log *log)
 {
     const struct nv_log_scan *scan = &log->scan;
     uint32_t unit = (uint32_t)(scan->at % log->ring / NV_LOG_UNIT) + 1;
@@ -111,14 +117,16 @@ static bool recover(struct nv_log *log)
             nv_log_drop(log, entry.block, entry.blocks);
             continue;
         }
+        if (!lies_inside(log, &entry))
+            return log->config.claim.dirty ? NV_LOG_REGISTRY_OLD : NV_LOG_UNKNOWN_DATA;
         if (log->version_head - log->version_tail + entry.blocks > log->version_mask)
-            return false;
+            return NV_LOG_TOO_MANY;
         nv_log_put(log, &entry, unit);
         unit += entry.kind == NV_LOG_DATA;
     }
     log->last_head = scan->head;
     log->found.records++;
-    return true;
+    return NV_LOG_USABLE;
 }
 
 /* The last life ended before it had logged anything: its BEGIN makes room for ours, so that lives do not fill the ring. */
@@ -205,6 +213,7 @@ static void read_window(struct nv_log *log, uint64_t offset)
 
 static void scan_on(struct nv_log *log)
 {
+    enum nv_log_verdict verdict;
     uint64_t offset, length;
 
     while (nv_log_scan_wants(&log->scan, &offset, &length)) {
@@ -213,8 +222,8 @@ static void scan_on(struct nv_log *log)
             return;
         }
         if (nv_log_scan_take(&log->scan, log->destager.run_memory + (offset - log->window)) == NV_LOG_SCAN_RECORD &&
-            !recover(log)) {
-            refuse(log, NV_LOG_TOO_MANY, 0);
+            (verdict = recover(log)) != NV_LOG_USABLE) {
+            refuse(log, verdict, 0);
             return;
         }
     }

@@ -103,11 +103,28 @@ static void copy(struct nv_log_bounce *bounce)
     }
 }
 
+static struct nv_log_bounce *free_bounce(struct nv_log *log)
+{
+    for (uint32_t i = 0; i < NV_LOG_BOUNCES; i++)
+        if (!log->bounces[i].used)
+            return &log->bounces[i];
+    return NULL;
+}
+
+/* What one of them waits for may be elsewhere by now, so that it takes no memory: then it is the next one's. */
+static void serve_thirsty(struct nv_log *log)
+{
+    struct nv_log_request *request;
+
+    while (free_bounce(log) && (request = nv_log_pop(&log->thirsty)))
+        nv_log_read(log, request);
+}
+
 static void bounce_done(struct nv_op *op)
 {
     struct nv_log_bounce *bounce = (struct nv_log_bounce *)((char *)op - offsetof(struct nv_log_bounce, op));
     struct nv_log *log = bounce->log;
-    struct nv_log_request *request = bounce->request, *next;
+    struct nv_log_request *request = bounce->request;
     bool fine = true;
 
     if (nv_log_goes_on(log, op))
@@ -118,17 +135,7 @@ static void bounce_done(struct nv_op *op)
     request->alone = !fine;
     bounce->used = false;
     nv_log_read(log, request);
-    next = nv_log_pop(&log->thirsty);
-    if (next)
-        nv_log_read(log, next);
-}
-
-static struct nv_log_bounce *free_bounce(struct nv_log *log)
-{
-    for (uint32_t i = 0; i < NV_LOG_BOUNCES; i++)
-        if (!log->bounces[i].used)
-            return &log->bounces[i];
-    return NULL;
+    serve_thirsty(log);
 }
 
 static void read_log(struct nv_log *log, struct nv_log_request *request, uint64_t number)

@@ -321,6 +321,8 @@ void nv_log_rest(struct nv_log *log, bool moved);
 
 /* ---- carry.c: blocks on their way below ---- */
 void nv_log_carry_on(struct nv_log *log);
+/* The log has failed: what is not on its way yet is carried in its newest version, or not now. */
+void nv_log_carry_newest(struct nv_log *log);
 /* Is a destage write of one of these blocks under way? */
 bool nv_log_carrying(const struct nv_log *log, uint64_t first, uint64_t blocks);
 

@@ -23,6 +23,9 @@
  *  19  ... and in one that is drained                             nv_log_paced
  *  20  no rate counts                                             nv_log_paced
  *  21  only a record has a deadline: a sync that hangs is waited for  nv_log_watch
+ *  22  memory of what was carried that storage still uses is free at once  nv_log_memory_kept, nv_log_memory_back
+ *  23  of those that wait for memory to read into one is woken at a time  nv_log_pop
+ *  24  when the log has failed, older versions are carried as well   nv_log_carry_newest
  */
 #include <errno.h>
 
@@ -63,8 +66,19 @@ void __real_nv_log_move_tail(struct nv_log *log);
 void __wrap_nv_log_move_tail(struct nv_log *log);
 bool __real_nv_log_paced(const struct nv_log *log);
 bool __wrap_nv_log_paced(const struct nv_log *log);
+void __real_nv_log_memory_kept(struct nv_log *log, const uint8_t *data);
+void __wrap_nv_log_memory_kept(struct nv_log *log, const uint8_t *data);
+void __real_nv_log_memory_back(struct nv_log *log, const uint8_t *data);
+void __wrap_nv_log_memory_back(struct nv_log *log, const uint8_t *data);
+struct nv_log_request *__real_nv_log_pop(struct nv_log_list *list);
+struct nv_log_request *__wrap_nv_log_pop(struct nv_log_list *list);
 void __real_nv_log_watch(struct nv_log *log);
 void __wrap_nv_log_watch(struct nv_log *log);
+
+void __real_nv_log_carry_newest(struct nv_log *log);
+void __wrap_nv_log_carry_newest(struct nv_log *log);
+
+static const struct nv_log *watched;
 
 bool __wrap_nv_log_sync(struct nv_log *log, struct nv_log_sync_wait *wait)
 {
@@ -198,8 +212,37 @@ void __wrap_nv_log_watch(struct nv_log *log)
 {
     const uint64_t deadline_ns = log->config.deadline_ms * 1000000ull;
 
+    watched = log;
     if (!mutant(21))
         __real_nv_log_watch(log);
     else if (log->flight && deadline_ns && nv_io_now_ns(log->config.io) - log->flight->since_ns > deadline_ns)
         nv_log_fail(log, -ETIMEDOUT);
+}
+
+void __wrap_nv_log_memory_kept(struct nv_log *log, const uint8_t *data)
+{
+    if (!mutant(22))
+        __real_nv_log_memory_kept(log, data);
+}
+
+void __wrap_nv_log_memory_back(struct nv_log *log, const uint8_t *data)
+{
+    if (!mutant(22))
+        __real_nv_log_memory_back(log, data);
+}
+
+struct nv_log_request *__wrap_nv_log_pop(struct nv_log_list *list)
+{
+    static bool again;
+
+    if (!mutant(23) || !watched || list != &watched->thirsty)
+        return __real_nv_log_pop(list);
+    again = !again;
+    return again ? __real_nv_log_pop(list) : NULL;
+}
+
+void __wrap_nv_log_carry_newest(struct nv_log *log)
+{
+    if (!mutant(24))
+        __real_nv_log_carry_newest(log);
 }

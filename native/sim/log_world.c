@@ -1,12 +1,13 @@
 /*
  * See log_world.h. Range order is kept here, as a volume keeps it: while a change of a block is under way no other change of
- * it is begun. What is below is one disk with a cache; a sync of it that fails latches, as everywhere in the data plane.
+ * it is begun. What is below is in log_leg.c.
  */
 #include "sim/log_world.h"
 
 #include <assert.h>
 #include <errno.h>
 #include <inttypes.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -15,6 +16,8 @@
 
 #define PATIENCE 200000u
 #define TURN_NS 1000000u
+
+struct world *world_of_io;
 
 static uint64_t below(struct world *world, uint64_t bound)
 {
@@ -33,81 +36,6 @@ static void say(const struct world *world, const char *what, const struct world_
     if (world->plan.trace)
         printf("%6" PRIu64 " %s %s%s %" PRIu64 "+%" PRIu64 " -> %d\n", world->step, what, kinds[request->log.kind],
                request->log.flags & NV_LOG_FUA ? "/FUA" : "", request->first, request->blocks, request->log.error);
-}
-
-/* ---- below the log: one disk ---- */
-
-static void io_over(struct world_io *io, int error)
-{
-    struct nv_log_below *asked = io->below;
-
-    io->used = false;
-    asked->error = error;
-    asked->done(asked);
-}
-
-static struct world *world_of_io;
-
-static void sync_leg(struct world *world, struct world_io *io);
-
-static void io_done(struct nv_op *op)
-{
-    struct world_io *io = (struct world_io *)((char *)op - offsetof(struct world_io, op));
-    struct world *world = world_of_io;
-    const bool transfer = op->kind == NV_OP_READ || op->kind == NV_OP_WRITE;
-    const bool changes = io->below->kind != NV_LOG_READ && io->below->kind != NV_LOG_FLUSH;
-
-    if (world->plan.trace)
-        printf("%6" PRIu64 " below done kind %u%s %" PRIu64 "+%" PRIu64 " -> %" PRId64 "\n", world->step, io->below->kind,
-               io->below->ours ? "*" : "", io->below->offset / MODEL_BLOCK, io->below->length / MODEL_BLOCK, op->result);
-    if (transfer && op->result > 0 && (uint64_t)op->result < io->iov.iov_len) {
-        io->iov.iov_base = (uint8_t *)io->iov.iov_base + op->result;
-        io->iov.iov_len -= (uint64_t)op->result;
-        op->offset += (uint64_t)op->result;
-        nv_io_submit(world->io, op);
-        return;
-    }
-    if (changes)
-        world->leg_written++;
-    if (op->kind == NV_OP_SYNC || ((op->flags & NV_OP_DSYNC) && op->result < 0)) {
-        if (op->result < 0 && !world->forgiven)
-            world->leg_fault = -EIO;
-        io_over(io, op->result < 0 || world->leg_fault ? -EIO : 0);
-    } else if (op->result < 0 || (transfer && op->result == 0)) {
-        io_over(io, op->result < 0 ? (int)op->result : -EIO);
-    } else if (changes && (io->below->flags & NV_LOG_FUA) && op->kind != NV_OP_WRITE) {
-        sync_leg(world, io);
-    } else {
-        io_over(io, (op->flags & NV_OP_DSYNC) && world->leg_fault ? -EIO : 0);
-    }
-}
-
-static void sync_leg(struct world *world, struct world_io *io)
-{
-    io->op = (struct nv_op){.kind = NV_OP_SYNC, .handle = world->leg_handle, .done = io_done};
-    nv_io_submit(world->io, &io->op);
-}
-
-static void start_below(void *context, struct nv_log_below *asked)
-{
-    static const uint8_t kinds[] = {
-        [NV_LOG_READ] = NV_OP_READ, [NV_LOG_WRITE] = NV_OP_WRITE, [NV_LOG_ZEROES] = NV_OP_ZERO, [NV_LOG_TRIM] = NV_OP_PUNCH,
-        [NV_LOG_FLUSH] = NV_OP_SYNC,
-    };
-    struct world *world = context;
-    struct world_io *io = NULL;
-
-    for (uint32_t i = 0; i < WORLD_IOS && !io; i++)
-        io = world->ios[i].used ? NULL : &world->ios[i];
-    assert(io && (asked->kind == NV_LOG_FLUSH || asked->offset + asked->length <= world->vvol_size));
-    io->used = true;
-    io->below = asked;
-    io->iov = (struct iovec){asked->data, asked->length};
-    io->op = (struct nv_op){.kind = kinds[asked->kind], .handle = world->leg_handle, .offset = asked->offset,
-                            .length = asked->length, .iov = &io->iov, .iov_count = 1, .done = io_done};
-    if (asked->kind == NV_LOG_WRITE && (asked->flags & NV_LOG_FUA))
-        io->op.flags = NV_OP_DSYNC;
-    nv_io_submit(world->io, &io->op);
 }
 
 static void heard(void *context, enum nv_log_event event, int64_t value)
@@ -182,7 +110,7 @@ static void request_done(struct nv_log_request *log)
 
 static struct world_request *free_request(struct world *world)
 {
-    for (uint32_t i = 0; i < WORLD_REQUESTS; i++)
+    for (uint32_t i = 0; i < world->places; i++)
         if (!world->requests[i].used)
             return &world->requests[i];
     return NULL;
@@ -237,7 +165,11 @@ static void ask_by_chance(struct world *world)
         blocks = 3;
     if (blocks > world->model.blocks - first)
         blocks = world->model.blocks - first;
-    if (what < 520 || (world->plan.pure && what >= 780 && what < 900))
+    if (world->plan.crowded && chance(world, 700))
+        ask(world, NV_LOG_READ, 0, first, blocks);
+    else if (world->plan.crowded && chance(world, 512)) /* what is read after it need not be */
+        ask(world, NV_LOG_ZEROES, 0, first, blocks);
+    else if (what < 520 || (world->plan.pure && what >= 780 && what < 900))
         ask(world, NV_LOG_WRITE, flags, first, blocks);
     else if (what < 780)
         ask(world, NV_LOG_READ, 0, first, blocks);
@@ -254,6 +186,7 @@ static void ask_by_chance(struct world *world)
 static void run_once(struct world *world)
 {
     nv_io_run(world->io);
+    world_take_landed(world);
     nv_log_pump(world->log);
     nv_io_enter(world->io);
 }
@@ -299,6 +232,8 @@ static void end_trouble(struct world *world)
     struct nv_sim_trouble *log = nv_sim_trouble(world->log_file), *leg = nv_sim_trouble(world->leg_file);
 
     *log = *leg = (struct nv_sim_trouble){.hung = false};
+    if (world->plan.crowded)
+        twin_heal(&world->twin);
     nv_sim_set_faults(&(struct nv_sim_faults){.atom = 512});
 }
 
@@ -307,6 +242,10 @@ static void one_step(struct world *world)
     const uint64_t what = below(world, 1000);
 
     world->step++;
+    if (world->plan.crowded)
+        twin_step(&world->twin);
+    if (world->plan.crowded && chance(world, 4))
+        nv_sim_trouble(world->log_file)->hung = chance(world, 512);
     if (what < 300 && world->outstanding < world->plan.depth && !world->plan.script)
         ask_by_chance(world);
     else if (what < 650)
@@ -325,7 +264,7 @@ static void one_step(struct world *world)
         end_trouble(world);
     else
         control(world);
-    if (world->step % 64 == 0) {
+    if (world->step % (world->plan.crowded ? 8 : 64) == 0) {
         const char *wrong = nv_log_check(world->log);
         if (wrong)
             nv_sim_violation("%s", wrong);
@@ -338,6 +277,7 @@ static void settle_once(struct world *world)
     const bool moved = nv_sim_step();
 
     nv_io_run(world->io);
+    world_take_landed(world);
     nv_log_tick(world->log);
     nv_io_enter(world->io);
     if (!moved && !nv_sim_advance())
@@ -367,7 +307,7 @@ static bool all_answered(const struct world *world)
 
 static bool is_idle(const struct world *world)
 {
-    bool busy = !nv_log_idle(world->log);
+    bool busy = !nv_log_idle(world->log) || world->landed || (world->plan.crowded && !twin_rests(&world->twin));
 
     for (uint32_t i = 0; i < WORLD_IOS; i++)
         busy |= world->ios[i].used;
@@ -397,12 +337,19 @@ static void begin_world(struct world *world)
     world->forgiven = false;
     world->opened = world->drained = world->needs_word = world->calm = world->allowed = world->troubled = false;
     memset(world->ios, 0, sizeof world->ios);
-    memset(world->requests, 0, sizeof world->requests);
+    world->places = world->plan.crowded ? WORLD_CROWD : WORLD_REQUESTS;
+    memset(world->requests, 0, world->places * sizeof world->requests[0]);
+    world->landed = NULL;
+    world->landed_last = &world->landed;
+    world->sync_waits = NULL;
+    world->leg_syncs = false;
     memset(world->busy, 0, sizeof world->busy);
     world->outstanding = 0;
     world_of_io = world;
     if (nv_io_create(&(struct nv_io_config){.cpu = -1}, &world->io, &(struct nv_io_features){false}) != 0)
         abort();
+    if (world->plan.crowded)
+        twin_begin(&world->twin, world->io, world->plan.seed, world->leg_size);
 }
 
 static void open_log(struct world *world, bool discard)
@@ -411,7 +358,7 @@ static void open_log(struct world *world, bool discard)
         .io = world->io, .handle = world->log_handle, .size = world->vvol_size, .bypass_bytes = world->plan.bypass,
         .stream_bytes = world->plan.stream, .age_ms = world->plan.age_ms, .deadline_ms = world->plan.deadline_ms,
         .rate = world->plan.rate, .runs = world->plan.seed % 4 ? NV_LOG_RUNS_CALM : NV_LOG_RUNS, .context = world,
-        .below = start_below, .event = heard, .discard = discard,
+        .below = world_below, .event = heard, .discard = discard,
         .claim = {.epoch = ++world->epoch, .generation = 1, .length = world->log_size, .dirty = world->dirty},
     };
 
@@ -445,6 +392,8 @@ static void end_world(struct world *world)
 {
     nv_io_close(world->log_handle);
     nv_io_close(world->leg_handle);
+    if (world->plan.crowded)
+        twin_end(&world->twin);
     nv_io_destroy(world->io);
     nv_sim_end();
 }
@@ -610,7 +559,8 @@ static void live(struct world *world)
 
 void world_run(struct world *world, const struct world_plan *plan)
 {
-    memset(world, 0, sizeof *world);
+    memset(world, 0, offsetof(struct world, requests)); /* the rest begins with each life */
+    memset(&world->busy, 0, sizeof *world - offsetof(struct world, busy));
     world->plan = *plan;
     world->random.state = plan->seed * 0x9e3779b97f4a7c15ull + 1;
     world->log_size = NV_LOG_RING + plan->ring;

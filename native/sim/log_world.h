@@ -8,10 +8,12 @@
 
 #include "log/log.h"
 #include "sim/log_model.h"
+#include "sim/log_twin.h"
 #include "sim/random.h"
 
 #define WORLD_REQUESTS 24u
-#define WORLD_IOS 64u
+#define WORLD_CROWD 96u             /* requests at once in a world that is crowded: more reads than the log has memory for */
+#define WORLD_IOS (WORLD_CROWD + NV_LOG_RUNS + 1u)
 #define WORLD_RING_MAX (1u << 20)
 
 struct world_plan {
@@ -22,6 +24,7 @@ struct world_plan {
     uint16_t log_trouble;           /* chance in 1024 of a life: its log device fails in some way */
     uint16_t leg_trouble;
     bool pure;                      /* nothing goes past the log, nothing fails: prefixes are judged */
+    bool crowded;                   /* many reads at once, and what is below has a twin that keeps memory */
     int64_t crash_at;               /* the step of the first life at which it crashes; -1: by chance */
     const char *script;             /* what is asked for, instead of chance; NULL: chance */
     bool trace;
@@ -40,6 +43,8 @@ struct world_io {                   /* I/O below */
     struct nv_op op;
     struct iovec iov;
     struct nv_log_below *below;
+    struct twin_write *twin;        /* or NULL */
+    struct world_io *next;          /* of those that wait for a sync to end */
     uint64_t moved;
     bool used;
 };
@@ -52,7 +57,12 @@ struct world {
     struct nv_log *log;
     int log_file, leg_file;
     nv_handle log_handle, leg_handle;
-    struct world_request requests[WORLD_REQUESTS];
+    struct world_request requests[WORLD_CROWD];
+    uint32_t places;                /* of them */
+    struct twin twin;
+    bool leg_syncs;                 /* there, one sync at a time: who comes later waits */
+    struct world_io *sync_waits;
+    struct nv_log_below *landed, **landed_last; /* a crowded world answers what is below once a turn, as a volume does */
     struct world_io ios[WORLD_IOS];
     bool busy[MODEL_BLOCKS];        /* a change of the block is under way: range order */
     uint32_t outstanding;
@@ -74,6 +84,11 @@ struct world {
 
 /* All lives of a plan; ends the process at a violation. */
 void world_run(struct world *world, const struct world_plan *plan);
+
+/* log_leg.c: I/O below the log, and its answers, where they come once a turn; of the world that runs. */
+extern struct world *world_of_io;
+void world_below(void *context, struct nv_log_below *asked);
+void world_take_landed(struct world *world);
 
 /* log_pace.c: a log whose destaging has a rate; ends the process at a violation. */
 void pace_run(uint64_t seed);

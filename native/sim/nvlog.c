@@ -4,6 +4,7 @@
  * usage: nvlog --seeds A..B [--trace]       lives at random: crashes, torn writes, faults of the log's device and below
  *        nvlog --every SEED                 one life, cut off at each of its steps
  *        nvlog --exhaustive LENGTH          every short sequence of requests, cut off at many of its steps
+ *        nvlog --crowd A..B [--trace]       the same with many requests at once over storage that keeps memory for long
  *        nvlog --pace A..B                  a rate of destaging, in simulated time
  */
 #include <inttypes.h>
@@ -23,7 +24,8 @@ static void tell(void)
 {
     fprintf(stderr, "  seed %" PRIu64 ", life %" PRIu64 ", step %" PRIu64 ", crash at %" PRId64 "%s%s\n", plan.seed, world.life,
             world.step, plan.crash_at, plan.script ? ", script " : "", plan.script ? plan.script : "");
-    fprintf(stderr, "  again: nvlog --seeds %" PRIu64 "..%" PRIu64 " --trace\n", plan.seed, plan.seed);
+    fprintf(stderr, "  again: nvlog %s %" PRIu64 "..%" PRIu64 " --trace\n", plan.crowded ? "--crowd" : "--seeds", plan.seed,
+            plan.seed);
 }
 
 /* What a seed means. */
@@ -53,13 +55,37 @@ static struct world_plan by_chance(uint64_t seed)
     return made;
 }
 
-static int seeds(uint64_t first, uint64_t last, bool trace)
+/*
+ * More reads than the log has memory for; or a log whose device hangs past its deadline again and again, with much that goes
+ * past it.
+ */
+static void crowd(struct world_plan *made)
+{
+    made->crowded = true;
+    made->depth = WORLD_REQUESTS + (uint32_t)(made->seed % (WORLD_CROWD - WORLD_REQUESTS)) + 1;
+    made->ring = NV_LOG_RING_MIN;
+    made->blocks = MODEL_BLOCKS;
+    if (made->seed % 3)
+        return;
+    made->pure = false;
+    made->blocks = 16;
+    made->steps = 500;
+    made->lives = 4;
+    made->bypass = 2u * MODEL_BLOCK;
+    made->deadline_ms = 5;
+    made->log_trouble = 900;
+    made->rate = 64u << 10; /* so that a batch has not all begun when the log fails */
+}
+
+static int seeds(uint64_t first, uint64_t last, bool crowded, bool trace)
 {
     uint64_t done = 0, crashes = 0;
 
     for (uint64_t seed = first; seed <= last; seed++) {
         plan = by_chance(seed);
         plan.trace = trace;
+        if (crowded)
+            crowd(&plan);
         world_run(&world, &plan);
         done += world.done;
         crashes += world.crashes;
@@ -124,13 +150,15 @@ int main(int argc, char **argv)
 
     nv_sim_on_violation = tell;
     if (argc >= 3 && strcmp(argv[1], "--seeds") == 0 && sscanf(argv[2], "%" SCNu64 "..%" SCNu64, &first, &last) == 2)
-        return seeds(first, last, argc > 3 && strcmp(argv[3], "--trace") == 0);
+        return seeds(first, last, false, argc > 3 && strcmp(argv[3], "--trace") == 0);
+    if (argc >= 3 && strcmp(argv[1], "--crowd") == 0 && sscanf(argv[2], "%" SCNu64 "..%" SCNu64, &first, &last) == 2)
+        return seeds(first, last, true, argc > 3 && strcmp(argv[3], "--trace") == 0);
     if (argc == 3 && strcmp(argv[1], "--every") == 0)
         return every(strtoull(argv[2], NULL, 10));
     if (argc == 3 && strcmp(argv[1], "--exhaustive") == 0 && strtoul(argv[2], NULL, 10) <= 8)
         return exhaustive((uint32_t)strtoul(argv[2], NULL, 10));
     if (argc == 3 && strcmp(argv[1], "--pace") == 0 && sscanf(argv[2], "%" SCNu64 "..%" SCNu64, &first, &last) == 2)
         return pace(first, last);
-    fputs("usage: nvlog --seeds A..B [--trace] | --every SEED | --exhaustive LENGTH | --pace A..B\n", stderr);
+    fputs("usage: nvlog --seeds A..B [--trace] | --every SEED | --exhaustive LENGTH | --crowd A..B | --pace A..B\n", stderr);
     return 2;
 }

@@ -2,7 +2,7 @@
  * What a volume's log hands below (logged.h): requests of its own to the map or the mirror, on the owner, and what becomes
  * of their memory when a mirror keeps it past their end, because a leg that it has given up may still use it.
  *
- * Whose memory that is: a destage write's is the log's, which is told (nv_log_below.kept) and leaves it alone until it comes
+ * Whose memory that is: a destage write's is the log's, which is told (nv_log_memory_kept) and leaves it alone until it comes
  * back; a merged block's is the slot's, which goes on with another block; all other is the client's, whose request is kept
  * as if the mirror had done it (nbd/session.h: nv_request_keep). A read of which a late operation may still write into the
  * memory was finished in other memory (`rescue`); its bytes are brought where nothing late can reach them.
@@ -181,7 +181,7 @@ static void keep(struct nv_logged_below *below)
     below->logged->kept++;
     below->ours = io->ours;
     if (io->ours) {
-        io->kept = true;
+        nv_log_memory_kept(below->logged->log, below->data); /* before the late ones may give it back */
         return;
     }
     if (in_block(slot, below->data))

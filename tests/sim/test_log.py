@@ -31,6 +31,14 @@ def test_random_lives_keep_every_promise(folder: Path, first: int, last: int) ->
     assert int(words[4]) > 1000, "crashes"
 
 
+def test_many_requests_at_once_over_storage_that_keeps_memory(folder: Path) -> None:
+    """More reads than the log has memory for, and a leg that hangs while it has what was carried."""
+    result = run(folder / "nvlog", "--crowd", "1..500")
+    assert result.returncode == 0, result.stderr
+    result = run(folder / "nvlog_sanitized", "--crowd", "1..15")
+    assert result.returncode == 0, result.stderr
+
+
 def test_the_same_with_sanitizers(folder: Path) -> None:
     result = run(folder / "nvlog_sanitized", "--seeds", "5001..5060")
     assert result.returncode == 0, result.stderr
@@ -69,7 +77,10 @@ FULL_WAIT_MS = 100
 """What a batch may take; who waits for room waits for the end of one."""
 FULL_RATE = 1.5
 """Beside the writers' own 16 writes below there are 16 that make room."""
+CROWD = "--crowd"
 MUTANTS = {
+    "memory of what was carried is free while storage still uses it": (22, "1..100", CROWD),
+    "of those that wait for memory to read into one is woken at a time": (23, "1..100", CROWD),
     "only a record has a deadline, not a sync nor the superblock": (21, "901..1000"),
     "FUA is answered before the log is durable": (1, "1..300"),
     "the tail moves before what is below is flushed": (2, "1..300"),
@@ -95,8 +106,8 @@ Hunts = dict[str, Future[subprocess.CompletedProcess[str]]]
 @pytest.fixture(scope="module")
 def hunts(request: pytest.FixtureRequest, folder: Path) -> Iterator[Hunts]:
     def hunt(bug: str) -> subprocess.CompletedProcess[str]:
-        number, seeds = MUTANTS[bug]
-        return run(folder / "nvlog_mutants", "--seeds", seeds, mutant=number)
+        number, seeds, *worlds = MUTANTS[bug]
+        return run(folder / "nvlog_mutants", *(worlds or ["--seeds"]), seeds, mutant=number)
 
     with in_pairs(request, "bug", hunt) as found:
         yield found

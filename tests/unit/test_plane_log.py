@@ -276,6 +276,22 @@ def test_a_log_of_another_vvol_or_of_what_comes_later_is_refused(
     assert rig.path("disk").read_bytes()[:BLOCK] == bytes(BLOCK), "nothing of it is carried to the other's place"
 
 
+def test_a_log_that_holds_data_behind_the_vvols_end_is_refused(rig: Rig) -> None:
+    """A registry that was put back may know the VVol as it was before it grew."""
+    disk, log = rig.file_object(SIZE), rig.file_object(LOG, "log")
+    held = None
+    for size in (SIZE, SIZE // 2):
+        volume = rig.call(rig.plane.open_volume, describe(size, [Run(0, size, disk, 0)]))
+        found = rig.wait(rig.plane.open_log(volume, log, 0, LOG, LogPolicy(held=held, age_ms=LAZY)))
+        if held is None:
+            rig.call(rig.plane.allow_log, volume)
+            rig.connect(volume, size).write(SIZE - BLOCK, b"x" * BLOCK)
+            held = found.id
+        rig.wait(rig.plane.close_volume(volume))
+    assert found.verdict is LogVerdict.REGISTRY_OLD
+    assert rig.path("disk").read_bytes() == bytes(SIZE)
+
+
 def test_no_log_where_there_is_none(rig: Rig) -> None:
     rig.path("log").write_bytes(b"somebody's" * 819200)
     assert Logged(rig, content=bytes(SIZE)).found.verdict is LogVerdict.FOREIGN
