@@ -339,6 +339,8 @@ void nv_log_resume(struct nv_log *log);
 
 /* ---- super.c: the tail ---- */
 void nv_log_move_tail(struct nv_log *log);
+/* The oldest record has a version that cannot be read, and that nothing newer has replaced below. */
+bool nv_log_tail_is_lost(const struct nv_log *log);
 void nv_log_make_void(struct nv_log *log);
 /* The superblock takes too long. */
 void nv_log_give_up_super(struct nv_log *log);

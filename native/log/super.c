@@ -109,6 +109,27 @@ static void tail_moved(struct nv_op *op)
     nv_log_unblock(log);
 }
 
+bool nv_log_tail_is_lost(const struct nv_log *log)
+{
+    const uint64_t next = log->mark_tail + 1, head = log->version_head;
+    const uint64_t end = log->mark_tail == log->mark_head ? 0 : next < log->mark_head ? mark_at(log, next)->first : head;
+    bool lost = false;
+
+    for (uint64_t i = log->version_tail; i < end; i++)
+        lost |= nv_log_version(log, i)->bad && nv_log_version(log, i)->state != NV_LOG_SETTLED;
+    return lost;
+}
+
+/*
+ * What is lost holds the tail until it is overwritten. Whoever waits for room has waited long enough when none is left even for
+ * tombstones: the log has failed, so that all goes below.
+ */
+static void give_up_tail(struct nv_log *log)
+{
+    if (log->blocked.first && !nv_log_tombstone_room(log) && nv_log_tail_is_lost(log))
+        nv_log_fail(log, -EIO);
+}
+
 void nv_log_move_tail(struct nv_log *log)
 {
     struct nv_log_destager *destager = &log->destager;
@@ -121,6 +142,7 @@ void nv_log_move_tail(struct nv_log *log)
     }
     number = passable(log, log->mark_head);
     if (number == log->mark_tail) {
+        give_up_tail(log);
         nv_log_rest(log, destager->carried);
         return;
     }

@@ -26,6 +26,7 @@
  *  22  memory of what was carried that storage still uses is free at once  nv_log_memory_kept, nv_log_memory_back
  *  23  of those that wait for memory to read into one is woken at a time  nv_log_pop
  *  24  when the log has failed, older versions are carried as well   nv_log_carry_newest
+ *  25  a log whose tail is lost for ever is well                      nv_log_fail
  */
 #include <errno.h>
 
@@ -75,6 +76,8 @@ struct nv_log_request *__wrap_nv_log_pop(struct nv_log_list *list);
 void __real_nv_log_watch(struct nv_log *log);
 void __wrap_nv_log_watch(struct nv_log *log);
 
+void __real_nv_log_fail(struct nv_log *log, int error);
+void __wrap_nv_log_fail(struct nv_log *log, int error);
 void __real_nv_log_carry_newest(struct nv_log *log);
 void __wrap_nv_log_carry_newest(struct nv_log *log);
 
@@ -245,4 +248,10 @@ void __wrap_nv_log_carry_newest(struct nv_log *log)
 {
     if (!mutant(24))
         __real_nv_log_carry_newest(log);
+}
+
+void __wrap_nv_log_fail(struct nv_log *log, int error)
+{
+    if (!mutant(25) || !log->blocked.first || !nv_log_tail_is_lost(log))
+        __real_nv_log_fail(log, error);
 }

@@ -557,7 +557,7 @@ static void live(struct world *world)
         one_step(world);
 }
 
-void world_run(struct world *world, const struct world_plan *plan)
+static void prepare(struct world *world, const struct world_plan *plan)
 {
     memset(world, 0, offsetof(struct world, requests)); /* the rest begins with each life */
     memset(&world->busy, 0, sizeof *world - offsetof(struct world, busy));
@@ -570,6 +570,11 @@ void world_run(struct world *world, const struct world_plan *plan)
     world->leg_image = calloc(1, world->leg_size);
     assert(world->log_image && world->leg_image);
     model_begin(&world->model, plan->blocks);
+}
+
+void world_run(struct world *world, const struct world_plan *plan)
+{
+    prepare(world, plan);
     for (world->life = 0; world->life <= plan->lives; world->life++) {
         begin_world(world);
         open_after(world);
@@ -583,6 +588,46 @@ void world_run(struct world *world, const struct world_plan *plan)
             crash(world);
         end_world(world);
     }
+    free(world->log_image);
+    free(world->leg_image);
+}
+
+/* ---- one life, step by step ---- */
+
+void world_begin(struct world *world, const struct world_plan *plan)
+{
+    prepare(world, plan);
+    begin_world(world);
+    open_after(world);
+    control(world);
+}
+
+void world_write(struct world *world, uint64_t block)
+{
+    if (!ask(world, NV_LOG_WRITE, 0, block, 1))
+        abort();
+}
+
+void world_settle(struct world *world, bool (*over)(const struct world *world), const char *what)
+{
+    settle(world, over, what);
+}
+
+bool world_has_answered(const struct world *world)
+{
+    return all_answered(world);
+}
+
+void world_end(struct world *world)
+{
+    crash(world);
+    end_world(world);
+    world->life++;
+    begin_world(world);
+    open_after(world);
+    judge_crash(world);
+    crash(world);
+    end_world(world);
     free(world->log_image);
     free(world->leg_image);
 }

@@ -5,6 +5,7 @@
  *        nvlog --every SEED                 one life, cut off at each of its steps
  *        nvlog --exhaustive LENGTH          every short sequence of requests, cut off at many of its steps
  *        nvlog --crowd A..B [--trace]       the same with many requests at once over storage that keeps memory for long
+ *        nvlog --chains A..B                chains of events that hardly ever come by chance (log_world.h)
  *        nvlog --pace A..B                  a rate of destaging, in simulated time
  */
 #include <inttypes.h>
@@ -134,6 +135,17 @@ static int exhaustive(uint32_t length)
     return 0;
 }
 
+static int chains(uint64_t first, uint64_t last)
+{
+    for (uint64_t seed = first; seed <= last; seed++) {
+        plan = (struct world_plan){.seed = seed, .crash_at = -1};
+        world_overtaken(&world, seed);
+        world_lost_tail(&world, seed);
+    }
+    printf("seeds %" PRIu64 "..%" PRIu64 ": no violation\n", first, last);
+    return 0;
+}
+
 static int pace(uint64_t first, uint64_t last)
 {
     for (uint64_t seed = first; seed <= last; seed++) {
@@ -159,6 +171,8 @@ int main(int argc, char **argv)
         return exhaustive((uint32_t)strtoul(argv[2], NULL, 10));
     if (argc == 3 && strcmp(argv[1], "--pace") == 0 && sscanf(argv[2], "%" SCNu64 "..%" SCNu64, &first, &last) == 2)
         return pace(first, last);
-    fputs("usage: nvlog --seeds A..B [--trace] | --every SEED | --exhaustive LENGTH | --crowd A..B | --pace A..B\n", stderr);
+    if (argc == 3 && strcmp(argv[1], "--chains") == 0 && sscanf(argv[2], "%" SCNu64 "..%" SCNu64, &first, &last) == 2)
+        return chains(first, last);
+    fputs("usage: nvlog --seeds A..B [--trace] | --every SEED | --exhaustive LENGTH | --crowd A..B | --chains A..B | --pace A..B\n", stderr);
     return 2;
 }

@@ -39,6 +39,12 @@ def test_many_requests_at_once_over_storage_that_keeps_memory(folder: Path) -> N
     assert result.returncode == 0, result.stderr
 
 
+def test_chains_of_events_that_hardly_ever_come_by_chance(folder: Path) -> None:
+    """It fails between a write past it and its tombstone; what is lost holds its tail, and nobody overwrites that."""
+    result = run(folder / "nvlog", "--chains", "1..20")
+    assert result.returncode == 0, result.stderr
+
+
 def test_the_same_with_sanitizers(folder: Path) -> None:
     result = run(folder / "nvlog_sanitized", "--seeds", "5001..5060")
     assert result.returncode == 0, result.stderr
@@ -79,6 +85,8 @@ FULL_RATE = 1.5
 """Beside the writers' own 16 writes below there are 16 that make room."""
 CROWD = "--crowd"
 MUTANTS = {
+    "when the log has failed, older versions are carried as well": (24, "1..20", "--chains"),
+    "a log is well whose tail what is lost holds for ever": (25, "1..1", "--chains"),
     "memory of what was carried is free while storage still uses it": (22, "1..100", CROWD),
     "of those that wait for memory to read into one is woken at a time": (23, "1..100", CROWD),
     "only a record has a deadline, not a sync nor the superblock": (21, "901..1000"),
