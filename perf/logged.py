@@ -16,6 +16,7 @@ import typer
 from nbdvvol.dataplane.log import LogPolicy, LogVerdict
 from nbdvvol.dataplane.plane import Plane
 from nbdvvol.dataplane.types import PlaneConfig, Run
+from nbdvvol.datastores.base import uncache
 from nbdvvol.datastores.nbd import RemoteExport
 from nbdvvol.model.farm import DatastoreConfig, DatastoreKind
 from nbdvvol.model.link import DatastoreSpec, remote_spec
@@ -32,6 +33,7 @@ def make_log(path: Path, size: int) -> None:
             out.write(zeros[: min(CHUNK, size - at)])
         out.flush()
         os.fsync(out.fileno())
+        uncache(out.fileno())
 
 
 async def open_log(plane: Plane, volume: int, path: Path, size: int) -> int:

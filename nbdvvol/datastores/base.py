@@ -6,6 +6,7 @@ datastore and the path. A datastore is used by one farm at a time (lock.py).
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import mmap
@@ -77,6 +78,7 @@ def open_path(spec: DatastoreSpec, path: str, farm: str, *, may_read_only: bool,
         align = 1
         if spec.direct:
             align = direct_alignment(fd, block)
+            uncache(fd)
     except OSError as error:
         os.close(fd)
         raise broken(spec, path, error) from error
@@ -116,6 +118,13 @@ def direct_alignment(fd: int, block: bool) -> int:
                     if error.errno != errno.EINVAL:
                         raise
     raise OSError(errno.EOPNOTSUPP, "O_DIRECT reads of 512 and of 4096 bytes are both refused")
+
+
+def uncache(fd: int) -> None:
+    """Let the clean pages of what is used with O_DIRECT leave the page cache: while it has any, every write looks for
+    those it overlaps, and takes them out one by one."""
+    with contextlib.suppress(OSError):  # a file system that knows no such thing
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def path_direct_works(path: str) -> bool:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nbdvvol.dataplane.log import LogFound, LogVerdict
-from nbdvvol.datastores.base import direct_alignment, sync_folder
+from nbdvvol.datastores.base import direct_alignment, sync_folder, uncache
 from nbdvvol.datastores.logformat import (
     EPOCH_MAX,
     RING_OFFSET,
@@ -140,6 +140,8 @@ def _open_file(path: str, size: int, *, make: bool) -> LogFile:
             _allocate(fd, path, size)
         what = os.fstat(fd)
         align = direct_alignment(fd, False) if direct else 1
+        if direct:
+            uncache(fd)
         return LogFile(fd, path, what.st_size // LOG_UNIT * LOG_UNIT, direct, False, align, _identity(what))
     except BaseException:
         os.close(fd)

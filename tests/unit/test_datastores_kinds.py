@@ -131,6 +131,28 @@ def test_two_farms_do_not_share_but_two_hosts_of_one_farm_do(tmp_path: Path, fds
     fds.append(other.open("").fd)
 
 
+def is_cached(fd: int) -> bool:
+    """Whether a buffered file's first block is in the page cache."""
+    try:
+        return os.preadv(fd, [bytearray(4096)], 0, os.RWF_NOWAIT) == 4096
+    except BlockingIOError:
+        return False
+
+
+def test_direct_mode_begins_without_cached_pages(tmp_path: Path, fds: list[int]) -> None:
+    """A file that was copied here is cached, and each write with O_DIRECT would have to look for its pages."""
+    path = tmp_path / "x.img"
+    path.write_bytes(os.urandom(MIB))
+    fds.append(os.open(path, os.O_RDWR))
+    os.fsync(fds[0])
+    assert is_cached(fds[0])
+    fds.append(store("file", path).open("").fd)
+    assert is_cached(fds[0])
+    os.close(fds.pop())
+    fds.append(store("file", path, direct=True).open("").fd)
+    assert not is_cached(fds[0])
+
+
 def test_files_of_a_directory(tmp_path: Path, fds: list[int]) -> None:
     ds = store("dir", tmp_path)
     ds.prepare(0)
