@@ -12,6 +12,7 @@ from perf.peers import (
     CEILING,
     CEILING_DIRECT,
     CEILING_FILE,
+    CEILING_RECORDS,
     NBDKIT_CACHE,
     NBDKIT_LOG,
     OURS,
@@ -205,12 +206,18 @@ def _cache_bars() -> Iterator[Bar]:
 
 
 def _log_bars() -> Iterator[Bar]:
-    """The write-back log over storage that takes 2 ms more, beside the same without a log."""
+    """The write-back log over storage that takes 2 ms more, beside the same without one, and beside a bare log."""
     for depth, factor in ((1, 10), (16, 5)):
         work, point = f"write-back log, slow storage, 4 KiB random write, depth {depth}", f"randwrite-4k-qd{depth}"
         yield Bar(work, "IOPS / write-through", "writeback", point, _IOPS, (OURS_SLOW,), ">=", factor, ours=OURS_LOG)
         own = "IOPS / the log device's own, in records as large"
         yield Bar(work, own, "writeback", point, _IOPS, _STORAGE, ">=", 0.7, ours=OURS_LOG)
+        alone = "a responder that only writes such records"
+        yield Bar(work, f"IOPS / {alone}", "writeback", point, _IOPS, (CEILING_RECORDS,), ">=", None, ours=OURS_LOG)
+        yield Bar(
+            work, f"{alone}: IOPS / the log device's own", "writeback", point, _IOPS, _STORAGE, ">=", None,
+            ours=CEILING_RECORDS,
+        )  # fmt: skip
         for label, other in (("nbdkit's cache filter, write-back", NBDKIT_LOG), ("qemu-nbd, write-back", QEMU_LOG)):
             yield Bar(work, f"IOPS / {label}", "writeback", point, _IOPS, (other,), ">=", None, ours=OURS_LOG)
     work = "write-back log that is full, 4 KiB random write, depth 16"

@@ -43,6 +43,7 @@ MILLION = 1_000_000
 CEILING = "ceiling"
 CEILING_FILE = "ceiling-file"
 CEILING_DIRECT = "ceiling-direct"
+CEILING_RECORDS = "ceiling-records"
 STORAGE = "storage"
 """Not a server: fio's io_uring engine on the same kind of file."""
 CLIENTS_MAX = 1100
@@ -92,6 +93,12 @@ def _ceiling_direct(place: Place) -> Plan:
     """The same responder, reading and writing the file past the page cache: what a disk allows any server."""
     plan = _ceiling_file(place)
     return replace(plan, command=[*plan.command, "--direct"])
+
+
+def _ceiling_records(place: Place) -> Plan:
+    """The same responder, writing to the file what a write-back log would: what a log allows any server."""
+    plan = _ceiling_file(place)
+    return replace(plan, command=[*plan.command, "--records"])
 
 
 def _nbdkit(place: Place, plugin: list[str]) -> Plan:
@@ -316,6 +323,7 @@ PEERS: tuple[Peer, ...] = (
     Peer(CEILING, _ALL, _PLAIN, _ceiling, "cc"),
     Peer(CEILING_FILE, _PAGE_CACHE, _PLAIN, _ceiling_file, "cc", variant=True),
     Peer(CEILING_DIRECT, _DISK, _UNIX, _ceiling_direct, "cc", variant=True),
+    Peer(CEILING_RECORDS, _DISK, _UNIX, _ceiling_records, "cc", variant=True),
     Peer("nbdkit-file", _FILES, _EVERYWHERE, _nbdkit_file, "nbdkit"),
     Peer(NBDKIT_CACHE, _DISK, _UNIX, _nbdkit_cache, "nbdkit", variant=True),
     Peer("nbdkit-memory", _PAGE_CACHE, _EVERYWHERE, _nbdkit_memory, "nbdkit"),
@@ -331,7 +339,7 @@ OUR_FORMS = (
     OURS, OURS_TWO, OURS_ONE_RUN, OURS_MILLION_RUNS, OURS_MIRROR, OURS_CACHE, OURS_HALF, OURS_AGAIN, OURS_NULL,
     OURS_SLOW, OURS_LOG, OURS_LOG_FULL,
 )  # fmt: skip
-OTHERS = (CEILING, CEILING_FILE, CEILING_DIRECT, QUORUM, NBDKIT_CACHE, NBDKIT_LOG, QEMU_LOG)
+OTHERS = (CEILING, CEILING_FILE, CEILING_DIRECT, CEILING_RECORDS, QUORUM, NBDKIT_CACHE, NBDKIT_LOG, QEMU_LOG)
 """Limits, and what is compared with forms of ours alone."""
 RIVALS = tuple(peer.name for peer in PEERS if peer.name not in (*OUR_FORMS, *OTHERS))
 QEMU_NBD = ("qemu-nbd-uring", "qemu-nbd-threads")

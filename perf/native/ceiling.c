@@ -3,9 +3,9 @@
  * what the socket, the protocol and one client allow: reads are answered from one hot buffer, writes
  * are received and dropped. With --file it answers reads from a map of that file and receives writes into it: the ceiling
  * of a server whose bytes are somewhere in memory and not in a cache. With --direct it reads and writes that file past the
- * page cache (direct.h): the ceiling of a server of a disk.
+ * page cache (direct.h): the ceiling of a server of a disk. With --records it writes to it what a log would (records.h).
  *
- * Invariants: shares no code with the product. One thread per --threads (with --direct: per connection), each owns its
+ * Invariants: shares no code with the product. One thread per --threads (with --direct or --records: a connection), each owns its
  * connections for life. Per batch: one large recv, every whole request in it parsed, all replies in one gathered send.
  * A reply never leaves before its request was received whole, write payload included.
  *
@@ -14,6 +14,7 @@
  */
 #define _GNU_SOURCE
 #include "direct.h"
+#include "records.h"
 #include "responder.h"
 
 #include <arpa/inet.h>
@@ -89,7 +90,7 @@ struct worker {
 static struct {
     const char *unix_path;
     const char *file;
-    bool direct;
+    bool direct, records;
     uint16_t tcp_port;
     uint64_t size;
     unsigned threads;
@@ -101,6 +102,7 @@ static struct worker workers[THREADS_MAX];
 static uint8_t *hot;
 static uint8_t *mapped;       /* the file; NULL without one */
 static struct direct direct;
+static struct records records;
 
 static void put16(uint8_t *p, uint16_t v) { v = htobe16(v); memcpy(p, &v, sizeof v); }
 static void put32(uint8_t *p, uint32_t v) { v = htobe32(v); memcpy(p, &v, sizeof v); }
@@ -337,9 +339,10 @@ static void prepare_socket(int fd)
     setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof limit);
 }
 
-static void *serve_directly(void *fd)
+static void *serve_from_disk(void *fd)
 {
-    direct_serve(&direct, (int)(intptr_t)fd);
+    if (options.records) records_serve(&records, (int)(intptr_t)fd);
+    else direct_serve(&direct, (int)(intptr_t)fd);
     return NULL;
 }
 
@@ -352,9 +355,9 @@ static void accept_one(int listener, unsigned turn)
         close(fd);
         return;
     }
-    if (options.direct) {
+    if (options.direct || options.records) {
         pthread_t thread;
-        if (pthread_create(&thread, NULL, serve_directly, (void *)(intptr_t)fd) != 0) die("thread");
+        if (pthread_create(&thread, NULL, serve_from_disk, (void *)(intptr_t)fd) != 0) die("thread");
         pthread_detach(thread);
         return;
     }
@@ -416,7 +419,8 @@ static void parse_options(int argc, char **argv)
 {
     static const struct option longs[] = {
         { "unix", 1, 0, 'u' }, { "tcp", 1, 0, 't' }, { "size", 1, 0, 's' }, { "threads", 1, 0, 'n' },
-        { "spin-us", 1, 0, 'p' }, { "buffer", 1, 0, 'b' }, { "file", 1, 0, 'f' }, { "direct", 0, 0, 'd' }, { 0 },
+        { "spin-us", 1, 0, 'p' }, { "buffer", 1, 0, 'b' }, { "file", 1, 0, 'f' }, { "direct", 0, 0, 'd' },
+        { "records", 0, 0, 'r' }, { 0 },
     };
     for (int o; (o = getopt_long(argc, argv, "", longs, NULL)) != -1;) {
         switch (o) {
@@ -428,13 +432,14 @@ static void parse_options(int argc, char **argv)
         case 'b': options.buffer_bytes = (int)number_of(optarg, 1 << 30); break;
         case 'f': options.file = optarg; break;
         case 'd': options.direct = true; break;
+        case 'r': options.records = true; break;
         default: exit(2);
         }
     }
     if (!options.unix_path == !options.tcp_port || options.threads < 1 || options.threads > THREADS_MAX ||
-        (options.direct && !options.file)) {
+        ((options.direct || options.records) && !options.file)) {
         fprintf(stderr, "usage: ceiling --unix PATH | --tcp PORT [--size BYTES] [--threads 1..%d] [--spin-us N]"
-                " [--buffer BYTES] [--file PATH [--direct]]\n", THREADS_MAX);
+                " [--buffer BYTES] [--file PATH [--direct | --records]]\n", THREADS_MAX);
         exit(2);
     }
 }
@@ -445,9 +450,11 @@ int main(int argc, char **argv)
     hot = mmap(NULL, HOT_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
     if (hot == MAP_FAILED) die("hot buffer");
     memset(hot, 0x5a, HOT_BYTES);
-    if (options.direct) {
-        direct = (struct direct){ open(options.file, O_RDWR | O_DIRECT | O_CLOEXEC), options.spin_us };
-        if (direct.file < 0) die(options.file);
+    if (options.direct || options.records) {
+        int file = open(options.file, O_RDWR | O_DIRECT | O_CLOEXEC);
+        if (file < 0) die(options.file);
+        direct = (struct direct){ file, options.spin_us };
+        records = (struct records){ file, options.size, options.spin_us };
     } else if (options.file) {
         mapped = map_file(options.file);
     }

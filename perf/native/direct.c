@@ -2,11 +2,11 @@
 #define _GNU_SOURCE
 #include "direct.h"
 #include "responder.h"
+#include "ring.h"
 
 #include <assert.h>
 #include <endian.h>
 #include <errno.h>
-#include <liburing.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -58,17 +58,6 @@ static uint8_t *memory_of(const struct server *s, const struct slot *slot)
     return s->memory + (size_t)(slot - s->slot) * BLOCK_BYTES;
 }
 
-static struct io_uring_sqe *entry(struct server *s)
-{
-    struct io_uring_sqe *sqe = io_uring_get_sqe(&s->ring);
-    if (!sqe) {
-        io_uring_submit(&s->ring);
-        sqe = io_uring_get_sqe(&s->ring);
-    }
-    assert(sqe);
-    return sqe;
-}
-
 /* ---- replies ---- */
 
 /* Blocking: what the client does not read now it has not asked for. False: it is gone. */
@@ -102,7 +91,7 @@ static bool stage_reply(struct server *s, struct slot *slot, int32_t result)
 
 static void start(struct server *s, struct slot *slot, uint64_t offset)
 {
-    struct io_uring_sqe *sqe = entry(s);
+    struct io_uring_sqe *sqe = ring_entry(&s->ring);
     if (slot->write) io_uring_prep_write(sqe, s->how->file, memory_of(s, slot), slot->length, offset);
     else io_uring_prep_read(sqe, s->how->file, memory_of(s, slot), slot->length, offset);
     io_uring_sqe_set_data(sqe, slot);
@@ -153,7 +142,7 @@ static bool parse(struct server *s)
 static void receive(struct server *s)
 {
     if (s->receiving) return;
-    struct io_uring_sqe *sqe = entry(s);
+    struct io_uring_sqe *sqe = ring_entry(&s->ring);
     io_uring_prep_recv(sqe, s->fd, s->in + s->have, RECEIVE_BYTES - s->have, 0);
     io_uring_sqe_set_data(sqe, NULL);
     s->receiving = true;
@@ -188,11 +177,6 @@ static int reap(struct server *s)
     return done;
 }
 
-static bool kernel_has_work(struct server *s)
-{
-    return __atomic_load_n(s->ring.sq.kflags, __ATOMIC_RELAXED) & (IORING_SQ_TASKRUN | IORING_SQ_CQ_OVERFLOW);
-}
-
 static void turns(struct server *s)
 {
     uint64_t busy_ns = now_ns();
@@ -200,25 +184,18 @@ static void turns(struct server *s)
         if (s->parts > 0 && !flush_replies(s)) return;
         receive(s);
         if (done) busy_ns = now_ns();
-        if (!done && now_ns() - busy_ns >= s->how->spin_us * 1000ull) io_uring_submit_and_wait(&s->ring, 1);
-        else if (io_uring_sq_ready(&s->ring) > 0 || kernel_has_work(s)) io_uring_submit_and_get_events(&s->ring);
+        ring_enter(&s->ring, !done && now_ns() - busy_ns >= s->how->spin_us * 1000ull);
     }
 }
 
 void direct_serve(const struct direct *how, int fd)
 {
     struct server *s = mmap(NULL, sizeof *s, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    struct io_uring_params wish = {
-        .flags = IORING_SETUP_SUBMIT_ALL | IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN |
-                 IORING_SETUP_TASKRUN_FLAG,
-    };
     if (s == MAP_FAILED) die("connection memory");
     s->memory = mmap(NULL, (size_t)SLOTS * BLOCK_BYTES, PROT_READ | PROT_WRITE,
                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (s->memory == MAP_FAILED) die("block memory");
-    int error = io_uring_queue_init_params(SLOTS, &s->ring, &wish);
-    if (error < 0) { errno = -error; die("io_uring"); }
-    io_uring_register_ring_fd(&s->ring);
+    ring_begin(&s->ring, SLOTS);
     s->how = how;
     s->fd = fd;
     for (unsigned i = SLOTS; i-- > 0;) {
