@@ -22,6 +22,16 @@ LOADS = {"read": 32, "structured": 32, "write": 15, "mirror": 15}
 """What steady.c does, and how many requests it has in a batch."""
 MAPS = {"region": 32, "runs": 32, "uneven": 32}
 """Reads in random order: of one region, of a million runs of a block each, of a million that differ in length."""
+CACHES = {
+    "absent": (15, "write-4k past a cache that does not hold it"),
+    "held": (15, "write-4k of what a cache holds"),
+    "kept": (15, "write-4k into a cache that keeps it"),
+    "scan": (8, "read-256k in sequence"),
+    "scan-cached": (8, "read-256k in sequence past a cache"),
+}
+"""What a cache costs beside the same without one: how many requests in a batch, and what they are called."""
+CACHE = "cache"
+"""One more room, of loads that have a cache."""
 INTENT_FILES = frozenset({"volume/intent.c", "volume/intent.h"})
 """What a write to a mirror executes to know that its regions' intents are set."""
 BATCHES = 20
@@ -51,7 +61,7 @@ def rooms(costs: Counter[str]) -> Counter[str]:
     found: Counter[str] = Counter()
     for file, cost in costs.items():
         parts = Path(file).parts
-        if "native" in parts and (room := parts[parts.index("native") + 1]) in ROOMS:
+        if "native" in parts and (room := parts[parts.index("native") + 1]) in (*ROOMS, CACHE):
             found[room] += cost
     return found
 
@@ -80,7 +90,8 @@ def build() -> Path:
 
 def per_request(program: Path, load: str) -> dict[str, float]:
     """Instructions per request by room. Raises PointError."""
-    requests = BATCHES * {**LOADS, **MAPS}[load]
+    batches = {**LOADS, **MAPS, **{name: batch for name, (batch, _) in CACHES.items()}}
+    requests = BATCHES * batches[load]
     return {room: cost / requests for room, cost in rooms(_counted(program, load)).items()}
 
 

@@ -241,11 +241,12 @@ def simulated(say: Say) -> list[Count]:
     """Instructions above the I/O port, by callgrind: the same on every run, so the smallest change shows."""
     counts = []
     program = callgrind.build()
-    for load, batch in callgrind.LOADS.items():
+    named = {**{load: (batch, f"{load}-4k") for load, batch in callgrind.LOADS.items()}, **callgrind.CACHES}
+    for load, (batch, name) in named.items():
         rooms = callgrind.per_request(program, load)
         value = sum(rooms.values())
         say(f"  {OURS} {load}, simulated port: {value:,.1f} instructions per request above it: {rooms}")
-        work = f"{load}-4k-qd{batch}, simulated port"
+        work = f"{name}-qd{batch}, simulated port" if load in callgrind.LOADS else f"{name}, simulated port"
         counts.append(Count(peer=OURS, work=work, name=bars.INSTRUCTIONS, value=value, tolerance=0.005))
         if work == bars.MIRROR_LOAD:
             part = callgrind.share(program, load, callgrind.INTENT_FILES)

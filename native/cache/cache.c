@@ -223,27 +223,36 @@ uint64_t nv_cache_now(const struct nv_cache *cache)
     return atomic_load(&cache->clock);
 }
 
-enum nv_cache_fill nv_cache_fill(struct nv_cache *cache, const struct nv_cache_spot *spot, uint64_t since,
-                                 const uint8_t *bytes, bool ahead)
-{
-    const uint64_t mixed = nv_cache_mix(spot->owner, spot->block);
-    struct nv_shard *shard = shard_of(cache, mixed);
-    const struct nv_write_slot *slot = nv_shard_slot(shard, mixed, spot->block);
-    enum nv_cache_fill result = NV_CACHE_STALE;
-
-    pthread_mutex_lock(&shard->lock);
-    if (slot->busy == 0 && slot->last <= since && spot->tag == nv_cache_tag(cache, spot->owner) && spot->tag != 0)
-        result = nv_shard_put(shard, mixed, spot, bytes, ahead);
-    pthread_mutex_unlock(&shard->lock);
-    return result;
-}
-
 /* The end, above `at`, of the blocks that lie in at's stripe. */
 static uint64_t stripe_end(uint64_t at, uint64_t end)
 {
     const uint64_t stripe = ((at >> NV_CACHE_STRIPE_SHIFT) + 1) << NV_CACHE_STRIPE_SHIFT;
 
     return stripe < end ? stripe : end;
+}
+
+struct nv_cache_filled nv_cache_fill(struct nv_cache *cache, const struct nv_cache_spot *spot, uint64_t count, uint64_t since,
+                                     const uint8_t *bytes, bool ahead)
+{
+    struct nv_cache_filled out = {0};
+    struct nv_cache_spot at = *spot;
+    const uint64_t end = spot->block + count;
+
+    while (at.block < end) {
+        const uint64_t mixed = nv_cache_mix(at.owner, at.block), until = stripe_end(at.block, end);
+        struct nv_shard *shard = shard_of(cache, mixed);
+        pthread_mutex_lock(&shard->lock);
+        for (; at.block < until; at.block++, bytes += NV_CACHE_BLOCK) {
+            const struct nv_write_slot *slot = nv_shard_slot(shard, mixed, at.block);
+            enum nv_cache_fill result = NV_CACHE_STALE;
+            if (slot->busy == 0 && slot->last <= since && at.tag == nv_cache_tag(cache, at.owner) && at.tag != 0)
+                result = nv_shard_put(shard, mixed, &at, bytes, ahead);
+            out.filled += result == NV_CACHE_FILLED;
+            out.refused += result == NV_CACHE_STALE || result == NV_CACHE_FULL;
+        }
+        pthread_mutex_unlock(&shard->lock);
+    }
+    return out;
 }
 
 uint64_t nv_cache_write_begins(struct nv_cache *cache, uint32_t owner, uint64_t first, uint64_t count)

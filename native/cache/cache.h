@@ -33,6 +33,10 @@ enum nv_cache_fill {
     NV_CACHE_PASSED,                /* of a scan, seen for the first time: the ghost remembers it */
 };
 
+struct nv_cache_filled {            /* of some blocks, how many were put in; how many could not be: STALE or FULL */
+    uint32_t filled, refused;
+};
+
 struct nv_cache_totals {
     uint64_t frames, used, evictions;
 };
@@ -69,8 +73,9 @@ bool nv_cache_first_use(struct nv_cache *cache, uint32_t frame);
 
 /* The clock. Take it before a read goes to the storage, and hand it to nv_cache_fill() with what came back. */
 uint64_t nv_cache_now(const struct nv_cache *cache);
-enum nv_cache_fill nv_cache_fill(struct nv_cache *cache, const struct nv_cache_spot *spot, uint64_t since,
-                                 const uint8_t *bytes, bool ahead);
+/* So many blocks from the spot's on. */
+struct nv_cache_filled nv_cache_fill(struct nv_cache *cache, const struct nv_cache_spot *spot, uint64_t count, uint64_t since,
+                                     const uint8_t *bytes, bool ahead);
 
 /* --- writes --- */
 

@@ -56,6 +56,30 @@ void nv_ghost_add(struct nv_ghost *ghost, uint64_t mixed, uint64_t block, uint32
     *oldest = (struct nv_ghost_entry){print_of(bits), ghost->stamp++};
 }
 
+bool nv_ghost_pass(struct nv_ghost *ghost, uint64_t mixed, uint64_t block, uint32_t tag, uint32_t span)
+{
+    const uint64_t bits = spread(mixed, block, tag);
+    struct nv_ghost_entry *set = set_of(ghost, bits), *oldest = set;
+    uint32_t most = 0;
+
+    for (uint32_t i = 0; i < NV_GHOST_WAYS; i++) {
+        const uint32_t age = set[i].print == 0 ? UINT32_MAX : ghost->stamp - set[i].stamp;
+        if (set[i].print == print_of(bits)) {
+            oldest = &set[i];
+            if (age > span)
+                break;
+            oldest->print = 0;
+            return true;
+        }
+        if (age > most) {
+            most = age;
+            oldest = &set[i];
+        }
+    }
+    *oldest = (struct nv_ghost_entry){print_of(bits), ghost->stamp++};
+    return false;
+}
+
 bool nv_ghost_take(struct nv_ghost *ghost, uint64_t mixed, uint64_t block, uint32_t tag, uint32_t span)
 {
     const uint64_t bits = spread(mixed, block, tag);

@@ -27,5 +27,7 @@ void nv_ghost_free(struct nv_ghost *ghost);
 void nv_ghost_add(struct nv_ghost *ghost, uint64_t mixed, uint64_t block, uint32_t tag);
 /* Is it among the last `span` that were added? It is forgotten then. */
 bool nv_ghost_take(struct nv_ghost *ghost, uint64_t mixed, uint64_t block, uint32_t tag, uint32_t span);
+/* Likewise; if it is not among them, it is added. */
+bool nv_ghost_pass(struct nv_ghost *ghost, uint64_t mixed, uint64_t block, uint32_t tag, uint32_t span);
 
 #endif

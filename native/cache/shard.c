@@ -274,16 +274,17 @@ enum nv_cache_fill nv_shard_put(struct nv_shard *shard, uint64_t mixed, const st
                                 const uint8_t *bytes, bool ahead)
 {
     uint32_t frame = find_surely(shard, mixed, spot);
+    const uint32_t span = shard->frames - shard->small_target;
+    const bool full = shard->fresh == shard->frames;
     struct nv_line *line;
     bool known;
 
     if (frame != NV_CACHE_NONE)
         return refill(shard, frame, bytes, ahead);
-    known = nv_ghost_take(&shard->ghost, mixed, spot->block, spot->tag, shard->frames - shard->small_target);
-    if (spot->scan && !known && shard->fresh == shard->frames) {
-        nv_ghost_add(&shard->ghost, mixed, spot->block, spot->tag);
+    known = spot->scan && full ? nv_ghost_pass(&shard->ghost, mixed, spot->block, spot->tag, span)
+                               : nv_ghost_take(&shard->ghost, mixed, spot->block, spot->tag, span);
+    if (spot->scan && full && !known)
         return NV_CACHE_PASSED;
-    }
     frame = find_room(shard, spot->owner);
     if (frame == NV_CACHE_NONE)
         return NV_CACHE_FULL;

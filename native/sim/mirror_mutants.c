@@ -80,10 +80,10 @@ void __real_nv_intent_suspect(struct nv_intent *intent, uint64_t offset, uint64_
 void __wrap_nv_intent_suspect(struct nv_intent *intent, uint64_t offset, uint64_t length);
 void __real_nv_log_make_void(struct nv_log *log);
 void __wrap_nv_log_make_void(struct nv_log *log);
-enum nv_cache_fill __real_nv_cache_fill(struct nv_cache *cache, const struct nv_cache_spot *spot, uint64_t since,
-                                        const uint8_t *bytes, bool ahead);
-enum nv_cache_fill __wrap_nv_cache_fill(struct nv_cache *cache, const struct nv_cache_spot *spot, uint64_t since,
-                                        const uint8_t *bytes, bool ahead);
+struct nv_cache_filled __real_nv_cache_fill(struct nv_cache *cache, const struct nv_cache_spot *spot, uint64_t count,
+                                            uint64_t since, const uint8_t *bytes, bool ahead);
+struct nv_cache_filled __wrap_nv_cache_fill(struct nv_cache *cache, const struct nv_cache_spot *spot, uint64_t count,
+                                            uint64_t since, const uint8_t *bytes, bool ahead);
 void __real_nv_sync_clear(struct nv_sync *sync);
 void __wrap_nv_sync_clear(struct nv_sync *sync);
 void __real_nv_task_dirty_pages(struct nv_mirror *mirror, bool forced, void (*then)(struct nv_mirror *mirror));
@@ -229,10 +229,10 @@ void __wrap_nv_cached_fence(struct nv_volume *volume)
         __real_nv_cached_fence(volume);
 }
 
-enum nv_cache_fill __wrap_nv_cache_fill(struct nv_cache *cache, const struct nv_cache_spot *spot, uint64_t since,
-                                        const uint8_t *bytes, bool ahead)
+struct nv_cache_filled __wrap_nv_cache_fill(struct nv_cache *cache, const struct nv_cache_spot *spot, uint64_t count,
+                                            uint64_t since, const uint8_t *bytes, bool ahead)
 {
-    return __real_nv_cache_fill(cache, spot, mutant(15) ? UINT64_MAX : since, bytes, ahead);
+    return __real_nv_cache_fill(cache, spot, count, mutant(15) ? UINT64_MAX : since, bytes, ahead);
 }
 
 void __wrap_nv_sync_clear(struct nv_sync *sync)

@@ -56,10 +56,10 @@ bool __wrap_nv_io_low_water(nv_handle handle, uint32_t bytes);
 void __real_nv_trace_note_parsed(struct nv_request *request);
 void __wrap_nv_trace_note_parsed(struct nv_request *request);
 
-enum nv_cache_fill __real_nv_cache_fill(struct nv_cache *cache, const struct nv_cache_spot *spot, uint64_t since,
-                                        const uint8_t *bytes, bool ahead);
-enum nv_cache_fill __wrap_nv_cache_fill(struct nv_cache *cache, const struct nv_cache_spot *spot, uint64_t since,
-                                        const uint8_t *bytes, bool ahead);
+struct nv_cache_filled __real_nv_cache_fill(struct nv_cache *cache, const struct nv_cache_spot *spot, uint64_t count,
+                                            uint64_t since, const uint8_t *bytes, bool ahead);
+struct nv_cache_filled __wrap_nv_cache_fill(struct nv_cache *cache, const struct nv_cache_spot *spot, uint64_t count,
+                                            uint64_t since, const uint8_t *bytes, bool ahead);
 uint32_t __real_nv_cache_fresh_tag(uint32_t *given, uint32_t before);
 uint32_t __wrap_nv_cache_fresh_tag(uint32_t *given, uint32_t before);
 void __real_nv_cached_begins(struct nv_vreq *request);
@@ -166,10 +166,10 @@ int __wrap_nv_logged_may_leave(const struct nv_logged *logged)
 
 /* ---- the cache ---- */
 
-enum nv_cache_fill __wrap_nv_cache_fill(struct nv_cache *cache, const struct nv_cache_spot *spot, uint64_t since,
-                                        const uint8_t *bytes, bool ahead)
+struct nv_cache_filled __wrap_nv_cache_fill(struct nv_cache *cache, const struct nv_cache_spot *spot, uint64_t count,
+                                            uint64_t since, const uint8_t *bytes, bool ahead)
 {
-    return __real_nv_cache_fill(cache, spot, mutant(9) ? UINT64_MAX : since, bytes, ahead);
+    return __real_nv_cache_fill(cache, spot, count, mutant(9) ? UINT64_MAX : since, bytes, ahead);
 }
 
 uint32_t __wrap_nv_cache_fresh_tag(uint32_t *given, uint32_t before)

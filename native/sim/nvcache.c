@@ -90,7 +90,7 @@ static void read_block(struct actor *actor, uint64_t block)
     }
     since = nv_cache_now(world.cache);
     bytes_of(actor, atomic_load(&world.stored[block]));
-    if (nv_cache_fill(world.cache, &spot, since, (const uint8_t *)actor->bytes, false) == NV_CACHE_FILLED)
+    if (nv_cache_fill(world.cache, &spot, 1, since, (const uint8_t *)actor->bytes, false).filled)
         atomic_fetch_add_explicit(&world.fills, 1, memory_order_relaxed);
 }
 

@@ -14,7 +14,10 @@
  * `region`, `runs` and `uneven` read a file in random order, as one run, as a million of one block each, and as a million
  * of 1 to 63 blocks, neighbours in the volume being strangers in the file.
  *
- * usage: nvsim_steady read|write|structured|mirror|resync|region|runs|uneven BATCHES
+ * `absent`, `held` and `kept` write to a volume with a cache: blocks that it does not hold, that it holds and forgets, that
+ * it holds and keeps. `scan` reads 256 KiB a request in sequence, `scan-cached` the same past a cache that is full.
+ *
+ * usage: nvsim_steady LOAD BATCHES
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -27,10 +30,15 @@
 
 #define SEED 1u /* gives the socket queues that hold a whole batch; run_batch() says so if it does not */
 #define BLOCK 4096u
+#define LONG (256u << 10)
 #define VOLUME_BYTES (4u << 20)
 #define META_BYTES (NV_META_BITMAPS + 4u * NV_META_PAGE)
 #define READS 32u  /* a batch */
 #define WRITES 15u /* fit into one receive chunk */
+#define LONGS 8u
+#define SCANNED_BYTES (64u << 20) /* more than is asked for: nothing is read twice */
+#define CACHE_BYTES (8u << 20)    /* all of a volume but a scanned one, which has filled it when counting begins */
+#define AHEAD (512u << 10)        /* a profile's default */
 #define RESYNC_RATE (1u << 20)
 #define QUIET_NS 1000000000ull /* so long that nobody can take clients for busy any more */
 #define SECOND_LEG 2u
@@ -43,6 +51,9 @@
 struct load {
     const char *name;
     bool write, structured, mirror, resync, random_order;
+    bool scan;                     /* long reads in sequence */
+    bool held;                     /* all of the volume is read before */
+    uint32_t cache_mode;
     uint32_t runs, run_blocks_max; /* of the map; one run is the whole volume */
     uint64_t file_bytes;
 };
@@ -51,6 +62,12 @@ static const struct load LOADS[] = {
     {.name = "read", .runs = 1, .file_bytes = VOLUME_BYTES},
     {.name = "write", .runs = 1, .file_bytes = VOLUME_BYTES, .write = true},
     {.name = "structured", .runs = 1, .file_bytes = VOLUME_BYTES, .structured = true},
+    {.name = "absent", .runs = 1, .file_bytes = VOLUME_BYTES, .write = true, .cache_mode = NV_CACHE_MODE_READ},
+    {.name = "held", .runs = 1, .file_bytes = VOLUME_BYTES, .write = true, .held = true, .cache_mode = NV_CACHE_MODE_READ},
+    {.name = "kept", .runs = 1, .file_bytes = VOLUME_BYTES, .write = true, .held = true,
+     .cache_mode = NV_CACHE_MODE_WRITETHROUGH},
+    {.name = "scan", .runs = 1, .file_bytes = SCANNED_BYTES, .scan = true},
+    {.name = "scan-cached", .runs = 1, .file_bytes = SCANNED_BYTES, .scan = true, .cache_mode = NV_CACHE_MODE_READ},
     {.name = "mirror", .write = true, .mirror = true},
     {.name = "resync", .mirror = true, .resync = true},
     {.name = "region", .runs = 1, .file_bytes = MAP_FILE, .random_order = true},
@@ -62,7 +79,7 @@ struct world {
     const struct load *load;
     nv_plane *plane;
     int socket;
-    uint32_t batch, volume;
+    uint32_t batch, block, volume;
     uint64_t volume_bytes, asked;
     uint8_t *requests; /* one batch's bytes */
     size_t requests_bytes;
@@ -166,7 +183,8 @@ static uint32_t open_volume(struct world *world)
 
 static void open_world(struct world *world)
 {
-    const nv_plane_config config = {.reactors = 1, .cpu_first = -1, .pool_bytes = 16u << 20, .connections_max = 4};
+    const nv_plane_config config = {.reactors = 1, .cpu_first = -1, .pool_bytes = 16u << 20, .connections_max = 4,
+                                    .cache_bytes = world->load->cache_mode != NV_CACHE_MODE_NONE ? CACHE_BYTES : 0};
     const nv_connection_params params = {.flags = world->load->structured ? NV_CONN_STRUCTURED : 0,
                                          .tflags = NBD_FLAG_SEND_FLUSH,
                                          .block_min = 1, .payload_max = NV_PAYLOAD_MAX};
@@ -201,35 +219,37 @@ static size_t settle(struct world *world)
 
 static uint64_t next_block(struct world *world)
 {
-    const uint64_t asked = world->asked++, blocks = world->volume_bytes / BLOCK;
+    const uint64_t asked = world->asked++, blocks = world->volume_bytes / world->block;
 
+    if (world->load->scan)
+        return asked % blocks;
     return (world->load->random_order ? scatter(asked) : asked * 37) % blocks;
 }
 
-static void build_batch(struct world *world)
+static void build_batch(struct world *world, bool write)
 {
     uint8_t *to = world->requests;
 
     for (uint32_t i = 0; i < world->batch; i++) {
         to = put32(to, NBD_REQUEST_MAGIC);
         to = put16(to, 0);
-        to = put16(to, world->load->write ? NBD_CMD_WRITE : NBD_CMD_READ);
+        to = put16(to, write ? NBD_CMD_WRITE : NBD_CMD_READ);
         to = put64(to, i);
-        to = put64(to, next_block(world) * BLOCK);
-        to = put32(to, BLOCK);
-        to += world->load->write ? BLOCK : 0;
+        to = put64(to, next_block(world) * world->block);
+        to = put32(to, world->block);
+        to += write ? world->block : 0;
     }
     world->requests_bytes = (size_t)(to - world->requests);
 }
 
-static void run_batch(struct world *world)
+static void run_batch(struct world *world, bool write)
 {
     const size_t head = world->load->structured ? 28u : NBD_SIMPLE_BYTES; /* a chunk header, an offset */
 
-    build_batch(world);
+    build_batch(world, write);
     if (nv_sim_client_send(world->socket, world->requests, world->requests_bytes) != world->requests_bytes)
         fail("the socket does not hold a batch: another SEED is needed");
-    if (settle(world) != world->batch * (head + (world->load->write ? 0 : BLOCK)))
+    if (settle(world) != world->batch * (head + (write ? 0 : world->block)))
         fail("a batch was not answered in full");
 }
 
@@ -237,7 +257,23 @@ static void run_batch(struct world *world)
 __attribute__((noinline)) static void count_batches(struct world *world, long batches)
 {
     for (long i = 0; i < batches; i++)
-        run_batch(world);
+        run_batch(world, world->load->write);
+}
+
+/* As the load says; what it says is held is read. */
+static void set_cache(struct world *world)
+{
+    const nv_cache_policy policy = {.mode = world->load->cache_mode, .ahead_bytes = AHEAD};
+    const uint64_t blocks = world->load->held ? world->volume_bytes / BLOCK : 0;
+    nv_event event;
+
+    if (nv_volume_set_cache(world->plane, world->volume, &policy, 1) != 0)
+        fail("the cache is refused");
+    settle(world);
+    if (nv_plane_events(world->plane, &event, 1) != 1 || event.kind != NV_EVENT_VOLUME_CACHE)
+        fail("the cache does not begin");
+    while (world->asked < blocks)
+        run_batch(world, false);
 }
 
 static void quiet(struct world *world, uint64_t ns)
@@ -258,7 +294,7 @@ static void order_resync(struct world *world)
     if (nv_leg_release(world->plane, world->volume, SECOND_LEG, 2, 2) != 0)
         fail("the leg is not let go");
     quiet(world, QUIET_NS);
-    run_batch(world);
+    run_batch(world, false);
     if (nv_leg_resync(world->plane, world->volume, SECOND_LEG, 1, 3, 3) != 0)
         fail("the leg is not copied to");
 }
@@ -272,7 +308,7 @@ static void run_resync(struct world *world, long batches)
     began = nv_sim_clock_ns();
     settle(world);
     for (long i = 0; i < batches && nv_sim_advance(); i++)
-        run_batch(world);
+        run_batch(world, false);
     nv_volume_mirror(world->plane, world->volume, &status); /* as it was at the last tick */
     printf("%lu bytes copied in %lu us at %u a second, clients being busy; ", (unsigned long)status.copied_bytes,
            (unsigned long)((nv_sim_clock_ns() - began) / 1000), RESYNC_RATE);
@@ -307,19 +343,22 @@ int main(int argc, char **argv)
     struct world world = {.load = batches > 0 ? load_named(argv[1]) : NULL};
 
     if (!world.load) {
-        fputs("usage: nvsim_steady read|write|structured|mirror|resync|region|runs|uneven BATCHES\n", stderr);
+        fputs("usage: nvsim_steady LOAD BATCHES\n", stderr);
         return 2;
     }
-    world.batch = world.load->write ? WRITES : READS;
-    world.requests = calloc(world.batch, NBD_REQUEST_BYTES + BLOCK);
+    world.batch = world.load->scan ? LONGS : world.load->write ? WRITES : READS;
+    world.block = world.load->scan ? LONG : BLOCK;
+    world.requests = calloc(world.batch, NBD_REQUEST_BYTES + world.block);
     if (!world.requests)
         fail("no memory");
     open_world(&world);
+    if (world.load->cache_mode != NV_CACHE_MODE_NONE)
+        set_cache(&world);
     if (world.load->resync)
         run_resync(&world, batches);
     else {
         for (int i = 0; i < WARM_UP; i++)
-            run_batch(&world);
+            run_batch(&world, world.load->write);
         count_batches(&world, batches);
         printf("%lu requests\n", (unsigned long)batches * world.batch);
     }

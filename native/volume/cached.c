@@ -290,6 +290,7 @@ static void read_ends(struct nv_vreq *request)
     struct nv_cache_spot spot = {request->volume->cached.owner, request->cached.tag, end_block(request->cached.from),
                                  request->cached.state == NV_CACHED_SCAN};
     uint64_t end = first_block(request->offset + request->length);
+    struct nv_cache_filled done;
 
     if (!request->cached.ahead)
         local_of(request)->cached.reads--;
@@ -297,12 +298,12 @@ static void read_ends(struct nv_vreq *request)
         return;
     if (end > spot.block + NV_CACHE_FILL_MAX)
         end = spot.block + NV_CACHE_FILL_MAX;
-    for (; spot.block < end; spot.block++) {
-        const uint8_t *bytes = request->data + ((spot.block << NV_CACHE_SHIFT) - request->offset);
-        const enum nv_cache_fill result = nv_cache_fill(cache, &spot, request->cached.time, bytes, request->cached.ahead);
-        nv_count(&counters->filled, result == NV_CACHE_FILLED);
-        nv_count(&counters->refused, result == NV_CACHE_STALE || result == NV_CACHE_FULL);
-    }
+    if (spot.block >= end)
+        return;
+    done = nv_cache_fill(cache, &spot, end - spot.block, request->cached.time,
+                         request->data + ((spot.block << NV_CACHE_SHIFT) - request->offset), request->cached.ahead);
+    nv_count(&counters->filled, done.filled);
+    nv_count(&counters->refused, done.refused);
 }
 
 /* ---- writes, trims, zeroes ---- */

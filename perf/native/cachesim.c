@@ -29,7 +29,7 @@ static bool request(struct nv_cache *cache, uint64_t block)
         nv_cache_unpin(cache, frame);
         return true;
     }
-    (void)nv_cache_fill(cache, &spot, nv_cache_now(cache), bytes, false);
+    (void)nv_cache_fill(cache, &spot, 1, nv_cache_now(cache), bytes, false);
     return false;
 }
 
