@@ -329,7 +329,7 @@ typedef struct {
     uint32_t bypass_bytes;           /* writes of so many go below; 0: none for its length */
     uint32_t stream_bytes;           /* ... and of who wrote so many in sequence; 0: no difference */
     uint32_t age_ms;                 /* when the oldest logged write is to be carried below */
-    uint32_t deadline_ms;            /* a log write that takes longer counts as failed; 0: none does */
+    uint32_t deadline_ms;            /* what of the log's device takes longer counts as failed; 0: nothing does */
     uint64_t destage_rate;           /* bytes a second that are carried below at most, while nobody waits for it; 0: no limit */
     uint64_t reserved[3];
 } nv_log_policy;

@@ -391,6 +391,7 @@ static bool can_go_on(struct nv_op *op)
     const struct nv_sim_trouble *trouble = sim_trouble_of(op);
 
     if (!trouble->gone && !trouble->fenced && (trouble->hung || (trouble->stuck_writes && op->kind != NV_OP_READ) ||
+                                               (trouble->stuck_reads && op->kind == NV_OP_READ) ||
                                                sim_state_of(op)->entered_at < trouble->stuck_before))
         return false;
     if (sim_state_of(op)->settled)

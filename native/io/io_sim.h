@@ -60,6 +60,7 @@ int nv_sim_file_again(int file);
 struct nv_sim_trouble {
     bool hung;                  /* nothing completes */
     bool stuck_writes;          /* nothing but reads completes */
+    bool stuck_reads;           /* no read completes */
     bool gone;                  /* everything fails with -EIO, without effect */
     bool fenced;                /* ... with -ESTALE */
     uint64_t stuck_before;      /* what was asked before this moment (nv_sim_time) does not complete */

@@ -78,10 +78,19 @@ static void check_operation(struct nv_op *op)
         nv_sim_violation("an operation of kind %u moves no bytes", op->kind);
 }
 
+/* An operation is its port's until it has completed. */
+static void check_free(const struct nv_op *op)
+{
+    for (size_t i = 0; i < sim_world.pending.count; i++)
+        if (sim_world.pending.items[i] == op)
+            nv_sim_violation("an operation of kind %u is handed in again while it is under way", op->kind);
+}
+
 void nv_io_submit(struct nv_io *io, struct nv_op *op)
 {
     struct op_state *state = sim_state_of(op);
 
+    check_free(op);
     check_operation(op);
     *state = (struct op_state){.io = io};
     if (sim_outgoing(op))

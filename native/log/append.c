@@ -212,13 +212,13 @@ static void in_order(struct nv_log *log)
 {
     while (log->flight && log->flight->left == 0) {
         struct nv_log_group *group = log->flight;
-        if (group->error && !nv_log_has_failed(log))
+        if (group->error)
             nv_log_fail(log, group->error);
         log->flight = group->next;
         if (!log->flight)
             log->flight_last = &log->flight;
         log->in_flight--;
-        if (nv_log_has_failed(log))
+        if (log->severed)
             group->used = false; /* nobody waits for it any more */
         else
             complete(log, group);

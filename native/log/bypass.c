@@ -74,6 +74,7 @@ static void tombstone_synced(struct nv_log_sync_wait *wait, int error)
 
     nv_log_leave(log, request);
     if (error) {
+        request->went_below = true;
         nv_log_hold(log, request);
         return;
     }
@@ -110,6 +111,7 @@ static void covered_done(struct nv_log_below *io)
     if (io->error || nv_log_has_failed(log)) {
         nv_log_unsettle(log, first_of(request), nv_log_units(request->length)); /* what is below is not known any more */
         nv_log_leave(log, request);
+        request->went_below = true;
         if (io->error)
             nv_log_finish(log, request, io->error);
         else

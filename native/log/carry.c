@@ -2,6 +2,9 @@
  * A batch on its way below, in runs: adjacent blocks of one kind, up to 1 MiB. A run's data is read from the log and looked
  * at, then written below; what cannot be read is read again block by block, and then it is lost (nv_log_spoil). The more
  * the log is filled, the more runs are under way.
+ *
+ * A run whose reads pass the deadline leaves its batch: its blocks are carried with a later one, from other memory. They are
+ * not lost; who knows when the device answers. The port owns its memory until its reads end: until then the run is out of use.
  */
 #include "log/state.h"
 #include "reactor/crc32c.h"
@@ -59,8 +62,8 @@ bool nv_log_carrying(const struct nv_log *log, uint64_t first, uint64_t blocks)
 {
     for (uint32_t i = 0; i < NV_LOG_RUNS; i++) {
         const struct nv_log_run *run = &log->destager.runs[i];
-        const uint64_t from = run->used ? block_of(run, 0) : 0;
-        if (run->used && from < first + blocks && first < from + run->count)
+        const uint64_t from = run->used && !run->late ? block_of(run, 0) : 0;
+        if (run->used && !run->late && from < first + blocks && first < from + run->count)
             return true;
     }
     return false;
@@ -143,15 +146,24 @@ static void look(struct nv_log_run *run)
     write_on(run);
 }
 
+static void end_late(struct nv_log_run *run)
+{
+    run->used = run->late = false;
+    nv_log_memory_back(run->log, run->memory);
+}
+
 static void read_done(struct nv_op *op)
 {
     struct nv_log_run_read *read = (struct nv_log_run_read *)((char *)op - offsetof(struct nv_log_run_read, op));
 
-    if (nv_log_goes_on(read->run->log, op))
+    if (!read->run->late && nv_log_goes_on(read->run->log, op))
         return;
     read->used = false;
     read->run->reading--;
-    read_on(read->run); /* what did not come fails its checksum */
+    if (!read->run->late)
+        read_on(read->run); /* what did not come fails its checksum */
+    else if (read->run->reading == 0)
+        end_late(read->run);
 }
 
 static void start_read(struct nv_log_run *run, struct nv_log_run_read *read)
@@ -166,6 +178,7 @@ static void start_read(struct nv_log_run *run, struct nv_log_run_read *read)
     run->reading++;
     read->used = true;
     read->run = run;
+    read->since_ns = nv_io_now_ns(log->config.io);
     read->iov = (struct iovec){run->memory + first * (uint64_t)NV_LOG_UNIT, count * (uint64_t)NV_LOG_UNIT};
     read->op = (struct nv_op){.kind = NV_OP_READ, .handle = log->config.handle, .iov = &read->iov, .iov_count = 1,
                               .offset = log->config.offset + NV_LOG_RING + unit * (uint64_t)NV_LOG_UNIT, .done = read_done};
@@ -271,7 +284,7 @@ void nv_log_carry_on(struct nv_log *log)
 
     destager->waits = false;
     for (uint32_t i = 0; i < NV_LOG_RUNS; i++)
-        busy += destager->runs[i].used;
+        busy += destager->runs[i].used && !destager->runs[i].late;
     for (uint32_t i = 0; i < NV_LOG_RUNS; i++) {
         uint8_t *memory;
         while (destager->next < destager->count && !may_go(log, &destager->batch[destager->next]))
@@ -290,6 +303,38 @@ void nv_log_carry_on(struct nv_log *log)
         start_run(log, &destager->runs[i], memory);
         busy++;
     }
+    if (busy == 0 && destager->next < destager->count && !destager->waits)
+        give_up(log); /* all runs are late */
     if (busy == 0 && destager->next == destager->count)
         nv_log_carried(log);
+}
+
+/* ---- those that hang ---- */
+
+static bool is_late(const struct nv_log_run *run)
+{
+    for (uint32_t i = 0; run->reading > 0 && i < NV_LOG_RUN_READS; i++)
+        if (run->reads[i].used && nv_log_is_late(run->log, run->reads[i].since_ns))
+            return true;
+    return false;
+}
+
+bool nv_log_give_up_runs(struct nv_log *log)
+{
+    bool some = false;
+
+    for (uint32_t i = 0; i < NV_LOG_RUNS; i++) {
+        struct nv_log_run *run = &log->destager.runs[i];
+        if (!run->used || run->late || !is_late(run))
+            continue;
+        for (uint32_t block = 0; block < run->count; block++)
+            if (version_of(run, block)->state == NV_LOG_CARRIED)
+                version_of(run, block)->state = NV_LOG_LIVE;
+        run->late = some = log->destager.failed = true;
+    }
+    if (some) {
+        nv_log_unblock(log);
+        nv_log_carry_on(log);
+    }
+    return some;
 }

@@ -113,7 +113,7 @@ static void collect(struct nv_log *log)
     for (uint64_t number = log->version_tail; number < limit && destager->count < max; number++)
         pick(log, number, limit, &left_out);
     if (destager->count == 0 && log->state == NV_LOG_FAILED) {
-        if (left_out)
+        if (left_out || (log->flight && !log->severed)) /* records that may have to be carried, too */
             nv_log_rest(log, false);
         else
             nv_log_make_void(log);

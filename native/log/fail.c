@@ -10,12 +10,21 @@
  * If not even that superblock can be written, control's word is needed (NV_LOG_NEEDS_WORD): it commits that this log is
  * never replayed, and nv_log_forget() says so.
  *
- * What takes longer than the deadline has failed, too, and is waited for no more; it may still happen, at any time later. Reads
- * have no deadline: what can be read only from a device that hangs waits for that.
+ * What takes longer than the deadline has failed, too, and is waited for no more; it may still happen, at any time later. Who
+ * reads what only a device that hangs has is answered -EIO; nothing of it counts as lost, and carrying it is tried again. Records
+ * that are on their way then still count; what is held is answered -EIO, too, as long as the device hangs, when it has been held
+ * for a deadline. One thing has to wait for the log to be void: a write whose record was on its way when writing failed, too. It
+ * may come to be in the log, over what would be written after it.
  */
 #include <errno.h>
 
 #include "log/state.h"
+
+static void keep(struct nv_log *log, struct nv_log_request *request)
+{
+    request->held_ns = nv_io_now_ns(log->config.io);
+    nv_log_push(&log->held, request);
+}
 
 void nv_log_hold(struct nv_log *log, struct nv_log_request *request)
 {
@@ -24,7 +33,7 @@ void nv_log_hold(struct nv_log *log, struct nv_log_request *request)
     else if (log->shut)
         nv_log_finish(log, request, -ESHUTDOWN);
     else
-        nv_log_push(&log->held, request);
+        keep(log, request);
 }
 
 static void hold_all(struct nv_log *log, struct nv_log_list *list)
@@ -32,9 +41,11 @@ static void hold_all(struct nv_log *log, struct nv_log_list *list)
     struct nv_log_request *request;
 
     while ((request = nv_log_pop(list))) {
-        if (request->dropped)
+        if (request->dropped) {
             nv_log_leave(log, request);
-        nv_log_push(&log->held, request);
+            request->went_below = true;
+        }
+        keep(log, request);
     }
 }
 
@@ -55,15 +66,25 @@ void nv_log_shut(struct nv_log *log)
         nv_log_finish(log, request, -ESHUTDOWN);
 }
 
-void nv_log_fail(struct nv_log *log, int error)
+/* What is written does not count any more: a record may be missing before it. */
+static void sever(struct nv_log *log)
+{
+    log->severed = true;
+    nv_log_carry_newest(log);
+    for (struct nv_log_group *group = log->flight; group; group = group->next) {
+        for (struct nv_log_request *request = group->requests.first; request; request = request->next)
+            request->under_way = true;
+        hold_all(log, &group->requests);
+    }
+}
+
+static void distrust(struct nv_log *log, int error)
 {
     if (log->state != NV_LOG_SERVING && log->state != NV_LOG_THROUGH)
         return;
     log->state = NV_LOG_FAILED;
     log->destager.retry_ns = 0;
     nv_log_carry_newest(log);
-    for (struct nv_log_group *group = log->flight; group; group = group->next)
-        hold_all(log, &group->requests);
     if (log->building) {
         hold_all(log, &log->building->requests);
         log->building->used = false;
@@ -76,21 +97,67 @@ void nv_log_fail(struct nv_log *log, int error)
     log->config.event(log->config.context, NV_LOG_FAILING, error);
 }
 
-static bool is_late(const struct nv_log *log, bool under_way, uint64_t since_ns)
+void nv_log_fail(struct nv_log *log, int error)
+{
+    if (log->state == NV_LOG_VOID)
+        return;
+    if (!log->severed)
+        sever(log);
+    distrust(log, error);
+}
+
+bool nv_log_is_late(const struct nv_log *log, uint64_t since_ns)
 {
     const uint64_t deadline_ns = log->config.deadline_ms * 1000000ull;
 
-    return under_way && deadline_ns && nv_io_now_ns(log->config.io) - since_ns > deadline_ns;
+    return deadline_ns && nv_io_now_ns(log->config.io) - since_ns > deadline_ns;
+}
+
+bool nv_log_hangs(const struct nv_log *log)
+{
+    bool hangs = false;
+
+    for (uint32_t i = 0; i < NV_LOG_BOUNCES; i++)
+        hangs |= log->bounces[i].late;
+    for (uint32_t i = 0; i < NV_LOG_RUNS; i++)
+        hangs |= log->destager.runs[i].late;
+    return hangs;
+}
+
+/* Nobody knows when the log will be void. */
+static void answer_held(struct nv_log *log)
+{
+    struct nv_log_list all = log->held;
+    struct nv_log_request *request;
+
+    if (!all.first)
+        return;
+    log->held = (struct nv_log_list){NULL, &log->held.first};
+    while ((request = nv_log_pop(&all))) {
+        if (request->under_way || !nv_log_is_late(log, request->held_ns)) {
+            nv_log_push(&log->held, request);
+            continue;
+        }
+        if (request->went_below) /* what the log has counts: it is carried over that once more */
+            nv_log_unsettle(log, request->offset / NV_LOG_UNIT, nv_log_units(request->length));
+        nv_log_finish(log, request, -EIO);
+    }
 }
 
 void nv_log_watch(struct nv_log *log)
 {
     const struct nv_log_destager *destager = &log->destager;
+    const bool reads = nv_log_give_up_reads(log), runs = nv_log_give_up_runs(log);
 
-    if ((log->flight && is_late(log, true, log->flight->since_ns)) || is_late(log, log->syncing, log->sync_since_ns))
+    if ((log->flight && nv_log_is_late(log, log->flight->since_ns)) ||
+        (log->syncing && nv_log_is_late(log, log->sync_since_ns)))
         nv_log_fail(log, -ETIMEDOUT);
-    if (is_late(log, destager->super_out && !destager->given_up, destager->super_since_ns))
+    if (reads || runs)
+        distrust(log, -ETIMEDOUT);
+    if (destager->super_out && !destager->given_up && nv_log_is_late(log, destager->super_since_ns))
         nv_log_give_up_super(log);
+    if (log->state == NV_LOG_FAILED && nv_log_hangs(log) && destager->phase != NV_LOG_VOIDING && !log->needs_word)
+        answer_held(log); /* else void comes without the device; what was written below by them would come to be seen */
 }
 
 void nv_log_is_void(struct nv_log *log)

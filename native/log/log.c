@@ -190,6 +190,8 @@ bool nv_log_idle(const struct nv_log *log)
 
     for (uint32_t i = 0; i < NV_LOG_BOUNCES; i++)
         busy |= log->bounces[i].used;
+    for (uint32_t i = 0; i < NV_LOG_RUNS; i++)
+        busy |= log->destager.runs[i].used;
     return !busy && !log->building && !log->finished.first;
 }
 
@@ -291,6 +293,7 @@ void nv_log_start(struct nv_log *log, struct nv_log_request *request)
     request->moved = 0;
     request->losses = log->lost_blocks ? NV_LOG_NONE : log->losses;
     request->alone = request->dropped = request->hold = request->routed = false;
+    request->under_way = request->went_below = false;
     if (request->length == 0 && request->kind != NV_LOG_FLUSH)
         nv_log_finish(log, request, 0);
     else
@@ -389,7 +392,7 @@ bool nv_log_holds_nothing(const struct nv_log *log)
 {
     if (log->lost_blocks > 0) /* reads of these must go on to fail */
         return false;
-    if (log->state == NV_LOG_VOID && (log->in_flight || log->syncing)) /* its device hangs */
+    if (log->state == NV_LOG_VOID && (log->in_flight || log->syncing || nv_log_hangs(log))) /* its device hangs */
         return false;
     return log->state == NV_LOG_CLOSED || log->state == NV_LOG_VOID || (log->state == NV_LOG_THROUGH && log->indexed == 0);
 }
@@ -422,9 +425,11 @@ void nv_log_look(const struct nv_log *log, struct nv_log_look *out)
     out->dirty_blocks = log->dirty_blocks;
     out->lost_blocks = log->lost_blocks;
     out->losses = log->losses;
-    out->held = 0;
-    for (const struct nv_log_request *request = log->held.first; request; request = request->next)
+    out->held = out->under_way = 0;
+    for (const struct nv_log_request *request = log->held.first; request; request = request->next) {
         out->held++;
+        out->under_way += request->under_way;
+    }
     if (log->dirty_blocks && log->mark_head != log->mark_tail)
         out->oldest_age_ms =
             (nv_io_now_ns(log->config.io) - log->marks[log->mark_tail & log->mark_mask].since_ns) / 1000000u;

@@ -62,6 +62,9 @@ struct nv_log_request {
     bool dropped;                   /* written below; its tombstone is on its way */
     bool hold;                      /* FLUSH: the log could not be synced */
     bool routed;                    /* its place in a sequence has been noted */
+    bool under_way;                 /* held: its record may still come to be in the log */
+    bool went_below;                /* held: it was written below, beside what the log has */
+    uint64_t held_ns;               /* held: since when */
     struct nv_log_sync_wait wait;
     struct nv_log_below below;
 };
@@ -104,7 +107,7 @@ struct nv_log_config {
     uint32_t bypass_bytes;          /* writes of so many go below; at most NV_LOG_BYPASS_MAX */
     uint32_t stream_bytes;          /* ... and of writers that wrote so many in sequence; 0: no difference */
     uint32_t age_ms;                /* when the oldest logged write is to be destaged */
-    uint32_t deadline_ms;           /* a log write that takes longer counts as failed; 0: none does */
+    uint32_t deadline_ms;           /* what of the log's device takes longer counts as failed; 0: nothing does */
     uint64_t rate;                  /* bytes a second that are destaged at most, while nobody waits for it; 0: no limit */
     uint32_t runs;                  /* destage writes under way at once when there is no room left; 0: NV_LOG_RUNS */
     void *context;
@@ -119,6 +122,7 @@ struct nv_log_look {
     uint64_t losses;                /* blocks that were lost, ever */
     uint64_t oldest_age_ms;
     uint64_t held;                  /* requests that wait for the log to be void */
+    uint64_t under_way;             /* of them: their record may still come to be in the log */
     uint64_t blocked;               /* bypasses that had to wait: for a destage write or read below, or for room */
     uint64_t logged, groups, syncs, bypassed, tombstones, destaged, merged;
 };

@@ -2,6 +2,10 @@
  * Reads: each block from its newest version in the log, or from below where it is not covered. What comes from the log is
  * looked at before it is believed (its checksum), so it is read into memory of the log's own first. While a read looks at a
  * version it is pinned: the tail does not pass it, and nothing is written over its data.
+ *
+ * A read that passes the deadline is given up (fail.c): who asked is answered -EIO, for what is in the log alone is not to be
+ * had, and what is below is older. The port owns its memory until it ends, so the bounce is out of use until then; when all
+ * are, reads that wait for one are answered the same way.
  */
 #include <errno.h>
 #include <string.h>
@@ -127,6 +131,11 @@ static void bounce_done(struct nv_op *op)
     struct nv_log_request *request = bounce->request;
     bool fine = true;
 
+    if (bounce->late) {
+        bounce->used = bounce->late = false;
+        serve_thirsty(log);
+        return;
+    }
     if (nv_log_goes_on(log, op))
         return;
     look(log, bounce, &fine);
@@ -136,6 +145,36 @@ static void bounce_done(struct nv_op *op)
     bounce->used = false;
     nv_log_read(log, request);
     serve_thirsty(log);
+}
+
+/* ---- those that hang ---- */
+
+static void give_up(struct nv_log *log, struct nv_log_bounce *bounce)
+{
+    for (uint32_t i = 0; i < bounce->count; i++)
+        nv_log_version(log, bounce->numbers[i])->pins--;
+    nv_log_finish(log, bounce->request, -EIO);
+    bounce->request = NULL;
+    bounce->late = true;
+}
+
+bool nv_log_give_up_reads(struct nv_log *log)
+{
+    struct nv_log_request *request;
+    uint32_t late = 0;
+    bool some = false;
+
+    for (uint32_t i = 0; i < NV_LOG_BOUNCES; i++) {
+        struct nv_log_bounce *bounce = &log->bounces[i];
+        if (bounce->used && !bounce->late && nv_log_is_late(log, bounce->since_ns)) {
+            give_up(log, bounce);
+            some = true;
+        }
+        late += bounce->late;
+    }
+    while (late == NV_LOG_BOUNCES && (request = nv_log_pop(&log->thirsty)))
+        nv_log_finish(log, request, -EIO);
+    return some;
 }
 
 static void read_log(struct nv_log *log, struct nv_log_request *request, uint64_t number)
@@ -165,6 +204,7 @@ static void read_log(struct nv_log *log, struct nv_log_request *request, uint64_
     bounce->op = (struct nv_op){.kind = NV_OP_READ, .handle = log->config.handle, .iov = &bounce->iov, .iov_count = 1,
                                 .offset = log->config.offset + NV_LOG_RING + unit * (uint64_t)NV_LOG_UNIT,
                                 .done = bounce_done};
+    bounce->since_ns = nv_io_now_ns(log->config.io);
     nv_io_submit(log->config.io, &bounce->op);
 }
 

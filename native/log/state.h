@@ -79,14 +79,17 @@ struct nv_log_bounce {              /* a read of the log for a request */
     uint8_t *memory;
     struct nv_log_request *request;
     uint64_t numbers[NV_LOG_BOUNCE_BLOCKS];
+    uint64_t since_ns;
     uint32_t count;
     bool used;
+    bool late;                      /* nobody waits for it any more; its memory is the port's until it ends */
 };
 
 struct nv_log_run_read {
     struct nv_log_run *run;
     struct nv_op op;
     struct iovec iov;
+    uint64_t since_ns;
     bool used;
 };
 
@@ -103,6 +106,7 @@ struct nv_log_run {                 /* adjacent blocks on their way below */
     bool again;                     /* reading one block at a time what could not be read together */
     bool fine[NV_LOG_RUN_BLOCKS];   /* its data is here and is right */
     bool used;
+    bool late;                      /* its reads hang: it is of no batch any more; its memory is the port's until they end */
 };
 
 struct nv_log_pick {
@@ -209,6 +213,7 @@ struct nv_log {
     uint8_t *copies;                /* two units: superblocks, BEGIN */
     bool opening;
     bool draining, drained, stopped, shut, forgotten, needs_word;
+    bool severed;                   /* failed: what is written to the device does not count any more */
     struct nv_log_look counts;
     uint8_t *memory;
     uint64_t memory_bytes;
@@ -295,6 +300,8 @@ void nv_log_sync_fails(struct nv_log *log, int error);
 
 /* ---- read.c ---- */
 void nv_log_read(struct nv_log *log, struct nv_log_request *request);
+/* Reads for requests that have passed the deadline: nobody waits for them any more, who asked is answered -EIO. True: some. */
+bool nv_log_give_up_reads(struct nv_log *log);
 /* Is one of these blocks, which is covered by now, being read from below? */
 bool nv_log_reading(const struct nv_log *log, uint64_t first, uint64_t blocks);
 
@@ -323,6 +330,8 @@ void nv_log_rest(struct nv_log *log, bool moved);
 void nv_log_carry_on(struct nv_log *log);
 /* The log has failed: what is not on its way yet is carried in its newest version, or not now. */
 void nv_log_carry_newest(struct nv_log *log);
+/* Runs whose reads have passed the deadline: what they were to carry is carried later. True: some. */
+bool nv_log_give_up_runs(struct nv_log *log);
 /* Is a destage write of one of these blocks under way? */
 bool nv_log_carrying(const struct nv_log *log, uint64_t first, uint64_t blocks);
 
@@ -356,6 +365,9 @@ static inline uint32_t nv_log_quarters(const struct nv_log *log)
 void nv_log_fail(struct nv_log *log, int error);
 /* What takes longer than the deadline has failed. */
 void nv_log_watch(struct nv_log *log);
+bool nv_log_is_late(const struct nv_log *log, uint64_t since_ns);
+/* A read of its device was given up, and has not ended yet. */
+bool nv_log_hangs(const struct nv_log *log);
 void nv_log_is_void(struct nv_log *log);
 /* It waits until the log is void, then it begins anew. */
 void nv_log_hold(struct nv_log *log, struct nv_log_request *request);

@@ -1,7 +1,7 @@
 /*
  * A host's write-back log in front of its mirror (host.h), and what control knows of it: who holds data of the volume. In
- * some seeds the log's own disk refuses writes, and hangs until it is given up; it can always be read, and its syncs do not
- * lie: what is lost by worse disks is judged in nvlog.
+ * some seeds the log's own disk refuses writes, and hangs until it is given up (then clients may be told of errors); its reads
+ * do not fail but for that, and its syncs do not lie: what is lost by worse disks is judged in nvlog.
  */
 #include <assert.h>
 #include <errno.h>

@@ -22,11 +22,13 @@
  *  18  a rate counts in a full log, too                           nv_log_paced
  *  19  ... and in one that is drained                             nv_log_paced
  *  20  no rate counts                                             nv_log_paced
- *  21  only a record has a deadline: a sync that hangs is waited for  nv_log_watch
+ *  21  a sync and the superblock have no deadline                 nv_log_watch
  *  22  memory of what was carried that storage still uses is free at once  nv_log_memory_kept, nv_log_memory_back
  *  23  of those that wait for memory to read into one is woken at a time  nv_log_pop
  *  24  when the log has failed, older versions are carried as well   nv_log_carry_newest
  *  25  a log whose tail is lost for ever is well                      nv_log_fail
+ *  26  reads have no deadline                                     nv_log_give_up_reads
+ *  27  a read that was given up goes below, to what is older      nv_log_give_up_reads
  */
 #include <errno.h>
 
@@ -73,6 +75,8 @@ void __real_nv_log_memory_back(struct nv_log *log, const uint8_t *data);
 void __wrap_nv_log_memory_back(struct nv_log *log, const uint8_t *data);
 struct nv_log_request *__real_nv_log_pop(struct nv_log_list *list);
 struct nv_log_request *__wrap_nv_log_pop(struct nv_log_list *list);
+bool __real_nv_log_give_up_reads(struct nv_log *log);
+bool __wrap_nv_log_give_up_reads(struct nv_log *log);
 void __real_nv_log_watch(struct nv_log *log);
 void __wrap_nv_log_watch(struct nv_log *log);
 
@@ -211,15 +215,39 @@ bool __wrap_nv_log_paced(const struct nv_log *log)
     return !mutant(20) && __real_nv_log_paced(log);
 }
 
+static void mislead(struct nv_log *log)
+{
+    for (uint32_t i = 0; i < NV_LOG_BOUNCES; i++) {
+        struct nv_log_bounce *bounce = &log->bounces[i];
+        if (!bounce->used || bounce->late || !nv_log_is_late(log, bounce->since_ns))
+            continue;
+        for (uint32_t block = 0; block < bounce->count; block++) {
+            nv_log_settle(log, bounce->numbers[block]);
+            nv_log_version(log, bounce->numbers[block])->bad = true;
+            nv_log_version(log, bounce->numbers[block])->pins--;
+        }
+        bounce->count = 0;
+        nv_log_read(log, bounce->request);
+        bounce->request = NULL;
+        bounce->late = true;
+    }
+}
+
+bool __wrap_nv_log_give_up_reads(struct nv_log *log)
+{
+    if (mutant(26))
+        return false;
+    if (mutant(27))
+        mislead(log);
+    return __real_nv_log_give_up_reads(log);
+}
+
 void __wrap_nv_log_watch(struct nv_log *log)
 {
-    const uint64_t deadline_ns = log->config.deadline_ms * 1000000ull;
-
     watched = log;
-    if (!mutant(21))
-        __real_nv_log_watch(log);
-    else if (log->flight && deadline_ns && nv_io_now_ns(log->config.io) - log->flight->since_ns > deadline_ns)
-        nv_log_fail(log, -ETIMEDOUT);
+    if (mutant(21))
+        log->sync_since_ns = log->destager.super_since_ns = nv_io_now_ns(log->config.io);
+    __real_nv_log_watch(log);
 }
 
 void __wrap_nv_log_memory_kept(struct nv_log *log, const uint8_t *data)

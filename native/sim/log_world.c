@@ -16,6 +16,7 @@
 
 #define PATIENCE 200000u
 #define TURN_NS 1000000u
+#define READ_TRIES 50u
 
 struct world *world_of_io;
 
@@ -209,6 +210,7 @@ static void control(struct world *world)
 static void make_trouble(struct world *world)
 {
     struct nv_sim_trouble *log = nv_sim_trouble(world->log_file), *leg = nv_sim_trouble(world->leg_file);
+    struct sim_random apart = {world->plan.seed ^ world->step << 32}; /* the other worlds stay as they were */
 
     if (chance(world, world->plan.log_trouble)) {
         log->read_error = chance(world, 300) ? 60 : 0;
@@ -217,6 +219,7 @@ static void make_trouble(struct world *world)
         log->gone = chance(world, 60);
         log->hung = world->plan.deadline_ms && chance(world, 200); /* what is slow may still happen, long after it was given up */
         log->stuck_writes = world->plan.deadline_ms && chance(world, 200);
+        log->stuck_reads = world->plan.deadline_ms && sim_random_chance(&apart, 200);
         world->troubled = true;
     }
     if (chance(world, world->plan.leg_trouble)) {
@@ -303,6 +306,15 @@ static bool has_opened(const struct world *world)
 static bool all_answered(const struct world *world)
 {
     return world->outstanding == 0;
+}
+
+/* A write whose record was on its way when writing failed waits for what is read. */
+static bool all_that_may(const struct world *world)
+{
+    struct nv_log_look look;
+
+    nv_log_look(world->log, &look);
+    return world->outstanding <= look.under_way;
 }
 
 static bool is_idle(const struct world *world)
@@ -403,9 +415,12 @@ static void read_all(struct world *world, uint8_t *bytes)
     for (uint64_t first = 0; first < world->model.blocks; first += 16) {
         const uint64_t blocks = world->model.blocks - first < 16 ? world->model.blocks - first : 16;
         struct world_request *request = &world->requests[0];
-        if (!ask(world, NV_LOG_READ, 0, first, blocks))
-            abort();
-        settle(world, all_answered, "a read is never answered");
+        uint32_t tries = 0;
+        do { /* the clock may jump past the deadline of a device that is well */
+            if (!ask(world, NV_LOG_READ, 0, first, blocks))
+                abort();
+            settle(world, all_answered, "a read is never answered");
+        } while (request->log.error && world->plan.deadline_ms && ++tries < READ_TRIES);
         if (request->log.error)
             nv_sim_violation("blocks from %" PRIu64 " on cannot be read (%d)", first, request->log.error);
         memcpy(bytes + first * MODEL_BLOCK, request->data, blocks * MODEL_BLOCK);
@@ -468,17 +483,22 @@ static void crash(struct world *world)
     world->crashes++;
 }
 
-/* The log's writes hang, for ever: everything is answered all the same, once what is below is well. */
+/*
+ * The log's writes hang, or its reads, for ever: everything is answered all the same, once what is below is well; but for writes
+ * whose record was on its way when writing failed, where nothing can be read.
+ */
 static void outlast(struct world *world)
 {
-    struct nv_sim_trouble *leg = nv_sim_trouble(world->leg_file);
+    struct nv_sim_trouble *log = nv_sim_trouble(world->log_file), *leg = nv_sim_trouble(world->leg_file);
 
-    if (!nv_sim_trouble(world->log_file)->stuck_writes || nv_sim_trouble(world->log_file)->hung)
+    if (log->hung || log->stuck_writes == log->stuck_reads)
         return;
+    if (log->stuck_reads) /* writes that fail are not to be the cause */
+        *log = (struct nv_sim_trouble){.stuck_reads = true};
     *leg = (struct nv_sim_trouble){.hung = false};
     world->leg_fault = 0;
     world->forgiven = true;
-    settle(world, all_answered, "requests wait for a log whose writes hang");
+    settle(world, log->stuck_reads ? all_that_may : all_answered, "requests wait for a log whose writes hang, or its reads");
 }
 
 static void leave_cleanly(struct world *world)

@@ -339,6 +339,8 @@ void mirror_describe(void)
 static void set_rules(struct world *world, bool trace)
 {
     struct farm *farm = &world->farm;
+    const bool log_hangs = farm->log.size && farm->log.troubled && farm->log.policy.deadline_ms; /* then its reads fail */
+    const bool errors = !farm->must_serve || log_hangs;
 
     farm->check = check_create(farm->cell_bytes, farm->cells);
     check_is_mirror(farm->check);
@@ -346,7 +348,7 @@ static void set_rules(struct world *world, bool trace)
         .check = farm->check, .random = &farm->random, .cell_bytes = farm->cell_bytes, .block_min = farm->block_min,
         .cells = farm->cells, .zero_from = farm->zero_from, .zero_to = farm->zero_to, .cells_max = 96,
         .corner = farm->corner, .longs = farm->cache_frames ? 500 : 100,
-        .io_errors = !farm->must_serve, .sync_errors = !farm->must_serve, .trace = trace,
+        .io_errors = errors, .sync_errors = errors, .trace = trace,
         .logged = farm->log.size > 0, .acknowledged = farm->log.size ? NULL : farm_acknowledged, .context = farm};
 }
 

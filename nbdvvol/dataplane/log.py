@@ -57,7 +57,7 @@ class LogPolicy:
     destage_rate: int = 0
     """Bytes a second that are carried below at most, while nobody waits for that; 0: no limit."""
     deadline_ms: int = 0
-    """A log write that takes longer counts as failed; 0: none does."""
+    """An operation of its device that takes longer counts as failed; 0: none does."""
     held: bytes | None = None
     discard: bool = False
     """Format whatever is there."""

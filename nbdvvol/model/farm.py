@@ -229,7 +229,7 @@ class CacheLog(Model):
     destage_rate: Annotated[Rate, Field(ge=64 << 10, le=1 << 40)] | None = Field(default=None, alias="destage-rate")
     """Bytes a second that are carried to the storage at most while nobody waits for that; None: no limit."""
     deadline: Annotated[Duration, Field(ge=0, le=600)] = 30.0
-    """A log whose device takes longer for a write has failed; 0: none does for that."""
+    """A log whose device takes longer for one operation has failed; 0: none does for that."""
 
     def words(self) -> str:
         """For people, in the farm file's words."""

@@ -90,6 +90,7 @@ class FaultFs:
         self._nodes: dict[int, str] = {}
         self._faults: dict[int, Fault] = {}
         self._holding: set[int] = set()
+        self._within = 0, 1 << 62
         self._held: list[_Request] = []
         self._lock = threading.Lock()
         self._fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -109,10 +110,11 @@ class FaultFs:
         """Nothing fails any more."""
         self._faults.clear()
 
-    def hold(self, *kinds: str) -> None:
-        """Answer such operations only when they are released."""
+    def hold(self, *kinds: str, offset: int = 0, length: int = 1 << 62) -> None:
+        """Answer such operations that touch these bytes only when they are released."""
         with self._lock:
             self._holding = {_KINDS[kind] for kind in kinds}
+            self._within = offset, offset + length
 
     def held(self) -> int:
         """How many wait."""
@@ -156,7 +158,9 @@ class FaultFs:
 
     def _take(self, request: _Request) -> None:
         with self._lock:
-            if request.kind in self._holding:
+            begin, end = self._within
+            offset, length = request.range()
+            if request.kind in self._holding and offset < end and offset + length > begin:
                 self._held.append(request)
                 return
         self._answer(request)

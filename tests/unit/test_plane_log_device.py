@@ -299,3 +299,64 @@ def test_a_superblock_that_hangs_is_given_up_at_the_deadline(bad: Bad) -> None:
     assert all(bad.has(*one) for one in wrote.items())
     read_back(client, wrote)
     client.flush()
+
+
+def test_a_read_that_hangs_is_given_up_at_the_deadline(bad: Bad) -> None:
+    """Who asked for what only the log has hears it, and never gets what is older; others go on. Nothing is lost: when
+    the device answers again, all of it is carried."""
+    client, other, wrote = bad.log(SOON_MS), bad.rig.connect(bad.volume, SIZE), blocks(1, 2, 9)
+    write(client, wrote)
+    client.flush()
+    bad.fs.hold("read")
+    cookies = [client.send(w.CMD_READ, offset, BLOCK) for offset in wrote]
+    early, more = blocks(30, 31), blocks(40, 41)
+    write(other, early)
+    assert [client.wait(cookie).error for cookie in cookies] == [errno.EIO] * len(wrote)
+    eventually("it is told", lambda: LogEventKind.FAILED in bad.kinds())
+    assert bad.failed() == errno.ETIMEDOUT
+    write(other, more)
+    read_back(other, more)
+    again = {9 * BLOCK: os.urandom(BLOCK)}
+    assert other.call(w.CMD_READ, 2 * BLOCK, BLOCK).error == errno.EIO
+    late = [client.send(w.CMD_WRITE, 9 * BLOCK, BLOCK, payload=again[9 * BLOCK]), client.send(w.CMD_FLUSH, 0, 0)]
+    assert [client.wait(cookie).error for cookie in late] == [errno.EIO] * 2, "no promise beside one that waits"
+    assert bad.stats().state is LogState.FAILED and bad.lost() == [] and not any(bad.has(*one) for one in wrote.items())
+    bad.fs.release()
+    bad.is_void()
+    wrote |= early
+    read_back(other, wrote | more)
+    assert all(bad.has(*one) for one in wrote.items()) and LogEventKind.LOST not in bad.kinds()
+    write(client, again)
+    client.flush()
+    read_back(other, wrote | more | again)
+
+
+def test_carrying_does_not_wait_for_a_read_that_hangs(bad: Bad) -> None:
+    """What can be read is carried meanwhile; the rest when the device answers, though its volume is drained by then."""
+    client, stuck, wrote = bad.log(SOON_MS), blocks(5), blocks(900, 901)
+    write(client, stuck)
+    write(client, wrote)
+    client.flush()
+    at = bad.device_offset(stuck[5 * BLOCK])
+    bad.fs.hold("read", offset=at, length=BLOCK)
+    drained = bad.rig.start(bad.rig.plane.drain_log(bad.volume))
+    eventually("the others are carried", lambda: all(bad.has(*one) for one in wrote.items()))
+    eventually("it is told", lambda: LogEventKind.FAILED in bad.kinds())
+    assert bad.failed() == errno.ETIMEDOUT and not drained.done() and not bad.has(5 * BLOCK, stuck[5 * BLOCK])
+    read_back(client, wrote)
+    bad.fs.release()
+    drained.result(20)
+    assert bad.has(5 * BLOCK, stuck[5 * BLOCK]) and bad.lost() == []
+    read_back(client, stuck | wrote)
+
+
+def test_all_reads_hang_and_more_are_asked_for(bad: Bad) -> None:
+    """More than there is memory for at once: all of them are answered, and again when the device is well."""
+    client, wrote = bad.log(SOON_MS), blocks(*range(0, 80, 2))
+    write(client, wrote)
+    bad.fs.hold("read")
+    cookies = [client.send(w.CMD_READ, offset, BLOCK) for offset in wrote]
+    assert {client.wait(cookie).error for cookie in cookies} == {errno.EIO}
+    bad.fs.release()
+    bad.is_void()
+    read_back(client, wrote)
