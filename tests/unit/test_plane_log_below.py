@@ -249,6 +249,7 @@ def test_a_full_log_is_passed_by(bench: Bench) -> None:
         bench.client.wait(cookie).check()
         logged += 1
     assert logged > 10 and bench.stats().dirty_bytes == logged * BLOCK
+    eventually("storage has it", lambda: any(asked.offset == block * BLOCK for _, asked in bench.storage.held))
     [mine] = [asked for _, asked in bench.storage.held if asked.offset == block * BLOCK]
     assert not mine.flags & w.CMD_FLAG_FUA
     last = bench.client.send(w.CMD_WRITE, 2 * (logged - 1) * BLOCK, BLOCK, payload=b"q" * BLOCK)
