@@ -63,7 +63,7 @@ static void io_done(struct nv_op *op)
     }
     if (changes)
         world->leg_written++;
-    if (op->kind == NV_OP_SYNC && world->plan.crowded)
+    if (op->kind == NV_OP_SYNC)
         sync_over(world);
     if (op->kind == NV_OP_SYNC || ((op->flags & NV_OP_DSYNC) && op->result < 0)) {
         if (op->result < 0 && !world->forgiven)
@@ -78,10 +78,10 @@ static void io_done(struct nv_op *op)
     }
 }
 
-/* One that succeeds beside one that fails would seem to have saved what that one has lost. */
+/* As nv_sync does: one that succeeds beside one that fails would seem to have saved what that one has lost. */
 static void submit(struct world *world, struct world_io *io)
 {
-    if (world->plan.crowded && io->op.kind == NV_OP_SYNC) {
+    if (io->op.kind == NV_OP_SYNC) {
         if (world->leg_syncs) {
             io->next = world->sync_waits;
             world->sync_waits = io;

@@ -89,13 +89,13 @@ MUTANTS = {
     "a log is well whose tail what is lost holds for ever": (25, "1..1", "--chains"),
     "memory of what was carried is free while storage still uses it": (22, "1..100", CROWD),
     "of those that wait for memory to read into one is woken at a time": (23, "1..100", CROWD),
-    "a sync and the superblock have no deadline": (21, "301..400"),
+    "a sync and the superblock have no deadline": (21, "1..100"),
     "reads have no deadline": (26, "1..300"),
     "a read that was given up goes below, to what is older": (27, "1..300"),
     "FUA is answered before the log is durable": (1, "1..300"),
     "the tail moves before what is below is flushed": (2, "1..300"),
     "recovery goes on past damaged data": (3, "1..300"),
-    "recovery takes what an earlier life left": (4, "9001..9100"),
+    "recovery takes what an earlier life left": (4, "2101..2300"),
     "what is not synced is destaged": (5, "1801..2000"),
     "of a block the oldest version is carried": (6, "1..300"),
     "a bypass leaves no tombstone": (7, "1..300"),
@@ -106,7 +106,7 @@ MUTANTS = {
     "a log that failed counts as void without a word on disk": (12, "301..1300"),
     "a bypass runs beside an older read from below": (13, "1..300"),
     "what cannot be read counts as settled": (14, "1..300"),
-    "what comes late is held by a log that is void already": (15, "1501..1800"),
+    "what comes late is held by a log that is void already": (15, "801..1000"),
 }
 
 
