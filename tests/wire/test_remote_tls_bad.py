@@ -194,7 +194,8 @@ def test_an_alert_in_the_transmission_phase_costs_one_connection(pki: Path) -> N
     with serving(script) as server, using(server.uri, tls=trust(pki), connections=1) as far:
         client = far.client()
         assert client.read(0, 4096) == bytes(4096)
-        assert far.stats.lost == 1 and far.stats.again == 1 and not far.failed
+        stats = far.stats  # how often it is asked again depends on when the connection is seen to be gone
+        assert stats.lost == 1 and 1 <= stats.again <= 2 and not far.failed
 
 
 def test_over_a_unix_socket_the_certificates_name_must_be_said(pki: Path, tmp_path: Path) -> None:
