@@ -87,28 +87,28 @@ void nv_reactor_postpone(struct nv_reactor *reactor, struct nv_conn *conn, bool 
  */
 static void resume_postponed(struct nv_reactor *reactor)
 {
-    struct nv_conn **link = &reactor->kicked, *conn;
+    struct nv_conn **link = &reactor->kicked, *conn, *others;
 
     while ((conn = *link))
         if (conn->postponed)
             *link = conn->kick_next;
         else
             link = &conn->kick_next;
-    reactor->kicked_tail = link;
-    for (unsigned i = 2; i-- > 0;) {
-        if (!reactor->postponed[i])
-            continue;
+    others = reactor->kicked;
+    reactor->kicked = NULL;
+    reactor->kicked_tail = &reactor->kicked;
+    for (unsigned i = 0; i < 2; i++) {
         for (conn = reactor->postponed[i]; conn; conn = conn->postpone_next) {
-            conn->postponed = false;
-            conn->kicked = true;
-            conn->kick_next = conn->postpone_next ? conn->postpone_next : reactor->kicked;
-            if (!conn->kick_next)
-                reactor->kicked_tail = &conn->kick_next;
+            conn->postponed = conn->kicked = false;
+            nv_reactor_kick(reactor, conn);
         }
-        reactor->kicked = reactor->postponed[i];
         reactor->postponed[i] = NULL;
         reactor->postponed_tail[i] = &reactor->postponed[i];
     }
+    if (!others)
+        return;
+    *reactor->kicked_tail = others;
+    reactor->kicked_tail = link;
 }
 
 void nv_reactor_send_later(struct nv_reactor *reactor, struct nv_conn *conn)

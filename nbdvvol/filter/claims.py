@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from nbdvvol.dataplane.types import ConnectionEnd
-from nbdvvol.filter.durable import replace_file
+from nbdvvol.filter.durable import load_file, replace_file
 from nbdvvol.model.base import Model
-from nbdvvol.model.errors import Code, NvError
 from nbdvvol.nbd.claims import Claim
 from nbdvvol.nbd.constants import Reply
 from nbdvvol.nbd.provider import Claims, ReplyError
@@ -42,16 +41,8 @@ class ClaimBook:
         """Read what earlier processes wrote. Raises NvError(INVALID) when that is damaged: nobody is let in then."""
         self._path = run_dir / EPOCHS_FILE
         self._lock = asyncio.Lock()
-        try:
-            found = _File.model_validate_json(self._path.read_bytes())
-        except FileNotFoundError:
-            found = _File()
-        except (OSError, ValidationError) as error:
-            raise NvError(
-                Code.INVALID,
-                f"{self._path} should say which epochs were claimed here, but cannot be read: {error}",
-                "restore it; without it a host that was fenced could write again",
-            ) from error
+        hint = "restore it; without it a host that was fenced could write again"
+        found = load_file(self._path, _File, "which epochs were claimed here", hint) or _File()
         self._written = found.exports
         self._highest: defaultdict[str, dict[str, tuple[int, int]]] = defaultdict(dict)
         for uuid, epochs in found.exports.items():

@@ -4,6 +4,25 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TypeVar
+
+from pydantic import ValidationError
+
+from nbdvvol.model.base import Model
+from nbdvvol.model.errors import Code, NvError
+
+Whole = TypeVar("Whole", bound=Model)
+
+
+def load_file(path: Path, kind: type[Whole], says: str, hint: str) -> Whole | None:
+    """What was written there last; None: nothing. Raises NvError(INVALID) when that is damaged: what it should say, and
+    what to do."""
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValidationError) as error:
+        raise NvError(Code.INVALID, f"{path} should say {says}, but cannot be read: {error}", hint) from error
 
 
 def replace_file(path: Path, text: str) -> None:

@@ -16,10 +16,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import structlog
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from nbdvvol.dataplane.log import LogVerdict
-from nbdvvol.filter.durable import replace_file
+from nbdvvol.filter.durable import load_file, replace_file
 from nbdvvol.filter.legs import MirrorError
 from nbdvvol.filter.logfile import VERDICTS, look_at_log, remove_log_file
 from nbdvvol.model.base import Model
@@ -46,16 +46,8 @@ class LogBook:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="log-notes")  # its disk may hang, like any other
         self._lock = asyncio.Lock()
         self._changes, self._written = 0, 0
-        try:
-            found = _File.model_validate_json(self._path.read_bytes())
-        except FileNotFoundError:
-            found = _File()
-        except (OSError, ValidationError) as error:
-            raise NvError(
-                Code.INVALID,
-                f"{self._path} should say which write-back logs may hold data, but cannot be read: {error}",
-                "restore it; moved away, what those logs hold may be missed without a word",
-            ) from error
+        hint = "restore it; moved away, what those logs hold may be missed without a word"
+        found = load_file(self._path, _File, "which write-back logs may hold data", hint) or _File()
         self._notes = {(note.vvol, note.log): note for note in found.logs}
 
     def all(self) -> list[LogNote]:

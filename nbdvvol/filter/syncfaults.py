@@ -12,11 +12,10 @@ from pathlib import Path
 from uuid import uuid4
 
 import structlog
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from nbdvvol.filter.durable import replace_file
+from nbdvvol.filter.durable import load_file, replace_file
 from nbdvvol.model.base import Model
-from nbdvvol.model.errors import Code, NvError
 from nbdvvol.model.link import Fault
 
 _log = structlog.get_logger("syncfaults")
@@ -38,16 +37,10 @@ class FaultBook:
         self._listed: dict[str, dict[str, str]] = {}
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="sync-faults")  # its disk may hang, like any other
         self._farm = ""
-        try:
-            found = _File.model_validate_json(self._path.read_bytes())
-        except FileNotFoundError:
+        hint = "move it away to accept what those may have lost"
+        found = load_file(self._path, _File, "which objects' syncs failed", hint)
+        if found is None:
             return
-        except (OSError, ValidationError) as error:
-            raise NvError(
-                Code.INVALID,
-                f"{self._path} should say which objects' syncs failed, but cannot be read: {error}",
-                "move it away to accept what those may have lost",
-            ) from error
         self._farm = found.farm
         self._unheard = {fault.id: fault for fault in found.faults}
 

@@ -45,8 +45,6 @@
 enum {
     RECEIVE_BYTES = 256 << 10,  /* one recv: many small requests, and it stays in a core's L2 */
     HOT_BYTES = 256 << 10,      /* reads longer than this repeat it */
-    REQUEST_BYTES = 28,
-    REPLY_BYTES = 16,
     REPLIES_MAX = RECEIVE_BYTES / REQUEST_BYTES + 1,
     BULK_BYTES = 64 << 10,      /* writes of so much are received where they belong, each request by itself */
     LOW_WATER_BYTES = 128 << 10, /* of bulk on TCP, waited for at once: fewer calls and wake-ups than each segment's */
@@ -57,8 +55,6 @@ enum {
     EVENTS_MAX = 64,
 };
 
-#define REQUEST_MAGIC 0x25609513u
-#define REPLY_MAGIC 0x67446698u
 #define OPTION_MAGIC 0x49484156454f5054ull
 #define OPTION_REPLY_MAGIC 0x0003e889045565a9ull
 #define CMD_READ 0
@@ -133,9 +129,7 @@ static bool stage_reply(struct connection *c, uint64_t cookie, uint64_t offset, 
     if (c->parts + need > PARTS_MAX && !flush_replies(c)) return false;
     assert(c->replies < REPLIES_MAX);
     uint8_t *r = c->reply + (size_t)c->replies++ * REPLY_BYTES;
-    put32(r, REPLY_MAGIC);
-    put32(r + 4, 0);
-    memcpy(r + 8, &cookie, sizeof cookie);
+    put_reply(r, 0, &cookie);
     stage_bytes(c, r, REPLY_BYTES);
     if (mapped && payload > 0) {
         stage_bytes(c, mapped + offset, payload);
@@ -361,8 +355,7 @@ static void accept_one(int listener, unsigned turn)
         pthread_detach(thread);
         return;
     }
-    struct connection *c = mmap(NULL, sizeof *c, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (c == MAP_FAILED) die("connection memory");
+    struct connection *c = map_memory(sizeof *c, 0);
     c->fd = fd;
     struct worker *w = &workers[turn % options.threads];
     struct epoll_event event = { .events = EPOLLIN, .data.ptr = c };
@@ -447,8 +440,7 @@ static void parse_options(int argc, char **argv)
 int main(int argc, char **argv)
 {
     parse_options(argc, argv);
-    hot = mmap(NULL, HOT_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
-    if (hot == MAP_FAILED) die("hot buffer");
+    hot = map_memory(HOT_BYTES, MAP_POPULATE);
     memset(hot, 0x5a, HOT_BYTES);
     if (options.direct || options.records) {
         int file = open(options.file, O_RDWR | O_DIRECT | O_CLOEXEC);

@@ -4,25 +4,12 @@
 #include "responder.h"
 #include "ring.h"
 
-#include <assert.h>
-#include <endian.h>
-#include <errno.h>
-#include <stdbool.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/mman.h>
-#include <sys/socket.h>
-#include <time.h>
 #include <unistd.h>
 
 enum {
     SLOTS = 1024,               /* the most that loadgen keeps in flight */
     BLOCK_BYTES = 256 << 10,    /* the longest request; memory that no request needs is never touched */
     RECEIVE_BYTES = 256 << 10,
-    REQUEST_BYTES = 28,
-    REPLY_BYTES = 16,
     PARTS_MAX = 1000,           /* iovecs in one send; the kernel's limit is 1024 */
     START_BATCH = 4,            /* the disk is given that many while the rest of a batch is still parsed */
     REAP_BATCH = 64,
@@ -75,11 +62,9 @@ static bool flush_replies(struct server *s)
 
 static bool stage_reply(struct server *s, struct slot *slot, int32_t result)
 {
-    const uint32_t magic = htobe32(0x67446698u), error = htobe32(result == (int32_t)slot->length ? 0 : EIO);
+    const uint32_t error = result == (int32_t)slot->length ? 0 : EIO;
     if (s->parts + 2 > PARTS_MAX && !flush_replies(s)) return false;
-    memcpy(slot->reply, &magic, sizeof magic);
-    memcpy(slot->reply + 4, &error, sizeof error);
-    memcpy(slot->reply + 8, &slot->cookie, sizeof slot->cookie);
+    put_reply(slot->reply, error, &slot->cookie);
     s->part[s->parts++] = (struct iovec){ slot->reply, REPLY_BYTES };
     if (!slot->write && !error) s->part[s->parts++] = (struct iovec){ memory_of(s, slot), slot->length };
     slot->next = s->leaving;
@@ -122,7 +107,7 @@ static bool parse(struct server *s)
         uint32_t length = get32(p + 24);
         unsigned command = (unsigned)p[6] << 8 | p[7];
         struct slot *slot = s->free;
-        if (get32(p) != 0x25609513u || command > 1 || length == 0 || length > BLOCK_BYTES || !slot) return false;
+        if (get32(p) != REQUEST_MAGIC || command > 1 || length == 0 || length > BLOCK_BYTES || !slot) return false;
         s->free = slot->next;
         slot->length = length;
         slot->write = command == 1;
@@ -142,9 +127,7 @@ static bool parse(struct server *s)
 static void receive(struct server *s)
 {
     if (s->receiving) return;
-    struct io_uring_sqe *sqe = ring_entry(&s->ring);
-    io_uring_prep_recv(sqe, s->fd, s->in + s->have, RECEIVE_BYTES - s->have, 0);
-    io_uring_sqe_set_data(sqe, NULL);
+    ring_receive(&s->ring, s->fd, s->in + s->have, RECEIVE_BYTES - s->have);
     s->receiving = true;
 }
 
@@ -190,11 +173,8 @@ static void turns(struct server *s)
 
 void direct_serve(const struct direct *how, int fd)
 {
-    struct server *s = mmap(NULL, sizeof *s, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (s == MAP_FAILED) die("connection memory");
-    s->memory = mmap(NULL, (size_t)SLOTS * BLOCK_BYTES, PROT_READ | PROT_WRITE,
-                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (s->memory == MAP_FAILED) die("block memory");
+    struct server *s = map_memory(sizeof *s, 0);
+    s->memory = map_memory((size_t)SLOTS * BLOCK_BYTES, MAP_NORESERVE);
     ring_begin(&s->ring, SLOTS);
     s->how = how;
     s->fd = fd;

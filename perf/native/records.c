@@ -4,7 +4,6 @@
 #include "responder.h"
 #include "ring.h"
 
-#include <sys/mman.h>
 #include <unistd.h>
 
 enum {
@@ -15,8 +14,6 @@ enum {
     RECORD_BYTES = (1 + BLOCKS) * UNIT,
     RECEIVE_BYTES = 256 << 10,
     WRITE_BYTES = 128 << 10,    /* the longest one */
-    REQUEST_BYTES = 28,
-    REPLY_BYTES = 16,
     COMMAND_WRITE = 1,
     REAP_BATCH = 64,
 };
@@ -78,14 +75,10 @@ static void start(struct server *s)
 /* One write of the client. False: it is more than it may have in flight. */
 static bool add(struct server *s, const uint8_t *cookie, const uint8_t *payload, uint32_t length)
 {
-    const uint32_t magic = htobe32(0x67446698u);
     struct record *record = s->building;
     if (!record) record = s->building = begin(s);
     if (!record || record->blocks + length / UNIT > BLOCKS) return false;
-    uint8_t *reply = record->reply + (size_t)record->replies++ * REPLY_BYTES;
-    memcpy(reply, &magic, sizeof magic);
-    memset(reply + 4, 0, 4);
-    memcpy(reply + 8, cookie, 8);
+    put_reply(record->reply + (size_t)record->replies++ * REPLY_BYTES, 0, cookie);
     memcpy(record->memory + (1 + (size_t)record->blocks) * UNIT, payload, length);
     record->blocks += length / UNIT;
     return true;
@@ -120,7 +113,7 @@ static bool parse(struct server *s)
     while (end - p >= REQUEST_BYTES) {
         uint32_t length = get32(p + 24);
         unsigned command = (unsigned)p[6] << 8 | p[7];
-        if (get32(p) != 0x25609513u || command != COMMAND_WRITE || length == 0 || length % UNIT || length > WRITE_BYTES)
+        if (get32(p) != REQUEST_MAGIC || command != COMMAND_WRITE || length == 0 || length % UNIT || length > WRITE_BYTES)
             return false;
         if ((size_t)(end - p) < REQUEST_BYTES + (size_t)length) break;
         if (!add(s, p + 8, p + REQUEST_BYTES, length)) return false;
@@ -134,9 +127,7 @@ static bool parse(struct server *s)
 static void receive(struct server *s)
 {
     if (s->receiving) return;
-    struct io_uring_sqe *sqe = ring_entry(&s->ring);
-    io_uring_prep_recv(sqe, s->fd, s->in + s->have, RECEIVE_BYTES - s->have, 0);
-    io_uring_sqe_set_data(sqe, NULL);
+    ring_receive(&s->ring, s->fd, s->in + s->have, RECEIVE_BYTES - s->have);
     s->receiving = true;
 }
 
@@ -176,17 +167,10 @@ static void turns(struct server *s)
     }
 }
 
-static void *map(size_t bytes)
-{
-    void *at = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
-    if (at == MAP_FAILED) die("connection memory");
-    return at;
-}
-
 void records_serve(const struct records *how, int fd)
 {
-    struct server *s = map(sizeof *s);
-    s->memory = map((size_t)RECORDS * RECORD_BYTES);
+    struct server *s = map_memory(sizeof *s, MAP_POPULATE);
+    s->memory = map_memory((size_t)RECORDS * RECORD_BYTES, MAP_POPULATE);
     ring_begin(&s->ring, REAP_BATCH);
     s->how = how;
     s->fd = fd;

@@ -9,9 +9,15 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
 #include <time.h>
+
+enum { REQUEST_BYTES = 28, REPLY_BYTES = 16 };
+
+#define REQUEST_MAGIC 0x25609513u
+#define REPLY_MAGIC 0x67446698u
 
 static inline void die(const char *what)
 {
@@ -31,6 +37,24 @@ static inline uint32_t get32(const uint8_t *p)
     uint32_t v;
     memcpy(&v, p, sizeof v);
     return be32toh(v);
+}
+
+/* Anonymous memory for as long as a connection lives; `flags` beside that. */
+static inline void *map_memory(size_t bytes, int flags)
+{
+    void *at = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | flags, -1, 0);
+    if (at == MAP_FAILED) die("memory");
+    return at;
+}
+
+/* A simple reply; the cookie as it came. */
+static inline void put_reply(uint8_t *to, uint32_t error, const void *cookie)
+{
+    const uint32_t magic = htobe32(REPLY_MAGIC);
+    error = htobe32(error);
+    memcpy(to, &magic, sizeof magic);
+    memcpy(to + 4, &error, sizeof error);
+    memcpy(to + 8, cookie, 8);
 }
 
 /* Send all of it, which the array does not survive. Blocking. False: the client is gone. */

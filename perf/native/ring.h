@@ -38,4 +38,12 @@ static inline void ring_enter(struct io_uring *ring, bool wait)
         io_uring_submit_and_get_events(ring);
 }
 
+/* What the client sends next; its completion has no data. */
+static inline void ring_receive(struct io_uring *ring, int fd, void *at, size_t room)
+{
+    struct io_uring_sqe *sqe = ring_entry(ring);
+    io_uring_prep_recv(sqe, fd, at, room, 0);
+    io_uring_sqe_set_data(sqe, NULL);
+}
+
 #endif
