@@ -106,13 +106,19 @@ static uint32_t least_outstanding(struct nv_mirror *mirror, uint8_t lanes, uint6
     return best;
 }
 
+/* Choices by NEAREST since the lane's latency was measured. */
+static uint32_t unmeasured(const struct nv_mirror *mirror, uint32_t lane)
+{
+    return mirror->explored - mirror->lanes[lane].sampled_at;
+}
+
 static uint32_t nearest(struct nv_mirror *mirror, uint8_t lanes)
 {
     uint32_t best = (uint32_t)__builtin_ctz(lanes);
 
     if (++mirror->explored % EXPLORE_EACH == 0) {
-        NV_EACH_LANE(lane, lanes) /* the one that was read least */
-            if (mirror->lanes[lane].reads < mirror->lanes[best].reads)
+        NV_EACH_LANE(lane, lanes) /* the one whose latency was measured longest ago, however often it was read before */
+            if (unmeasured(mirror, lane) > unmeasured(mirror, best))
                 best = lane;
         return best;
     }
@@ -229,8 +235,11 @@ static void start_read(struct nv_vreq *request, struct nv_mio *mio, uint32_t lan
         data = mio->memory;
     else if (request->kind == NV_REQUEST_READ)
         data = request->data + request->done;
-    if (request->kind == NV_REQUEST_READ && at->reads++ % SAMPLE_EACH == 0)
+    if (request->kind == NV_REQUEST_READ &&
+        (at->reads++ % SAMPLE_EACH == 0 || unmeasured(mirror, lane) >= EXPLORE_EACH - SAMPLE_EACH)) {
         mio->sampled_ns = nv_io_now_ns(mirror->reactor->io);
+        at->sampled_at = mirror->explored;
+    }
     at->read_end = mio->offset + mio->length;
     nv_mio_round(mio, read_landed);
     nv_mio_piece(mio, lane, kinds[request->kind], 0, mio->offset, mio->length, data);

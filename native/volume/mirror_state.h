@@ -75,6 +75,7 @@ struct nv_lane {
     uint64_t label_sequence;        /* the newest known */
     uint64_t faults;                /* of its objects, that are known and dealt with */
     uint64_t reads, latency_ns;
+    uint32_t sampled_at;            /* NEAREST: of its choices, when the latency was last measured */
     uint64_t read_end;              /* where its last read ended: sequential streams stay on a leg */
     struct nv_mirror_command *resync; /* waits for late operations and for its turn */
     struct nv_event_slot failed, stopped, done;
