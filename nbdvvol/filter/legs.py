@@ -46,6 +46,8 @@ NOBODYS = 0xFFFF_FFFF_FFFF_FFFF
 """Token of a call into the plane that the leg machine did not ask for."""
 ASK_AGAIN_S = 1.0
 """How long a refusal that brought nothing new rests before the question is asked again."""
+RELEASE_MIN_S, RELEASE_MAX_S = 0.2, 2.0
+"""How long a release that failed rests before it is tried again; writes are held meanwhile."""
 DOUBT = "its server timed out and may still work on old requests: restart it, then `nbdvvol mirror resync`"
 _ASKS: dict[int, Literal["stale", "syncing", "in-sync", "confirm"]] = {
     Ask.STALE: "stale",
@@ -134,6 +136,8 @@ class Mirror:
         self._attached: asyncio.Future[None] = self._loop.create_future()
         self._attached.add_done_callback(lambda done: done.cancelled() or done.exception())
         self._calls: dict[int, tuple[Act, int]] = {}
+        self._release_s: dict[int, float] = {}
+        """By leg whose release has failed: how long the next one that fails rests."""
         self._map_version = 0
         self._running_spec = spec
         self._work = asyncio.Event()
@@ -176,9 +180,9 @@ class Mirror:
         if not self._attached.done():
             self._attached.cancel()
         volume, self.volume = self.volume, None
+        self._begun = False  # what control answers from now on finds no volume
         if volume is not None:
             await self._plane.close_volume(volume)
-        self._begun = False
         for place in self.places.values():
             await self._storage.close(self.spec, place)
             self._tell_doubt(place)
@@ -228,6 +232,7 @@ class Mirror:
     def event(self, event: MirrorEvent) -> None:
         """Something happened to the volume."""
         leg = self.places.get(event.args[0]) if event.args else None
+        rest_s = 0.0
         match event.kind:
             case MirrorEventKind.ATTACHED:
                 self._on_attached(event)
@@ -244,16 +249,17 @@ class Mirror:
             case MirrorEventKind.RESYNC_DONE if leg is not None:
                 leg.lane = "promoting"
             case MirrorEventKind.LEG_CHANGED:
-                self._on_call_done(event)
+                rest_s = self._on_call_done(event)
             case MirrorEventKind.READ_REPAIRED if leg is not None:
                 self._link.notice("read_repaired", self._name(leg), f"{event.args[2]} bytes at {event.args[1]}")
             case MirrorEventKind.FENCED:
                 self._outclaimed(f"a leg's label has epoch {event.args[0]}")
             case _:
                 pass
-        if self._begun:
-            self._machine.event(event)
-            self._drive()
+        if rest_s:
+            self._loop.call_later(rest_s, self._hear, event)
+        else:
+            self._hear(event)
         self._work.set()
         self.report()
 
@@ -275,6 +281,11 @@ class Mirror:
         return sum(place.held is not None and place.held.number == number for place in self.places.values())
 
     # ---- the machine ----
+
+    def _hear(self, event: MirrorEvent) -> None:
+        if self._begun and self.dead is None:
+            self._machine.event(event)
+            self._drive()
 
     def _tell(self, record: LegsRecord) -> None:
         if (record.epoch, record.generation) >= (self._known.epoch, self._known.generation):
@@ -320,22 +331,36 @@ class Mirror:
             failed = MirrorEvent(MirrorEventKind.LEG_CHANGED, volume, -(error.errno or errno.EIO), token, (leg,))
             self._loop.call_soon(self.event, failed)
 
-    def _on_call_done(self, event: MirrorEvent) -> None:
+    def _on_call_done(self, event: MirrorEvent) -> float:
+        """For how many seconds the machine is not to hear of it: it tries again at once what has failed."""
         act, number = self._calls.pop(event.token, (None, 0))
         place = self.places.get(number)
         if act is None or place is None:
-            return
+            return 0.0
+        if act is Act.RELEASE and event.result:
+            return self._release_failed(place, event.result)
         if act is Act.RESYNC and event.result == 0:
             place.lane, place.why = "syncing", ""
         elif act is Act.RESYNC:  # its object may be latched by what failed: it is opened anew
             place.lost = True
             place.failed(f"its resync does not begin: {os.strerror(-event.result)}", self._loop.time())
-        elif act is Act.RELEASE and event.result == 0:
+        elif act is Act.RELEASE:
             place.lane = "stale"
+            self._release_s.pop(number, None)
         elif act is Act.PROMOTE and event.result == 0:
             place.lane, place.why = "in-sync", ""
             place.again()
             self._link.notice("leg_in_sync", self._name(place), "it is in sync again")
+        return 0.0
+
+    def _release_failed(self, place: LegPlace, result: int) -> float:
+        """A leg in sync takes no new label, and the plane does not fail the last one: what is held waits for it."""
+        rest_s = self._release_s.get(place.id, RELEASE_MIN_S)
+        self._release_s[place.id] = min(2 * rest_s, RELEASE_MAX_S)
+        if rest_s == RELEASE_MIN_S:
+            text = f"a leg cannot be released: what is in sync takes no new label: {os.strerror(-result)}; tried again"
+            _log.warning(text, uuid=self.spec.uuid, leg=place.id)
+        return rest_s
 
     def _ask(self, action: LegsAction) -> None:
         place = self.places.get(action.leg)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -141,6 +143,64 @@ def test_a_resync_that_does_not_begin_has_its_leg_opened_anew(rig: MirrorRig, mo
     eventually("control knows", lambda: "stale 2" in rig.registry.asked)
     comes_back(rig, 2)
     assert openings == [2, 3]
+
+
+def test_a_release_that_fails_is_tried_again_after_a_rest(rig: MirrorRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last leg in sync may refuse its label for long: nothing is gained by asking as fast as it refuses."""
+    rig.serve()
+    client = rig.client()
+    whole = rig.plane.release_leg
+    at_s: list[float] = []
+    refuses = True
+
+    def release(*args: int) -> None:
+        at_s.append(asyncio.get_running_loop().time())
+        if refuses:
+            raise OSError(errno.EIO, "the label of the last leg in sync cannot be written")
+        whole(*args)
+
+    monkeypatch.setattr(rig.plane, "release_leg", release)
+    rig.fail(2)
+    eventually("control knows", lambda: "stale 2" in rig.registry.asked)
+    cookie = client.send(1, 0, 4096, payload=b"is held." * 512)
+    eventually("it is tried again, and again", lambda: len(at_s) >= 4)
+    refuses = False
+    assert client.wait(cookie).error == 0
+    comes_back(rig, 2)
+    rests_s = [later - sooner for sooner, later in pairwise(at_s)]
+    for rest_s, least_s in zip(rests_s, (0.2, 0.4, 0.8), strict=False):
+        assert rest_s >= least_s
+
+
+def test_what_comes_while_a_mirror_closes_starts_nothing(rig: MirrorRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A release that rests, and an answer of control that came late."""
+    rig.serve()
+    export = rig.table.get(UUID_OF)
+    assert export is not None and export.mirror is not None
+    mirror, closes = export.mirror, rig.plane.close_volume
+    released: list[int] = []
+    failures: list[object] = []
+
+    def release(*args: int) -> None:
+        released.append(args[1])
+        raise OSError(errno.EIO, "the label of the last leg in sync cannot be written")
+
+    async def closes_late(volume: int) -> None:
+        rig.registry.record.legs[0].state = "stale"
+        rig.registry.record.generation += 1
+        mirror.follow(rig.spec())
+        await closes(volume)
+
+    monkeypatch.setattr(rig.plane, "release_leg", release)
+    monkeypatch.setattr(rig.plane, "close_volume", closes_late)
+    rig.call(rig.loop.set_exception_handler, lambda _, context: failures.append(context))
+    rig.fail(2)
+    eventually("it could not be released", lambda: released)
+    rig.want(None)
+    eventually("it is let go", lambda: rig.registry.lines[-1] == "released 1 epoch 2")
+    count = len(released)
+    time.sleep(1.0)
+    assert len(released) == count and failures == []
 
 
 def test_only_the_operator_ends_a_doubt(rig: MirrorRig) -> None:
