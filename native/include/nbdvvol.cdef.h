@@ -33,13 +33,14 @@
 #define NV_EVENT_VERIFY_DONE 19      /* token, result; args = bytes compared, pieces that differed, pieces repaired */
 #define NV_EVENT_VOLUME_FENCED 20    /* a leg's label is newer: nothing is served any more; args[0] = its epoch */
 #define NV_EVENT_VOLUME_CACHE 21     /* the new cache policy is in force */
-#define NV_EVENT_LOG_OPENED 22       /* token; args = verdict, dirty bytes, records, id (2); result: -errno if unreadable */
+#define NV_EVENT_LOG_OPENED 22       /* token; args = verdict, dirty bytes, records, id (2); result: -errno if it cannot be read, or hangs */
 #define NV_EVENT_LOG_DRAINED 23      /* nothing is logged any more; token, or 0: nobody has asked */
 #define NV_EVENT_LOG_FAILED 24       /* result = why: what is logged is carried below, then the log is void */
 #define NV_EVENT_LOG_LOST 25         /* args = offset of a block that can be read nowhere, how many so far */
 #define NV_EVENT_LOG_NEEDS_WORD 26   /* it cannot be made void on its device: nv_volume_log_forget() */
 #define NV_EVENT_LOG_ATTACHED 27     /* token; result: the log is before the volume, or why not */
 #define NV_EVENT_LOG_DETACHED 28     /* token; result: there is no log any more, its object is free; or why there is */
+#define NV_EVENT_LOG_RESTS 29        /* a log that hung as it was opened: that is over; its object is free as soon as it is out */
 
 typedef struct {
     uint32_t kind;
@@ -363,7 +364,8 @@ typedef struct {
 
 /*
  * LOG_OPENED tells what was found. The log is before the volume at once, which has had no connection yet; or, opened `beside`,
- * is empty and waits to be attached. It stays until it is detached or the volume is closed.
+ * is empty and waits to be attached. It stays until it is detached or the volume is closed. One whose device hangs past its
+ * deadline is refused, and neither of these waits for it; but its object is in use (EBUSY) until LOG_RESTS.
  */
 int nv_volume_log_open(nv_plane *plane, uint32_t volume, uint32_t object, uint64_t offset, uint64_t length,
                        const nv_log_policy *policy, uint64_t token);

@@ -149,6 +149,7 @@ void nv_log_watch(struct nv_log *log)
     const struct nv_log_destager *destager = &log->destager;
     const bool reads = nv_log_give_up_reads(log), runs = nv_log_give_up_runs(log);
 
+    nv_log_give_up_opening(log);
     if ((log->flight && nv_log_is_late(log, log->flight->since_ns)) ||
         (log->syncing && nv_log_is_late(log, log->sync_since_ns)))
         nv_log_fail(log, -ETIMEDOUT);

@@ -177,14 +177,14 @@ int nv_log_create(const struct nv_log_config *config, struct nv_log **out)
 
 void nv_log_free(struct nv_log *log)
 {
-    assert(nv_log_idle(log));
+    assert(nv_log_idle(log) && !log->abandoned);
     nv_pages_unmap(log->memory, log->memory_bytes);
     free(log);
 }
 
 bool nv_log_idle(const struct nv_log *log)
 {
-    bool busy = log->in_flight || log->syncing || log->below_busy || log->opening ||
+    bool busy = log->in_flight || log->syncing || log->below_busy || (log->opening && !log->abandoned) ||
                 log->destager.phase != NV_LOG_RESTING || log->destager.timer_out ||
                 log->destager.super_out;
 
@@ -193,6 +193,11 @@ bool nv_log_idle(const struct nv_log *log)
     for (uint32_t i = 0; i < NV_LOG_RUNS; i++)
         busy |= log->destager.runs[i].used;
     return !busy && !log->building && !log->finished.first;
+}
+
+bool nv_log_abandoned(const struct nv_log *log)
+{
+    return log->abandoned;
 }
 
 /* ---- where a request goes ---- */

@@ -84,11 +84,12 @@ enum nv_log_event {
     NV_LOG_FAILING,                 /* value: -errno of what went wrong */
     NV_LOG_LOST,                    /* value: the block that can be read nowhere */
     NV_LOG_NEEDS_WORD,              /* it cannot be made void on its device: nv_log_forget() when control has committed that */
+    NV_LOG_RESTS,                   /* HANGS was found, and what had been asked of the device has ended: nv_log_free() may be */
 };
 
 struct nv_log_found {
     enum nv_log_verdict verdict;
-    int error;                      /* UNREADABLE: -errno */
+    int error;                      /* UNREADABLE, HANGS: -errno */
     struct nv_log_super super;      /* as found, or as formatted */
     uint64_t records;
     uint64_t dirty_bytes;
@@ -129,7 +130,7 @@ struct nv_log_look {
 
 /* 0 or -errno. */
 int nv_log_create(const struct nv_log_config *config, struct nv_log **out);
-/* Nothing is under way any more (nv_log_idle()). */
+/* Nothing is under way any more (nv_log_idle(), and not nv_log_abandoned()). */
 void nv_log_free(struct nv_log *log);
 /* Read what is there, and begin a life of it: NV_LOG_OPENED follows. Requests may come from then on. */
 void nv_log_open(struct nv_log *log);
@@ -166,8 +167,10 @@ void nv_log_tick(struct nv_log *log);
  * nothing any more, or was refused.
  */
 bool nv_log_holds_nothing(const struct nv_log *log);
-/* Nothing of the log's is under way in the port or below. */
+/* Nothing of the log's is under way in the port or below, but for what hung when it was opened. */
 bool nv_log_idle(const struct nv_log *log);
+/* HANGS was found, and what was asked of the device has not ended: the log's memory is the port's until NV_LOG_RESTS. */
+bool nv_log_abandoned(const struct nv_log *log);
 void nv_log_look(const struct nv_log *log, struct nv_log_look *out);
 enum nv_log_state nv_log_state(const struct nv_log *log);
 struct nv_log_span {

@@ -5,6 +5,9 @@
  *
  * An empty one whose device may have failed before (`anew`) gets a superblock behind all that it has: what is read of it may be
  * in no more than a cache, which calls it clean since a write of it has failed, and no sync would bring it to the device.
+ *
+ * One operation of the device is under way at a time. One that passes the deadline is given up: the log is refused (HANGS), as
+ * by an error, and its memory is the port's until it ends. What it does then is what a crash in its place could have left.
  */
 #include <errno.h>
 #include <string.h>
@@ -18,13 +21,34 @@ static struct nv_log *log_of(struct nv_op *op)
     return (struct nv_log *)((char *)op - offsetof(struct nv_log, op));
 }
 
+/* What was asked of the device has ended. */
+static void ends(struct nv_op *op)
+{
+    struct nv_log *log = log_of(op);
+
+    if (!log->abandoned) {
+        log->then(op);
+        return;
+    }
+    log->opening = log->abandoned = false;
+    log->config.event(log->config.context, NV_LOG_RESTS, 0); /* the last word: it may be freed from here on */
+}
+
+static void ask(struct nv_log *log, void (*then)(struct nv_op *op))
+{
+    log->op.done = ends;
+    log->then = then;
+    log->op_since_ns = nv_io_now_ns(log->config.io);
+    nv_io_submit(log->config.io, &log->op);
+}
+
 static void transfer(struct nv_log *log, uint8_t kind, uint8_t flags, uint64_t offset, void *bytes, uint64_t size,
                      void (*done)(struct nv_op *op))
 {
     log->iov = (struct iovec){bytes, size};
     log->op = (struct nv_op){.kind = kind, .flags = flags, .handle = log->config.handle, .iov = &log->iov, .iov_count = 1,
-                             .offset = log->config.offset + offset, .done = done};
-    nv_io_submit(log->config.io, &log->op);
+                             .offset = log->config.offset + offset};
+    ask(log, done);
 }
 
 static void refuse(struct nv_log *log, enum nv_log_verdict verdict, int error)
@@ -34,11 +58,19 @@ static void refuse(struct nv_log *log, enum nv_log_verdict verdict, int error)
     log->found.verdict = verdict;
     log->found.error = error;
     log->found.dirty_bytes = log->dirty_blocks * NV_LOG_UNIT;
-    log->opening = false;
+    log->opening = log->abandoned;
     log->state = NV_LOG_CLOSED;
     while ((request = nv_log_pop(&log->early)))
         nv_log_finish(log, request, -EIO);
     log->config.event(log->config.context, NV_LOG_OPENED, (int64_t)verdict);
+}
+
+void nv_log_give_up_opening(struct nv_log *log)
+{
+    if (!log->opening || log->abandoned || !nv_log_is_late(log, log->op_since_ns))
+        return;
+    log->abandoned = true;
+    refuse(log, NV_LOG_HANGS, -ETIMEDOUT);
 }
 
 /* True: the transfer is over, and whole. */
@@ -144,8 +176,8 @@ static void replace_begin(struct nv_log *log)
 
 static void sync_all(struct nv_log *log)
 {
-    log->op = (struct nv_op){.kind = NV_OP_SYNC, .handle = log->config.handle, .done = synced};
-    nv_io_submit(log->config.io, &log->op);
+    log->op = (struct nv_op){.kind = NV_OP_SYNC, .handle = log->config.handle};
+    ask(log, synced);
 }
 
 static void renewed(struct nv_op *op)

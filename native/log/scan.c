@@ -42,6 +42,7 @@ const char *nv_log_verdict_name(enum nv_log_verdict verdict)
         [NV_LOG_CUT] = "cut",
         [NV_LOG_TOO_MANY] = "too-many",
         [NV_LOG_UNREADABLE] = "unreadable",
+        [NV_LOG_HANGS] = "hangs",
     };
 
     return names[verdict];

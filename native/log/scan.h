@@ -39,6 +39,7 @@ enum nv_log_verdict {
     NV_LOG_CUT,                     /* its ring is longer than its file */
     NV_LOG_TOO_MANY,                /* more records than a ring of its size can hold */
     NV_LOG_UNREADABLE,              /* an I/O error */
+    NV_LOG_HANGS,                   /* its device has not answered within the deadline */
 };
 
 /* From the superblock alone; UNKNOWN_DATA and REGISTRY_OLD may still come from the records. */

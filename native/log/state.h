@@ -209,9 +209,12 @@ struct nv_log {
     struct nv_log_head last_head;   /* of the last valid record */
     struct nv_op op;
     struct iovec iov;
+    void (*then)(struct nv_op *op); /* when it is over */
+    uint64_t op_since_ns;
     uint64_t window, window_bytes;  /* of the ring, in runs[0].memory */
     uint8_t *copies;                /* two units: superblocks, BEGIN */
-    bool opening;
+    bool opening;                   /* `op` is out */
+    bool abandoned;                 /* ... and nobody waits for it any more */
     bool draining, drained, stopped, shut, forgotten, needs_word;
     bool severed;                   /* failed: what is written to the device does not count any more */
     struct nv_log_look counts;
@@ -245,6 +248,10 @@ static inline struct nv_log_request *nv_log_who_asked(struct nv_log_below *io)
 {
     return (struct nv_log_request *)((char *)io - offsetof(struct nv_log_request, below));
 }
+
+/* ---- open.c ---- */
+/* What the device was asked for as the log was opened has passed the deadline: the log is refused (HANGS). */
+void nv_log_give_up_opening(struct nv_log *log);
 
 /* ---- lists (log.c) ---- */
 void nv_log_push(struct nv_log_list *list, struct nv_log_request *request);

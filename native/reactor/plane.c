@@ -362,6 +362,12 @@ static void consume(nv_plane *plane, const struct nv_event_record *record)
         job->object->users--;
         nv_job_free(job);
         break;
+    case NV_EVENT_LOG_OPENED:
+        nv_logged_opened(record->subject, record->event.args[0]);
+        break;
+    case NV_EVENT_LOG_RESTS:
+        nv_logged_rests(record->subject);
+        break;
     case NV_EVENT_LOG_DRAINED:
         nv_logged_drained(record->subject);
         break;

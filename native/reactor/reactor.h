@@ -61,7 +61,7 @@ struct nv_reactor {
     uint64_t weights_turn;                  /* turn in which weight_next began */
     uint32_t weight_most, weight_next;      /* most shares of a volume served lately; and since weights_turn */
     uint32_t pace_timers;                   /* of volumes with limits, armed */
-    uint32_t jobs;                          /* object jobs, and logs on their way in or out */
+    uint32_t jobs;                          /* object jobs, and logs on their way in or out, or that hung as they were opened */
     uint32_t syncs;                         /* syncs this reactor runs */
     uint32_t mirrors;                       /* that it owns and that have not ended */
     struct nv_ahead *ahead;                 /* memory of fetches; NULL without a cache */

@@ -56,6 +56,7 @@ struct host {
     uint64_t *next_id;              /* of connections */
     bool log_open, log_found, draining;
     bool log_before, switching;     /* the log is before the volume; it goes in or out */
+    bool log_hung;                  /* it was refused, for its disk hung */
     bool log_failed;                /* nothing goes into it any more until it is opened anew */
     int log_file;
     uint32_t log_object;

@@ -7,6 +7,7 @@
 #include <errno.h>
 #include <string.h>
 
+#include "log/scan.h"
 #include "sim/host.h"
 
 #define TOKEN_LOG 2010u
@@ -37,6 +38,7 @@ static void start_log(struct host *host, bool beside)
         nv_sim_violation("the log of a mirror does not open: %s", nv_last_error());
     host->log_open = true;
     host->log_before = !beside;
+    nv_sim_trouble(host->log_file)->hung = policy.deadline_ms && sim_random_chance(&farm->log.bad_luck, 100);
 }
 
 void host_open_log(struct host *host)
@@ -108,6 +110,16 @@ static void drained(struct host *host, const nv_event *event)
         tally(TALLY_LOG_VOID);
 }
 
+/* What hung as the log was opened uses it until it ends. */
+static void close_object(struct host *host)
+{
+    const int error = nv_object_close(host->plane, host->log_object, TOKEN_LOG);
+
+    if (error != 0 && !(error == -EBUSY && host->log_hung))
+        nv_sim_violation("the object of a log that is out does not close: %s", nv_last_error());
+    host->log_hung = false;
+}
+
 /* A log that could not go in, for what is under way takes too long, goes out again one day. */
 static void switched(struct host *host, const nv_event *event)
 {
@@ -130,8 +142,7 @@ static void switched(struct host *host, const nv_event *event)
     nv_sim_trouble(host->log_file)->write_error = 0;
     if (has_epoch(host))
         host->farm->log.dirty = false;
-    if (nv_object_close(host->plane, host->log_object, TOKEN_LOG) != 0)
-        nv_sim_violation("the object of a log that is out does not close: %s", nv_last_error());
+    close_object(host);
 }
 
 /* What was acknowledged is below. Not even its superblock can say so: control commits that it is never replayed. */
@@ -158,18 +169,38 @@ static void failed(struct host *host, const nv_event *event)
 void host_trouble_log(struct host *host, bool none)
 {
     struct farm_log *log = &host->farm->log;
-    struct nv_sim_trouble *trouble = host->log_found && !host->deposed ? nv_sim_trouble(host->log_file) : NULL;
+    struct nv_sim_trouble *trouble = host->log_open && !host->deposed ? nv_sim_trouble(host->log_file) : NULL;
 
     if (!trouble || !log->troubled)
         return;
     trouble->hung = !none && log->policy.deadline_ms && sim_random_chance(&log->bad_luck, 300);
     trouble->write_error = !none && sim_random_chance(&log->bad_luck, 512) ? (uint16_t)sim_random_below(&log->bad_luck, 1025) : 0;
+    if (!host->log_found) /* one that is refused for an error would be no news to clients */
+        trouble->write_error = 0;
+}
+
+/* Its disk fails or hangs as it is opened: the volume is not served; or, if it was opened beside it, goes on without. */
+static void refused(struct host *host, uint64_t verdict)
+{
+    if (!host->farm->log.troubled)
+        nv_sim_violation("the log of a mirror is refused: %s, and its disk has no trouble", nv_log_verdict_word((uint32_t)verdict));
+    host->log_hung = verdict == NV_LOG_HANGS;
+    tally(host->log_hung ? TALLY_LOG_HANGS : TALLY_LOG_FAILED);
+    host->failed |= host->log_before;
+    if (!host->switching)
+        return;
+    if (host->closing || nv_volume_log_detach(host->plane, host->volume, TOKEN_DRAIN) != 0)
+        host->switching = false;
 }
 
 void host_log_event(struct host *host, const nv_event *event)
 {
     switch (event->kind) {
     case NV_EVENT_LOG_OPENED:
+        if (!host->deposed && (event->args[0] == NV_LOG_HANGS || event->args[0] == NV_LOG_UNREADABLE)) {
+            refused(host, event->args[0]);
+            break;
+        }
         if (!host->deposed && (event->args[0] != 0 || event->result != 0))
             nv_sim_violation("the log of a mirror is refused: %s", nv_log_verdict_word((uint32_t)event->args[0]));
         memcpy(host->log_id, &event->args[3], sizeof host->log_id);

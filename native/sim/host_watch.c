@@ -77,7 +77,7 @@ uint64_t host_log_keeps(const struct host *host)
         count += logged->log->destager.memory_users[i];
     for (uint32_t i = 0; i < NV_LOG_RUNS; i++)
         count -= logged->log->destager.runs[i].used;
-    return count + nv_logged_block_total(logged) - NV_LOGGED_SLOTS - logged->block_count;
+    return count + logged->block_total - NV_LOGGED_SLOTS - logged->block_count;
 }
 
 void host_tally_turn(struct host *host)

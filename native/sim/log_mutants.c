@@ -29,6 +29,8 @@
  *  25  a log whose tail is lost for ever is well                      nv_log_fail
  *  26  reads have no deadline                                     nv_log_give_up_reads
  *  27  a read that was given up goes below, to what is older      nv_log_give_up_reads
+ *  28  an opening has no deadline                                  nv_log_give_up_opening
+ *  29  one that was given up goes on when its device answers       nv_log_give_up_opening
  */
 #include <errno.h>
 
@@ -77,6 +79,8 @@ struct nv_log_request *__real_nv_log_pop(struct nv_log_list *list);
 struct nv_log_request *__wrap_nv_log_pop(struct nv_log_list *list);
 bool __real_nv_log_give_up_reads(struct nv_log *log);
 bool __wrap_nv_log_give_up_reads(struct nv_log *log);
+void __real_nv_log_give_up_opening(struct nv_log *log);
+void __wrap_nv_log_give_up_opening(struct nv_log *log);
 void __real_nv_log_watch(struct nv_log *log);
 void __wrap_nv_log_watch(struct nv_log *log);
 
@@ -240,6 +244,14 @@ bool __wrap_nv_log_give_up_reads(struct nv_log *log)
     if (mutant(27))
         mislead(log);
     return __real_nv_log_give_up_reads(log);
+}
+
+void __wrap_nv_log_give_up_opening(struct nv_log *log)
+{
+    if (!mutant(28))
+        __real_nv_log_give_up_opening(log);
+    if (mutant(29))
+        log->abandoned = false;
 }
 
 void __wrap_nv_log_watch(struct nv_log *log)

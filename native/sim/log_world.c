@@ -18,6 +18,7 @@
 #define TURN_NS 1000000u
 #define READ_TRIES 50u
 
+static const struct nv_sim_faults usual_faults = {.short_transfer = 20, .delay = 100, .atom = 512};
 struct world *world_of_io;
 
 static uint64_t below(struct world *world, uint64_t bound)
@@ -47,6 +48,8 @@ static void heard(void *context, enum nv_log_event event, int64_t value)
         printf("%6" PRIu64 " EVENT %d value %" PRId64 "\n", world->step, (int)event, value);
     switch (event) {
     case NV_LOG_OPENED:
+        if (world->opened)
+            nv_sim_violation("a log is opened twice");
         world->opened = true;
         world->verdict = (enum nv_log_verdict)value;
         break;
@@ -66,6 +69,8 @@ static void heard(void *context, enum nv_log_event event, int64_t value)
         world->troubled |= value == -ETIMEDOUT; /* the clock may jump past the deadline of a device that is well */
         if (!world->troubled)
             nv_sim_violation("the log fails (%" PRId64 ") on a device without faults", value);
+        break;
+    case NV_LOG_RESTS:
         break;
     }
 }
@@ -319,7 +324,7 @@ static bool all_that_may(const struct world *world)
 
 static bool is_idle(const struct world *world)
 {
-    bool busy = !nv_log_idle(world->log) || world->landed || (world->plan.crowded && !twin_rests(&world->twin));
+    bool busy = !nv_log_idle(world->log) || nv_log_abandoned(world->log) || world->landed || (world->plan.crowded && !twin_rests(&world->twin));
 
     for (uint32_t i = 0; i < WORLD_IOS; i++)
         busy |= world->ios[i].used;
@@ -338,9 +343,7 @@ static bool has_drained(const struct world *world)
 
 static void begin_world(struct world *world)
 {
-    const struct nv_sim_faults faults = {.short_transfer = 20, .delay = 100, .atom = 512};
-
-    nv_sim_begin(world->plan.seed * 64 + world->life, &faults);
+    nv_sim_begin(world->plan.seed * 64 + world->life, &usual_faults);
     world->log_file = nv_sim_file(sim_disk_create(world->log_image, world->log_size), 512, false);
     world->leg_file = nv_sim_file(sim_disk_create(world->leg_image, world->leg_size), 1, false);
     world->log_handle = nv_io_open_file(world->log_file);
@@ -364,7 +367,26 @@ static void begin_world(struct world *world)
         twin_begin(&world->twin, world->io, world->plan.seed, world->leg_size);
 }
 
-static void open_log(struct world *world, bool discard)
+/* Its device may begin to hang at any step of that. */
+static void settle_opening(struct world *world)
+{
+    struct sim_random apart = {world->plan.seed ^ world->epoch << 40}; /* the other worlds stay as they were */
+    struct nv_sim_trouble *log = nv_sim_trouble(world->log_file);
+    const bool hangs = world->plan.deadline_ms && sim_random_chance(&apart, 600);
+    const uint64_t which = sim_random_below(&apart, 3), from = sim_random_below(&apart, 12);
+
+    for (uint64_t i = 0; !world->opened && i < from; i++)
+        settle_once(world);
+    if (hangs && !world->opened) {
+        log->hung = which == 0;
+        log->stuck_writes = which == 1;
+        log->stuck_reads = which == 2;
+    }
+    settle(world, has_opened, "the log does not open");
+    *log = (struct nv_sim_trouble){.hung = world->verdict == NV_LOG_HANGS};
+}
+
+static void begin_opening(struct world *world, bool discard)
 {
     struct nv_log_config config = {
         .io = world->io, .handle = world->log_handle, .size = world->vvol_size, .bypass_bytes = world->plan.bypass,
@@ -384,7 +406,7 @@ static void open_log(struct world *world, bool discard)
         abort();
     world->opened = false;
     nv_log_open(world->log);
-    settle(world, has_opened, "the log does not open");
+    settle_opening(world);
 }
 
 /* What is left of the run after the images are taken happens to nobody; it only has to end tidily. */
@@ -398,6 +420,19 @@ static void close_log(struct world *world)
     nv_log_pump(world->log);
     nv_log_free(world->log);
     world->log = NULL;
+}
+
+/* One that hangs is refused; it is tried again when its device has answered, as often as that takes. */
+static void open_log(struct world *world, bool discard)
+{
+    begin_opening(world, discard);
+    while (world->verdict == NV_LOG_HANGS) {
+        world->hung_openings++;
+        close_log(world);
+        world->calm = false;
+        nv_sim_set_faults(&usual_faults);
+        begin_opening(world, discard);
+    }
 }
 
 static void end_world(struct world *world)

@@ -80,6 +80,7 @@ struct world {
     uint64_t log_size, leg_size, vvol_size;
     bool cache_survived;
     uint64_t step, done, crashes, life;
+    uint64_t hung_openings;         /* logs that were refused for their device hung */
 };
 
 /* All lives of a plan; ends the process at a violation. */

@@ -171,6 +171,13 @@ void world_heal(struct world *world, bool all)
 
 /* ---- the end ---- */
 
+static void end_deposed(struct world *world)
+{
+    for (uint32_t i = 0; i < FARM_HOSTS; i++)
+        if (world->hosts[i].plane && world->hosts[i].deposed)
+            world_kill(world, &world->hosts[i]);
+}
+
 void world_calm(struct world *world)
 {
     struct farm *farm = &world->farm;
@@ -184,9 +191,7 @@ void world_calm(struct world *world)
     for (uint32_t i = 0; i < FARM_HOSTS; i++)
         if (world->hosts[i].plane)
             host_trouble_log(&world->hosts[i], true);
-    for (uint32_t i = 0; i < FARM_HOSTS; i++)
-        if (world->hosts[i].plane && world->hosts[i].deposed)
-            world_kill(world, &world->hosts[i]);
+    end_deposed(world);
 }
 
 bool world_answered(const struct host *host)
@@ -239,9 +244,10 @@ struct host *world_recover(struct world *world)
 {
     for (uint32_t i = 0;; i++) {
         struct host *host = world_serving(world);
-        if (!host || host->refused || host->failed)
+        if (!host || host->refused || host->failed) {
             world_bind(world, &world->hosts[farm_some_host(&world->farm)]);
-        else if (i % 64 == 63) {
+            end_deposed(world);
+        } else if (i % 64 == 63) {
             host_clear_faults(host);
             host_tend(host, true);
         }

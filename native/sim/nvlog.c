@@ -80,7 +80,7 @@ static void crowd(struct world_plan *made)
 
 static int seeds(uint64_t first, uint64_t last, bool crowded, bool trace)
 {
-    uint64_t done = 0, crashes = 0;
+    uint64_t done = 0, crashes = 0, hung = 0;
 
     for (uint64_t seed = first; seed <= last; seed++) {
         plan = by_chance(seed);
@@ -90,9 +90,10 @@ static int seeds(uint64_t first, uint64_t last, bool crowded, bool trace)
         world_run(&world, &plan);
         done += world.done;
         crashes += world.crashes;
+        hung += world.hung_openings;
     }
-    printf("seeds %" PRIu64 "..%" PRIu64 ": %" PRIu64 " requests, %" PRIu64 " crashes, no violation\n", first, last, done,
-           crashes);
+    printf("seeds %" PRIu64 "..%" PRIu64 ": %" PRIu64 " requests, %" PRIu64 " crashes, %" PRIu64
+           " openings that hung, no violation\n", first, last, done, crashes, hung);
     return 0;
 }
 

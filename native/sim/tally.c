@@ -72,6 +72,7 @@ static const char *const names[TALLY_COUNT] = {
     [TALLY_LEASE_ENDS] = "way out: a host's lease ends before another one is bound",
     [TALLY_LOG_FAILED] = "log trouble: a log's disk refuses a write",
     [TALLY_LOG_SLOW] = "log trouble: a log's disk is too slow, and is given up",
+    [TALLY_LOG_HANGS] = "log trouble: a log's disk hangs as the log is opened, which is refused",
     [TALLY_LOG_VOID] = "log way out: all that a failed log held is below",
     [TALLY_LOG_FORGOTTEN] = "log way out: control commits that a failed log is never replayed",
     [TALLY_LOG_KEEPS] = "log way out: memory of what was carried is kept for a leg that may still use it",

@@ -514,7 +514,12 @@ void nv_logged_event(void *context, enum nv_log_event event, int64_t value)
 
     switch (event) {
     case NV_LOG_OPENED:
+        logged->reactor->jobs += nv_log_abandoned(logged->log);
         nv_logged_tell_opened(logged);
+        return;
+    case NV_LOG_RESTS: /* the volume may be gone; nothing of this is touched any more once the front has heard it */
+        logged->reactor->jobs--;
+        nv_events_raise(&logged->reactor->events, &logged->rests);
         return;
     case NV_LOG_DRAINED:
         logged->is_drained = true;

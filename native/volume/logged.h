@@ -30,6 +30,9 @@ struct nv_vreq;
 void nv_logged_free_all(struct nv_volume *volume);
 /* It is before the volume now; or out, and what it has is given back as soon as nothing late uses it. */
 void nv_logged_switched(struct nv_logged *logged, bool in);
+/* LOG_OPENED is being taken; and LOG_RESTS: a log that hung may have been let go by its volume, and ends now. */
+void nv_logged_opened(struct nv_logged *logged, uint64_t verdict);
+void nv_logged_rests(struct nv_logged *logged);
 /* 0, or -errno: a volume with a log cannot change over to this map. */
 int nv_logged_check_change(const struct nv_volume *volume, const struct nv_map *to);
 /* LOG_DRAINED is being taken. */

@@ -315,5 +315,5 @@ void nv_logged_free_below(struct nv_logged *logged)
     free(logged->below);
     free(logged->blocks);
     if (logged->memory)
-        nv_pages_unmap(logged->memory, nv_logged_block_total(logged) * NV_LOG_UNIT);
+        nv_pages_unmap(logged->memory, logged->block_total * NV_LOG_UNIT);
 }

@@ -25,6 +25,9 @@ static void init_events(struct nv_logged *logged, uint64_t token)
     const uint32_t volume = logged->volume->id;
 
     logged->opened.event = (nv_event){.kind = NV_EVENT_LOG_OPENED, .volume = volume, .token = token};
+    logged->opened.subject = logged;
+    logged->rests.event = (nv_event){.kind = NV_EVENT_LOG_RESTS, .volume = volume, .args = {logged->object->id}};
+    logged->rests.subject = logged;
     logged->drained.event = (nv_event){.kind = NV_EVENT_LOG_DRAINED, .volume = volume};
     logged->drained.subject = logged;
     logged->failed.event = (nv_event){.kind = NV_EVENT_LOG_FAILED, .volume = volume};
@@ -53,7 +56,7 @@ static void init_slots(struct nv_logged *logged)
         logged->below[i].next = logged->free_below;
         logged->free_below = &logged->below[i];
     }
-    for (uint64_t i = nv_logged_block_total(logged); i > NV_LOGGED_SLOTS; i--)
+    for (uint64_t i = logged->block_total; i > NV_LOGGED_SLOTS; i--)
         logged->blocks[logged->block_count++] = logged->memory + (i - 1) * NV_LOG_UNIT;
     logged->landed_last = &logged->landed_first;
     logged->starved_last = &logged->starved_first;
@@ -71,10 +74,32 @@ static void free_logged(struct nv_logged *logged)
     free(logged);
 }
 
+/* What hangs keeps its memory and its object; events of one reactor come in order, so LOG_RESTS is still to come. */
+static void let_go(struct nv_logged *logged)
+{
+    if (logged->hangs)
+        logged->orphan = true;
+    else
+        free_logged(logged);
+}
+
+void nv_logged_opened(struct nv_logged *logged, uint64_t verdict)
+{
+    logged->hangs = verdict == NV_LOG_HANGS;
+}
+
+void nv_logged_rests(struct nv_logged *logged)
+{
+    assert(logged->hangs);
+    logged->hangs = false;
+    if (logged->orphan)
+        free_logged(logged);
+}
+
 void nv_logged_free_all(struct nv_volume *volume)
 {
     if (volume->logged)
-        free_logged(volume->logged);
+        let_go(volume->logged);
     for (struct nv_logged *logged = volume->retired, *next; logged; logged = next) {
         next = logged->retired;
         free_logged(logged);
@@ -233,8 +258,9 @@ int nv_volume_log_open(nv_plane *plane, uint32_t number, uint32_t object_number,
     object->users++;
     logged->all = calloc(NV_LOGGED_SLOTS, sizeof *logged->all);
     logged->below = calloc(NV_LOGGED_SLOTS + NV_LOGGED_OWN, sizeof *logged->below);
-    logged->blocks = calloc(nv_logged_block_total(logged), sizeof *logged->blocks);
-    logged->memory = nv_pages_map(nv_logged_block_total(logged) * NV_LOG_UNIT);
+    logged->block_total = (uint64_t)NV_LOGGED_SLOTS * (volume->mirror ? NV_LEGS_MAX : 1);
+    logged->blocks = calloc(logged->block_total, sizeof *logged->blocks);
+    logged->memory = nv_pages_map(logged->block_total * NV_LOG_UNIT);
     error = logged->all && logged->below && logged->blocks && logged->memory ? create_log(logged, offset, length, policy)
                                                                               : -ENOMEM;
     if (error) {
@@ -350,6 +376,10 @@ void nv_logged_switched(struct nv_logged *logged, bool in)
         return;
     }
     volume->logged = NULL;
+    if (logged->hangs) {
+        logged->orphan = true;
+        return;
+    }
     logged->object->users--;
     logged->object = NULL;
     if (logged->kept == 0) {
@@ -450,5 +480,5 @@ int nv_volume_log(nv_plane *plane, uint32_t number, nv_log_status *out)
 
 const char *nv_log_verdict_word(uint32_t verdict)
 {
-    return verdict <= NV_LOG_UNREADABLE ? nv_log_verdict_name(verdict) : "unknown";
+    return verdict <= NV_LOG_HANGS ? nv_log_verdict_name(verdict) : "unknown";
 }

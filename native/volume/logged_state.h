@@ -71,7 +71,7 @@ struct nv_logged {
     struct nv_message open_message, end_message;
     struct nv_logged_command allow, drain, forget, limit;
     nv_log_policy limits;           /* of the command `limit`: the front's until it is sent, the owner's until it arrives */
-    struct nv_event_slot opened, drained, failed, lost, word;
+    struct nv_event_slot opened, drained, failed, lost, word, rests;
     struct nv_log_below *landed_first, **landed_last;
     struct nv_logged_slots slots[2]; /* [1]: of reads, so that changes which wait for long hold up none */
     struct nv_logged_slot *all;     /* NV_LOGGED_SLOTS */
@@ -79,6 +79,7 @@ struct nv_logged {
     struct nv_log_below *starved_first, **starved_last; /* for one of them */
     uint8_t **blocks;               /* for slots whose block is kept */
     uint32_t block_count;
+    uint64_t block_total;           /* blocks in `memory`: one a slot; of a mirror each leg may keep as many while it hangs */
     bool opening;                   /* when the mirror's copies under way are over */
     bool carrying;                  /* a batch is being destaged: */
     uint64_t faults;                /* ... failed syncs below that were known when it began */
@@ -93,6 +94,8 @@ struct nv_logged {
     uint32_t kept;                  /* I/O below whose memory late operations keep */
     struct nv_switch *leaves;
     struct nv_logged *retired;      /* the next one of the volume's */
+    bool hangs;                     /* the front's: its device hung as it was opened; until LOG_RESTS is taken */
+    bool orphan;                    /* the front's: the volume has it no more, and may be gone; LOG_RESTS frees it */
     bool asked_to_drain;            /* the front's: until LOG_DRAINED is taken */
     pthread_mutex_t shown_lock;
     nv_log_status shown;
@@ -113,12 +116,6 @@ void nv_logged_send(struct nv_logged *logged, struct nv_logged_command *command)
 void nv_logged_below(void *context, struct nv_log_below *io);
 void nv_logged_event(void *context, enum nv_log_event event, int64_t value);
 void nv_logged_part_done(struct nv_log_request *log);
-
-/* Blocks in `memory`: one a slot; of a mirror each leg may keep as many while it hangs. */
-static inline uint64_t nv_logged_block_total(const struct nv_logged *logged)
-{
-    return (uint64_t)NV_LOGGED_SLOTS * (logged->volume->mirror ? NV_LEGS_MAX : 1);
-}
 
 /* logged_front.c */
 void nv_logged_tell_opened(struct nv_logged *logged);

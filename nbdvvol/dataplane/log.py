@@ -28,6 +28,8 @@ class LogVerdict(enum.StrEnum):
     CUT = "cut"
     TOO_MANY = "too-many"
     UNREADABLE = "unreadable"
+    HANGS = "hangs"
+    """Its device has not answered within the deadline. Its object is in use (EBUSY) until it does."""
 
 
 class LogState(enum.IntEnum):
@@ -78,7 +80,7 @@ class LogFound:
 
     verdict: LogVerdict
     errno: int
-    """UNREADABLE: why; else 0."""
+    """UNREADABLE, HANGS: why; else 0."""
     dirty_bytes: int
     records: int
     id: bytes

@@ -87,7 +87,7 @@ class Filter:
         )
         self._objects = ObjectTable(plane, self._faults)
         self._table = ExportTable(plane, self._objects, self._link, claims, logs)
-        self._work = WorkShop(plane, self._objects, self._link.send, self._table.verify, logs.drop_all)
+        self._work = WorkShop(plane, self._objects, self._link.send, self._table.verify, logs.forget)
         self._observer = Observer(options.host, self._link.instance, plane, self._table, self._objects, self._link.send)
         self._listeners = Listeners(
             options.run_dir.absolute(), plane, lambda vm: View(self._table, self._link, vm), self._link

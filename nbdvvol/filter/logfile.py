@@ -56,6 +56,7 @@ VERDICTS = {
     LogVerdict.CUT: "it was cut short",
     LogVerdict.TOO_MANY: "it holds more records than a log of its size can",
     LogVerdict.UNREADABLE: "it cannot be read",
+    LogVerdict.HANGS: "its device has not answered within the log's deadline; look at that device",
 }
 """What lies there, and why it is of no use."""
 _PIECE = 1 << 20

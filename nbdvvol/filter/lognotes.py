@@ -20,8 +20,10 @@ from pydantic import Field
 
 from nbdvvol.dataplane.log import LogVerdict
 from nbdvvol.filter.durable import load_file, replace_file
+from nbdvvol.filter.legplace import words_of
 from nbdvvol.filter.legs import MirrorError
-from nbdvvol.filter.logfile import VERDICTS, look_at_log, remove_log_file
+from nbdvvol.filter.logdisks import LogDisks
+from nbdvvol.filter.logfile import VERDICTS
 from nbdvvol.model.base import Model
 from nbdvvol.model.errors import Code, NvError
 from nbdvvol.model.link import VVolSpec
@@ -44,6 +46,8 @@ class LogBook:
         """Read what earlier processes noted. Raises NvError(INVALID) when that is damaged: nothing is served then."""
         self._path = folder / f"logs-{host}.json"
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="log-notes")  # its disk may hang, like any other
+        self.disks = LogDisks()
+        """Where the logs lie that are noted."""
         self._lock = asyncio.Lock()
         self._changes, self._written = 0, 0
         hint = "restore it; moved away, what those logs hold may be missed without a word"
@@ -91,10 +95,11 @@ class LogBook:
             return False
         return True
 
-    async def drop_all(self, uuid: str) -> None:
-        """The VVol is deleted. Raises OSError."""
+    async def forget(self, uuid: str, file: str) -> None:
+        """The VVol is deleted: its notes go, then the file of its log. Raises NvError, OSError."""
         for note in self.of(uuid):
             await self.drop(uuid, note.log)
+        await self.disks.remove(file, uuid)
 
     async def _write(self) -> None:
         """Who waits for the lock meanwhile is written together with the next."""
@@ -118,7 +123,7 @@ class LogBook:
 
     async def _look(self, note: LogNote) -> None:
         with contextlib.suppress(NvError, OSError):
-            found = await asyncio.to_thread(look_at_log, note.file, note.vvol, note.log)
+            found = await self.disks.look(note.file, note.vvol, note.log)
             if found.verdict is LogVerdict.USABLE:
                 await self.drop(note.vvol, note.log)
             elif found.verdict is LogVerdict.UNKNOWN_DATA:
@@ -126,6 +131,7 @@ class LogBook:
 
     def close(self) -> None:
         """Wait until all of it is written."""
+        self.disks.close()
         self._writer.shutdown()
 
 
@@ -148,13 +154,13 @@ async def _settle(book: LogBook, spec: VVolSpec, note: LogNote, tell: Callable[[
     """Look at a log of which the registry knows nothing."""
     verdict, held = LogVerdict.MISSING, 0
     try:
-        found = await asyncio.to_thread(look_at_log, note.file, note.vvol, note.log)
+        found = await book.disks.look(note.file, note.vvol, note.log)
         verdict, held, why = found.verdict, found.dirty_bytes, f"{note.file}: {VERDICTS.get(found.verdict, '')}"
     except NvError as error:
         why = error.message
     if verdict is LogVerdict.USABLE:
         await book.drop(note.vvol, note.log)
-        await _tidy(spec, note)
+        await _tidy(book.disks, spec, note)
         return
     holds = verdict is LogVerdict.UNKNOWN_DATA
     said = {"file": note.file, "found": note.log if holds else "", "verdict": verdict.value, "dirty_bytes": held}
@@ -165,11 +171,11 @@ async def _settle(book: LogBook, spec: VVolSpec, note: LogNote, tell: Callable[[
     raise MirrorError(Code.UNAVAILABLE, text, "", "log-missing")
 
 
-async def _tidy(spec: VVolSpec, note: LogNote) -> None:
+async def _tidy(disks: LogDisks, spec: VVolSpec, note: LogNote) -> None:
     """An empty log that is not where one is wanted leaves nothing behind."""
     if spec.log is not None and spec.log.on and spec.log.folder in (note.file, str(Path(note.file).parent)):
         return
     try:
-        await asyncio.to_thread(remove_log_file, note.file, note.vvol)
-    except OSError as error:
-        _log.warning("an empty log is left behind", file=note.file, error=str(error))
+        await disks.remove(note.file, note.vvol)
+    except (NvError, OSError) as error:
+        _log.warning("an empty log is left behind", file=note.file, error=words_of(error))

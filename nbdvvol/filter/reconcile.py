@@ -22,6 +22,7 @@ from nbdvvol.dataplane.types import (
     VolumeDescription,
     VolumeLimits,
 )
+from nbdvvol.model.farm import LOG_DEADLINE_S
 from nbdvvol.model.link import Delta, HostState, LegSpec, VVolSpec
 from nbdvvol.model.log import LogSpec
 from nbdvvol.nbd.constants import TransmissionFlag
@@ -180,7 +181,7 @@ def log_policy(spec: LogSpec) -> LogPolicy:
     """What the data plane is told of a VVol's write-back log."""
     held = bytes.fromhex(spec.held) if spec.held else None
     if spec.log is None:
-        return LogPolicy(held=held)
+        return LogPolicy(held=held, deadline_ms=round(LOG_DEADLINE_S * 1000))
     return LogPolicy(
         age_ms=round(spec.log.age * 1000),
         bypass_bytes=spec.log.bypass,

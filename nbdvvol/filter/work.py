@@ -17,7 +17,6 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
 from nbdvvol.dataplane.mirror import Verified
 from nbdvvol.dataplane.types import DataPlane
-from nbdvvol.filter.logfile import remove_log_file
 from nbdvvol.filter.objects import HeldObject, ObjectTable
 from nbdvvol.model.base import Model
 from nbdvvol.model.errors import Code, NvError
@@ -82,8 +81,8 @@ class _Sized(_Args):
 
 Result = dict[str, Any]
 Handler = Callable[[int, Any], Awaitable[Result]]
-DropNotes = Callable[[str], Awaitable[None]]
-"""Forget every note of a VVol's write-back logs. Raises OSError."""
+ForgetLog = Callable[[str, str], Awaitable[None]]
+"""Of a VVol that is deleted: every note of its write-back logs, and then this file. Raises NvError, OSError."""
 
 
 class Verify(Protocol):
@@ -97,10 +96,10 @@ class WorkShop:
     """Does work orders, each in a task of its own."""
 
     def __init__(
-        self, plane: DataPlane, objects: ObjectTable, send: Send, verify: Verify, drop_notes: DropNotes
+        self, plane: DataPlane, objects: ObjectTable, send: Send, verify: Verify, forget_log: ForgetLog
     ) -> None:
         self._verify_legs = verify
-        self._drop_notes = drop_notes
+        self._forget_log = forget_log
         self._plane = plane
         self._objects = objects
         self._send = send
@@ -273,8 +272,7 @@ class WorkShop:
     # ---- logs and mirrors ----
 
     async def _log_remove(self, _: int, args: _LogRemove) -> Result:
-        await self._drop_notes(args.vvol)
-        await asyncio.to_thread(remove_log_file, args.file, args.vvol)
+        await self._forget_log(args.vvol, args.file)
         return {}
 
     async def _verify(self, _: int, args: _Verify) -> Result:

@@ -14,6 +14,7 @@ import errno
 import os
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,16 +22,16 @@ import structlog
 
 from nbdvvol.dataplane.log import LogEvent, LogEventKind, LogFound, LogState, LogStats, LogVerdict
 from nbdvvol.dataplane.types import DataPlane
-from nbdvvol.datastores.logformat import RING_OFFSET, decode_super
+from nbdvvol.datastores.logformat import EPOCH_MAX, RING_OFFSET, decode_super
 from nbdvvol.filter.legplace import quiet, words_of
 from nbdvvol.filter.legs import MirrorError
-from nbdvvol.filter.logfile import VERDICTS, LogFile, file_name, is_there, open_log_file, remove_log_file
+from nbdvvol.filter.logfile import VERDICTS, LogFile, file_name
 from nbdvvol.filter.logkeeper import LogKeeper
 from nbdvvol.filter.logmachine import Do, LogMachine, Plane
 from nbdvvol.filter.lognotes import LogBook
 from nbdvvol.filter.reconcile import log_policy
 from nbdvvol.model.errors import Code, NvError
-from nbdvvol.model.farm import LOG_UNIT, CacheLog
+from nbdvvol.model.farm import LOG_DEADLINE_S, LOG_UNIT, CacheLog
 from nbdvvol.model.link import VVolSpec
 from nbdvvol.model.log import (
     LOST_MAX,
@@ -67,15 +68,6 @@ class LogLink(Protocol):
         """For the event list."""
 
 
-async def _opened(folder: str, name: str, size: int, held: str) -> LogFile:
-    job = asyncio.ensure_future(asyncio.to_thread(open_log_file, folder, name, size, held))
-    try:
-        return await asyncio.shield(job)
-    except asyncio.CancelledError:  # the thread goes on, and nobody would close what it opens
-        job.add_done_callback(lambda done: None if done.exception() else os.close(done.result().fd))
-        raise
-
-
 def _asked(log: LogSpec | None) -> tuple[object, ...]:
     """What of it people ask for."""
     return _NOTHING if log is None or log.log is None else (log.on, log.folder, log.log, log.discard)
@@ -94,6 +86,7 @@ class WriteLog:
         self._link = link
         self._wake = wake  # when there is no log before the volume any more
         self._book = book  # has a note of this log as long as it is in use, and until it holds nothing
+        self._disks = book.disks
         self._loop = asyncio.get_running_loop()
         self._machine: LogMachine | None = None
         self._number: int | None = None
@@ -182,7 +175,8 @@ class WriteLog:
 
     async def _try_open(self, volume: int, log: LogSpec, *, beside: bool = False) -> LogFound:
         name, size = file_name(self._name(), self.spec.uuid), log.log.size if log.log is not None else 0
-        file = await _opened(log.folder, name, size, log.file if log.held else "")
+        held, limit_s = log.file if log.held else "", LOG_DEADLINE_S if log.log is None else log.log.deadline or None
+        file = await self._disks.open(log.folder, name, size, held, limit_s)
         self._path, self._block, self._identity = file.path, file.block, file.identity
         self._ended, self._left = "", False  # what was to go is used again, perhaps
         self._length, self._asked_length = file.length, None if log.held else size
@@ -229,7 +223,11 @@ class WriteLog:
     async def _epoch(self) -> int:
         """Of what lies there, by its superblock."""
         assert self._number is not None
-        _, found = decode_super(await self._plane.read(self._number, 0, RING_OFFSET))
+        try:
+            async with asyncio.timeout(LOG_DEADLINE_S):
+                _, found = decode_super(await self._plane.read(self._number, 0, RING_OFFSET))
+        except TimeoutError:
+            return EPOCH_MAX  # nobody knows: it was not given up
         return found.epoch if found is not None else 0
 
     def _other_size(self, found: LogFound, log: LogSpec) -> bool:
@@ -244,7 +242,7 @@ class WriteLog:
         if not self._anew:
             return False
         self._anew = False
-        await asyncio.to_thread(remove_log_file, self._path, self.spec.uuid)
+        await self._disks.remove(self._path, self.spec.uuid)
         return True
 
     def start(self, volume: int) -> None:
@@ -307,15 +305,21 @@ class WriteLog:
         if self._block or not self._left:
             return
         try:
-            await asyncio.to_thread(remove_log_file, self._path, self.spec.uuid)
+            await self._disks.remove(self._path, self.spec.uuid)
             self._left = False
-        except OSError as error:
-            _log.warning("an empty log is left behind", file=self._path, error=str(error))
+        except (NvError, OSError) as error:
+            _log.warning("an empty log is left behind", file=self._path, error=words_of(error))
 
     async def _close_object(self) -> None:
         number, self._number = self._number, None
-        if number is not None:
+        if number is None:
+            return
+        try:
             await self._plane.close_object(number)
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            self._disks.linger(self._path, partial(self._plane.close_object, number))
 
     # ---- what comes in ----
 
@@ -407,7 +411,7 @@ class WriteLog:
             found = await self._try_open(volume, log, beside=True)
         if found.verdict is LogVerdict.USABLE and self._other_size(found, log):
             await self._let_go(volume)
-            await asyncio.to_thread(remove_log_file, self._path, self.spec.uuid)
+            await self._disks.remove(self._path, self.spec.uuid)
             found = await self._try_open(volume, log, beside=True)
         return found
 
@@ -426,8 +430,8 @@ class WriteLog:
 
     def _is_no_log(self, found: LogFound) -> bool:
         """What lies there cannot be used. Raises OSError if it could not be read, which may be over one day."""
-        if found.verdict is LogVerdict.UNREADABLE:
-            raise OSError(found.errno, f"{self._path}: {os.strerror(found.errno)}")
+        if found.verdict in (LogVerdict.UNREADABLE, LogVerdict.HANGS):
+            raise OSError(found.errno, f"{self._path}: {VERDICTS[found.verdict]} ({os.strerror(found.errno)})")
         self._found = found
         self.put_off(f"{self._path}: {VERDICTS.get(found.verdict, found.verdict)}")
         return False
@@ -445,10 +449,8 @@ class WriteLog:
 
     def waits(self) -> None:
         """It goes in as soon as storage lets it."""
-        self._phase, self._why = (
-            "waits",
-            "what was under way did not end within the 2 s for which new requests are held",
-        )
+        why = "what was under way did not end within the 2 s for which new requests are held"
+        self._phase, self._why = "waits", why
         self.report()
 
     def is_not_wanted(self) -> None:
@@ -514,7 +516,7 @@ class WriteLog:
         machine = self._machine
         if machine is None or self._gone or machine.dead or machine.plane is not Plane.SERVING:
             return
-        if await asyncio.to_thread(is_there, self._path, self._identity) or self._machine is not machine:
+        if await self._disks.is_there(self._path, self._identity) or self._machine is not machine:
             return
         self._gone, self._why = True, "its file is gone from there, a restart would not find it"
         self._failure = self._why

@@ -209,6 +209,7 @@ class MirrorConfig(Model):
 
 
 LOG_UNIT = 4096
+LOG_DEADLINE_S = 30.0
 LOG_SIZE_MIN, LOG_SIZE_MAX = 1 << 20, 4 << 40
 LOG_BYPASS_MAX = 512 << 10
 
@@ -228,7 +229,7 @@ class CacheLog(Model):
     """What was logged so long ago is carried to the storage, however empty the log is."""
     destage_rate: Annotated[Rate, Field(ge=64 << 10, le=1 << 40)] | None = Field(default=None, alias="destage-rate")
     """Bytes a second that are carried to the storage at most while nobody waits for that; None: no limit."""
-    deadline: Annotated[Duration, Field(ge=0, le=600)] = 30.0
+    deadline: Annotated[Duration, Field(ge=0, le=600)] = LOG_DEADLINE_S
     """A log whose device takes longer for one operation has failed; 0: none does for that."""
 
     def words(self) -> str:

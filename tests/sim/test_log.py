@@ -35,6 +35,7 @@ def test_many_requests_at_once_over_storage_that_keeps_memory(folder: Path) -> N
     """More reads than the log has memory for, and a leg that hangs while it has what was carried."""
     result = run(folder / "nvlog", "--crowd", "1..500")
     assert result.returncode == 0, result.stderr
+    assert int(result.stdout.split()[6]) > 100, "openings that hung"
     result = run(folder / "nvlog_sanitized", "--crowd", "1..15")
     assert result.returncode == 0, result.stderr
 
@@ -92,6 +93,8 @@ MUTANTS = {
     "a sync and the superblock have no deadline": (21, "1..100"),
     "reads have no deadline": (26, "1..300"),
     "a read that was given up goes below, to what is older": (27, "1..300"),
+    "an opening has no deadline": (28, "1..100"),
+    "an opening that was given up goes on when its device answers": (29, "1..100"),
     "FUA is answered before the log is durable": (1, "1..300"),
     "the tail moves before what is below is flushed": (2, "1..300"),
     "recovery goes on past damaged data": (3, "1..300"),

@@ -118,6 +118,8 @@ class FakePlane(DataPlane):
     logs: dict[int, FakeLog] = field(default_factory=dict)
     verdicts: list[LogFound] = field(default_factory=list)
     """What the next logs turn out to be; then they are usable and empty."""
+    hung: set[int] = field(default_factory=set)
+    """Objects of logs whose device has not answered yet."""
     fail_log: int = 0
     fail_attach: int = 0
     """Errno of the next logs' opening."""
@@ -154,6 +156,8 @@ class FakePlane(DataPlane):
 
     async def close_object(self, obj: int) -> None:
         assert all(log.obj != obj for log in self.logs.values())
+        if obj in self.hung:
+            raise OSError(errno.EBUSY, "what was asked of its device has not ended")
         assert all(run.object != obj for desc in self.volumes.values() for leg in desc.legs for run in leg.runs)
         os.close(self.objects.pop(obj).fd)
 
@@ -226,6 +230,8 @@ class FakePlane(DataPlane):
         usable = LogFound(LogVerdict.USABLE, 0, 0, 0, policy.held or policy.fresh)
         found = self.verdicts.pop(0) if self.verdicts else usable
         self.logs[volume] = FakeLog(obj, length, policy, found.id, dirty_bytes=found.dirty_bytes)
+        if found.verdict is LogVerdict.HANGS:
+            self.hung.add(obj)
         if found.verdict is LogVerdict.USABLE and not policy.held:
             self._write_log(volume, 0)
         self.log.append(f"log {volume}")

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import nbdvvol.filter.exports as exports_module
+import nbdvvol.filter.logdisks as logdisks_module
 import nbdvvol.filter.logfile as logfile_module
 import nbdvvol.filter.logkeeper as keeper_module
 import nbdvvol.filter.writelog as writelog_module
@@ -194,7 +195,7 @@ async def test_a_file_that_could_not_be_removed_and_is_used_again_stays(
     await bench.logging()
     bench.log.drained.set()
     with monkeypatch.context() as context:
-        context.setattr(writelog_module, "remove_log_file", stuck)
+        context.setattr(logdisks_module, "remove_log_file", stuck)
         await bench.take(vvol(1))
         await until(lambda: bench.reports.asked)
         bench.reports.answer("clean")

@@ -33,11 +33,11 @@ class Bench:
         self.objects = ObjectTable(self.plane, FaultBook(run_dir))
         self.objects.farm = "farm"
         self.sent: list[BaseModel] = []
-        self.shop = WorkShop(self.plane, self.objects, self.sent.append, self.verify, self.drop_notes)
+        self.shop = WorkShop(self.plane, self.objects, self.sent.append, self.verify, self.forget_log)
         self.dropped: list[str] = []
         self.number = 0
 
-    async def drop_notes(self, uuid: str) -> None:
+    async def forget_log(self, uuid: str, file: str) -> None:
         self.dropped.append(uuid)
 
     async def verify(self, uuid: str, epoch: int, *, repair: bool) -> Verified:

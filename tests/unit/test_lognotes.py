@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import nbdvvol.filter.logdisks as logdisks_module
 import nbdvvol.filter.lognotes as lognotes_module
 from nbdvvol.dataplane.log import LogFound, LogState, LogVerdict
 from nbdvvol.filter.logfile import look_at_log
@@ -43,7 +45,8 @@ async def test_notes_outlive_their_process(tmp_path: Path) -> None:
     assert LogBook(tmp_path, "h2").all() == [], "each host has its own"
     found = book.under(uuid_of(1), 2)
     assert found is not None and book.under(uuid_of(1), 1) is None
-    await book.drop_all(uuid_of(2))
+    (tmp_path / "2").write_bytes(bytes(MIB))
+    await book.forget(uuid_of(2), str(tmp_path / "2"))
     await book.drop(uuid_of(1), LOG.hex())
     assert [note.vvol for note in LogBook(tmp_path, "h1").all()] == [uuid_of(3)]
     await book.drop(uuid_of(3), LOG.hex())
@@ -80,21 +83,21 @@ def test_a_damaged_book_serves_nobody(tmp_path: Path) -> None:
 async def test_a_start_looks_at_what_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An empty log is noted no more, how much the others hold is known; one that hangs holds up nothing for long."""
     book = LogBook(tmp_path)
-    hangs = asyncio.Event()
+    hangs, real = threading.Event(), look_at_log
     for number, blocks in ((1, 0), (2, 3), (3, 0)):
         path = make_log(tmp_path / str(number), blocks, vvol=bytes.fromhex(uuid_of(number).replace("-", "")))
         await book.keep(vvol(number), LOG.hex(), str(path))
     await book.keep(vvol(4), LOG.hex(), str(tmp_path / "gone"))
-    real = asyncio.to_thread
 
-    async def slow(call: Any, path: str, *more: Any) -> Any:
+    def slow(path: str, uuid: str, log: str) -> LogFound:
         if path.endswith("3"):
-            await hangs.wait()
-        return await real(call, path, *more)
+            hangs.wait()
+        return real(path, uuid, log)
 
     monkeypatch.setattr(lognotes_module, "LOOK_S", 0.2)
-    monkeypatch.setattr(lognotes_module.asyncio, "to_thread", slow)
+    monkeypatch.setattr(logdisks_module, "look_at_log", slow)
     await book.look_over()
+    hangs.set()
     found = {note.vvol[-1]: note.dirty_bytes for note in book.all()}
     assert found == {"2": 3 * 4096, "3": None, "4": None}
     book.close()
