@@ -238,9 +238,13 @@ struct nv_cache_filled nv_cache_fill(struct nv_cache *cache, const struct nv_cac
     struct nv_cache_spot at = *spot;
     const uint64_t end = spot->block + count;
 
+    for (; at.block < end; at.block = stripe_end(at.block, end))
+        nv_cache_expect(cache, &at, false);
+    at = *spot;
     while (at.block < end) {
         const uint64_t mixed = nv_cache_mix(at.owner, at.block), until = stripe_end(at.block, end);
         struct nv_shard *shard = shard_of(cache, mixed);
+        nv_shard_expect_stripe(shard, mixed, &at, until);
         pthread_mutex_lock(&shard->lock);
         for (; at.block < until; at.block++, bytes += NV_CACHE_BLOCK) {
             const struct nv_write_slot *slot = nv_shard_slot(shard, mixed, at.block);

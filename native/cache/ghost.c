@@ -5,19 +5,6 @@
 
 #include "reactor/pool.h"
 
-static uint64_t spread(uint64_t mixed, uint64_t block, uint32_t tag)
-{
-    uint64_t x = (mixed ^ block * 0xd6e8feb86659fd93ull) + tag;
-
-    x = (x ^ (x >> 32)) * 0xd6e8feb86659fd93ull;
-    return x ^ (x >> 32);
-}
-
-static struct nv_ghost_entry *set_of(struct nv_ghost *ghost, uint64_t spread_bits)
-{
-    return &ghost->entries[(uint32_t)(spread_bits & ghost->set_mask) * NV_GHOST_WAYS];
-}
-
 static uint32_t print_of(uint64_t spread_bits)
 {
     return (uint32_t)(spread_bits >> 32) | 1u;
@@ -42,8 +29,8 @@ void nv_ghost_free(struct nv_ghost *ghost)
 
 void nv_ghost_add(struct nv_ghost *ghost, uint64_t mixed, uint64_t block, uint32_t tag)
 {
-    const uint64_t bits = spread(mixed, block, tag);
-    struct nv_ghost_entry *set = set_of(ghost, bits), *oldest = set;
+    const uint64_t bits = nv_ghost_spread(mixed, block, tag);
+    struct nv_ghost_entry *set = nv_ghost_set(ghost, bits), *oldest = set;
 
     for (uint32_t i = 0; i < NV_GHOST_WAYS; i++) {
         if (set[i].print == 0 || set[i].print == print_of(bits)) {
@@ -58,8 +45,8 @@ void nv_ghost_add(struct nv_ghost *ghost, uint64_t mixed, uint64_t block, uint32
 
 bool nv_ghost_pass(struct nv_ghost *ghost, uint64_t mixed, uint64_t block, uint32_t tag, uint32_t span)
 {
-    const uint64_t bits = spread(mixed, block, tag);
-    struct nv_ghost_entry *set = set_of(ghost, bits), *oldest = set;
+    const uint64_t bits = nv_ghost_spread(mixed, block, tag);
+    struct nv_ghost_entry *set = nv_ghost_set(ghost, bits), *oldest = set;
     uint32_t most = 0;
 
     for (uint32_t i = 0; i < NV_GHOST_WAYS; i++) {
@@ -82,8 +69,8 @@ bool nv_ghost_pass(struct nv_ghost *ghost, uint64_t mixed, uint64_t block, uint3
 
 bool nv_ghost_take(struct nv_ghost *ghost, uint64_t mixed, uint64_t block, uint32_t tag, uint32_t span)
 {
-    const uint64_t bits = spread(mixed, block, tag);
-    struct nv_ghost_entry *set = set_of(ghost, bits);
+    const uint64_t bits = nv_ghost_spread(mixed, block, tag);
+    struct nv_ghost_entry *set = nv_ghost_set(ghost, bits);
 
     for (uint32_t i = 0; i < NV_GHOST_WAYS; i++)
         if (set[i].print == print_of(bits)) {

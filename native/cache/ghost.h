@@ -22,6 +22,25 @@ struct nv_ghost {
     uint32_t stamp;                 /* raised with each entry */
 };
 
+static inline uint64_t nv_ghost_spread(uint64_t mixed, uint64_t block, uint32_t tag)
+{
+    uint64_t x = (mixed ^ block * 0xd6e8feb86659fd93ull) + tag;
+
+    x = (x ^ (x >> 32)) * 0xd6e8feb86659fd93ull;
+    return x ^ (x >> 32);
+}
+
+static inline struct nv_ghost_entry *nv_ghost_set(const struct nv_ghost *ghost, uint64_t spread_bits)
+{
+    return &ghost->entries[(uint32_t)(spread_bits & ghost->set_mask) * NV_GHOST_WAYS];
+}
+
+/* It will be asked for: fetch its set into the processor's cache. */
+static inline void nv_ghost_expect(const struct nv_ghost *ghost, uint64_t mixed, uint64_t block, uint32_t tag)
+{
+    __builtin_prefetch(nv_ghost_set(ghost, nv_ghost_spread(mixed, block, tag)), 1);
+}
+
 bool nv_ghost_init(struct nv_ghost *ghost, uint32_t frames);
 void nv_ghost_free(struct nv_ghost *ghost);
 void nv_ghost_add(struct nv_ghost *ghost, uint64_t mixed, uint64_t block, uint32_t tag);

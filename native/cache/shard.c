@@ -113,6 +113,16 @@ void nv_shard_expect(struct nv_shard *shard, uint64_t mixed, const struct nv_cac
         __builtin_prefetch(&shard->lines[at - 1], 1);
 }
 
+void nv_shard_expect_stripe(struct nv_shard *shard, uint64_t mixed, const struct nv_cache_spot *spot, uint64_t end)
+{
+    for (uint64_t block = spot->block; block < end; block++) {
+        const uint32_t at = atomic_load_explicit(chain_of(shard, mixed, block, spot->tag), memory_order_relaxed);
+        if (at != 0)
+            __builtin_prefetch(&shard->lines[at - 1], 1);
+        nv_ghost_expect(&shard->ghost, mixed, block, spot->tag);
+    }
+}
+
 static void unlink_line(struct nv_shard *shard, uint32_t frame)
 {
     struct nv_line *line = &shard->lines[frame];

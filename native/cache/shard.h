@@ -95,6 +95,8 @@ void nv_shard_free(struct nv_shard *shard);
 uint32_t nv_shard_pin(struct nv_shard *shard, uint64_t mixed, const struct nv_cache_spot *spot);
 /* It will be looked for: fetch its chain's head into the processor's cache, or, once that is `near`, its first line. */
 void nv_shard_expect(struct nv_shard *shard, uint64_t mixed, const struct nv_cache_spot *spot, bool near);
+/* All from the spot's block to `end`, of one stripe, will be filled: fetch their chains' first lines and their ghosts. */
+void nv_shard_expect_stripe(struct nv_shard *shard, uint64_t mixed, const struct nv_cache_spot *spot, uint64_t end);
 /* Under the lock: it is not found any more; who has it pinned keeps its bytes. */
 void nv_shard_drop(struct nv_shard *shard, uint64_t mixed, const struct nv_cache_spot *spot);
 /* Under the lock: put it in, whatever the write slots say. */
