@@ -92,6 +92,8 @@
 #define NV_LOG_DATA_UNITS 128u                 /* of a record: 512 KiB */
 #define NV_LOG_RECORD_UNITS (1u + NV_LOG_DATA_UNITS)
 #define NV_LOG_ENTRIES_BESIDE 32u              /* so many are written beside whatever is under way */
+#define NV_LOG_CROWD_RECORDS 64u               /* so many records long the size of clients' batches is remembered */
+#define NV_LOG_HELD_TURNS 16u                  /* so long a small record waits for the rest of what a client is sending */
 #define NV_LOG_GROUPS 6u                       /* 4 under way, one that is being built, one to spare */
 #define NV_LOG_GROUPS_UNDER_WAY 4u
 #define NV_LOG_RESERVE_MAX (1u << 20)          /* of the ring, for tombstones and BEGIN; less of a small ring */
@@ -183,6 +185,7 @@
 #define NV_RING_ENTRIES 1024u
 #define NV_RING_COMPLETIONS 8192u
 #define NV_STORAGE_BATCH 4u                    /* reads and writes that storage is given while a turn goes on */
+#define NV_PARTIAL_TURNS 16u                   /* so long the rest of a request is said to be on its way */
 #define NV_TURN_ROUNDS 8u                      /* completion rounds before replies must go out */
 
 /* backend pieces: bound how long one operation runs, so that a drain is bounded too */

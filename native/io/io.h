@@ -41,6 +41,7 @@ enum nv_op_kind {
 #define NV_OP_NOW_UNSUPPORTED 8u        /* set by the port: TRY_NOW can never work on this handle */
 #define NV_OP_LATER 32u                 /* RECV: not before the socket's low water has come, or the stream's end */
 #define NV_OP_NOW 16u                   /* READ, WRITE, SYNC: done at submission; for handles in memory only */
+#define NV_OP_AT_ONCE 64u               /* READ, WRITE: the device hears of it now, not when the turn ends */
 
 #define NV_EXTENT_HOLE 1u               /* equal to the NBD base:allocation bits */
 #define NV_EXTENT_ZERO 2u

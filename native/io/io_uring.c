@@ -250,7 +250,8 @@ static void prepare(struct io_uring_sqe *sqe, struct nv_op *op)
  */
 static void hand_over(struct nv_io *io, const struct nv_op *op)
 {
-    if ((op->kind != NV_OP_READ && op->kind != NV_OP_WRITE) || io_uring_sq_ready(&io->ring) < NV_STORAGE_BATCH)
+    if ((op->kind != NV_OP_READ && op->kind != NV_OP_WRITE) ||
+        (io_uring_sq_ready(&io->ring) < NV_STORAGE_BATCH && !(op->flags & NV_OP_AT_ONCE)))
         return;
     io->enters++;
     io_uring_submit(&io->ring);

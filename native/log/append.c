@@ -2,12 +2,15 @@
  * Group commit: writes gather in a group, which becomes one record, written at once; the next group gathers meanwhile. At
  * most NV_LOG_GROUPS_UNDER_WAY are under way; they complete in any order and are acknowledged in the order of the ring.
  *
- * A record costs the device and us nearly as much with one block as with eight. So beside others that are under way one
- * begins only when it is as large as all of them together, or large by itself; until then it gathers.
+ * A record costs the device and us nearly as much with one block as with eight. So one is half of what clients keep in the
+ * log at once: one half is at the device while the other is answered and comes again. Beside others a smaller one does not
+ * begin, it gathers; and a larger one is cut, or each would go on to be as large as those that came back together, and the
+ * device would have one block and fourteen in turn. From NV_LOG_ENTRIES_BESIDE on a record is large by itself.
  */
 #include <errno.h>
 #include <string.h>
 
+#include "io/copy.h"
 #include "log/state.h"
 #include "reactor/crc32c.h"
 
@@ -71,15 +74,72 @@ static struct nv_log_group *begin_group(struct nv_log *log)
     return NULL;
 }
 
+/* ---- how large a record is ---- */
+
+static uint32_t entries_under_way(const struct nv_log *log)
+{
+    uint32_t entries = 0;
+
+    for (const struct nv_log_group *group = log->flight; group; group = group->next)
+        entries += group->count;
+    return entries;
+}
+
+static uint32_t half_of_all(const struct nv_log *log)
+{
+    const uint32_t half = (log->crowd + 1) / 2;
+
+    return half < NV_LOG_ENTRIES_BESIDE ? half : NV_LOG_ENTRIES_BESIDE;
+}
+
+void nv_log_count_crowd(struct nv_log *log)
+{
+    const uint32_t now = entries_under_way(log) + (log->building ? log->building->count : 0);
+
+    if (now > log->crowd)
+        log->crowd = now;
+    if (now > log->crowd_next)
+        log->crowd_next = now;
+}
+
+/* What clients did long ago says nothing: another record begins. */
+static void forget_crowd(struct nv_log *log)
+{
+    if (++log->crowd_records < NV_LOG_CROWD_RECORDS)
+        return;
+    log->crowd = log->crowd_next;
+    log->crowd_next = log->crowd_records = 0;
+}
+
+/* Shall it begin now? The end of each one that is under way asks again, and who has said that more comes. */
+static bool begins(const struct nv_log *log, const struct nv_log_group *group)
+{
+    if (log->in_flight == NV_LOG_GROUPS_UNDER_WAY)
+        return false;
+    return group->count >= half_of_all(log) || (log->in_flight == 0 && !log->more_comes);
+}
+
+/* It is cut here: the rest gathers by itself. */
+static bool is_whole(const struct nv_log *log, const struct nv_log_group *group)
+{
+    const uint32_t half = half_of_all(log);
+
+    return half > 0 && half < NV_LOG_ENTRIES_BESIDE && group->count >= half && begins(log, group);
+}
+
+/* ---- groups ---- */
+
+static void submit(struct nv_log *log, uint8_t flags);
+
 /* A group that has room for so many more entries and data, or NULL: it has to wait. */
 static struct nv_log_group *group_for(struct nv_log *log, uint32_t entries, uint32_t data)
 {
     struct nv_log_group *group = log->building;
 
-    if (group && group->count + entries <= NV_LOG_ENTRIES && group->data + data <= log->group_data)
+    if (group && group->count + entries <= NV_LOG_ENTRIES && group->data + data <= log->group_data && !is_whole(log, group))
         return group;
     if (group)
-        nv_log_submit(log);
+        submit(log, NV_OP_AT_ONCE);
     if (!log->building)
         log->building = begin_group(log);
     return log->building != group ? log->building : NULL;
@@ -98,9 +158,13 @@ static void add_data(struct nv_log_group *group, const struct nv_log_request *re
         uint8_t *to = group->memory + (1 + group->data) * (uint64_t)NV_LOG_UNIT;
         const uint64_t done = i * (uint64_t)NV_LOG_UNIT, left = request->length - done;
         const uint64_t part = left < NV_LOG_UNIT ? left : NV_LOG_UNIT;
-        memcpy(to, request->data + done, part);
-        memset(to + part, 0, NV_LOG_UNIT - part); /* the VVol ends inside this block */
-        add_entry(group, &(struct nv_log_entry){first + i, 1, NV_LOG_DATA, nv_crc32c(0, to, NV_LOG_UNIT)});
+        uint32_t crc = nv_crc32c(0, request->data + done, part); /* before the copy, which leaves none of it in the cache */
+        nv_copy_past_cache(to, request->data + done, part);
+        if (part < NV_LOG_UNIT) { /* the VVol ends inside this block */
+            memset(to + part, 0, NV_LOG_UNIT - part);
+            crc = nv_crc32c(crc, to + part, NV_LOG_UNIT - part);
+        }
+        add_entry(group, &(struct nv_log_entry){first + i, 1, NV_LOG_DATA, crc});
         group->data++;
     }
 }
@@ -281,19 +345,7 @@ static void write_pad(struct nv_log *log, struct nv_log_group *group)
     log->head += group->pad_units * (uint64_t)NV_LOG_UNIT;
 }
 
-/* Shall it begin now? The end of each one that is under way asks again. */
-static bool begins(const struct nv_log *log, const struct nv_log_group *group)
-{
-    uint32_t entries = 0;
-
-    if (log->in_flight == NV_LOG_GROUPS_UNDER_WAY)
-        return false;
-    for (const struct nv_log_group *other = log->flight; other; other = other->next)
-        entries += other->count;
-    return group->count >= entries || group->count >= NV_LOG_ENTRIES_BESIDE;
-}
-
-void nv_log_submit(struct nv_log *log)
+static void submit(struct nv_log *log, uint8_t flags)
 {
     struct nv_log_group *group = log->building;
     struct nv_log_head head;
@@ -301,6 +353,7 @@ void nv_log_submit(struct nv_log *log)
     if (!group || !begins(log, group))
         return;
     assert(group->count > 0);
+    forget_crowd(log);
     log->building = NULL;
     group->since_ns = nv_io_now_ns(log->config.io);
     group->dsync = group->wants_sync && log->synced == log->head; /* else a sync of all that is before it follows */
@@ -316,9 +369,14 @@ void nv_log_submit(struct nv_log *log)
     group->sequence = log->next;
     group->seal = seal(log, &head, group->memory);
     group->left++;
-    group->op = (struct nv_op){.done = record_done, .flags = group->dsync ? NV_OP_DSYNC : 0};
+    group->op = (struct nv_op){.done = record_done, .flags = flags | (group->dsync ? NV_OP_DSYNC : 0)};
     write_at(log, &group->op, &group->iov, group->memory, (1 + group->data) * (uint64_t)NV_LOG_UNIT);
     log->head += (1 + group->data) * (uint64_t)NV_LOG_UNIT;
     log->counts.groups++;
     assert(log->head - log->tail < log->ring);
+}
+
+void nv_log_submit(struct nv_log *log)
+{
+    submit(log, 0);
 }

@@ -321,6 +321,16 @@ static void serve_waiting(struct nv_log *log)
     }
 }
 
+void nv_log_expect(struct nv_log *log, bool more)
+{
+    log->more_comes = more;
+}
+
+bool nv_log_waits(const struct nv_log *log)
+{
+    return log->more_comes && log->building && log->in_flight == 0;
+}
+
 void nv_log_pump(struct nv_log *log)
 {
     struct nv_log_request *request;
@@ -332,6 +342,7 @@ void nv_log_pump(struct nv_log *log)
         serve_waiting(log);
         nv_log_submit(log);
     } while (log->finished.first);
+    nv_log_count_crowd(log);
     nv_log_destage(log);
     if (log->draining && !log->drained && log->state == NV_LOG_THROUGH && log->mark_head == log->mark_tail &&
         log->completed == log->head && !log->building && !log->bypasses) {

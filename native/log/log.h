@@ -160,6 +160,10 @@ void nv_log_memory_back(struct nv_log *log, const uint8_t *data);
 void nv_log_grow(struct nv_log *log, uint64_t size);
 
 void nv_log_start(struct nv_log *log, struct nv_log_request *request);
+/* What clients send is on its way: a small record may wait for it, until the pump after the word that it is not. */
+void nv_log_expect(struct nv_log *log, bool more);
+/* One does. */
+bool nv_log_waits(const struct nv_log *log);
 void nv_log_pump(struct nv_log *log);
 void nv_log_tick(struct nv_log *log);
 /*

@@ -181,6 +181,9 @@ struct nv_log {
     struct nv_log_group *building;
     struct nv_log_group *flight, **flight_last;
     uint32_t in_flight;
+    bool more_comes;                /* clients' bytes are on their way */
+    uint32_t crowd, crowd_next;     /* most entries that were under way and building at once lately; and since it was forgotten */
+    uint32_t crowd_records;         /* records that began since then */
     struct nv_log_sync_wait *sync_waiting;
     struct nv_op sync_op;
     bool syncing;
@@ -297,6 +300,8 @@ enum nv_log_added { NV_LOG_ADDED, NV_LOG_FULL, NV_LOG_NO_GROUP };
 enum nv_log_added nv_log_add(struct nv_log *log, struct nv_log_request *request, uint32_t kind);
 bool nv_log_tombstone_room(const struct nv_log *log);
 void nv_log_submit(struct nv_log *log);
+/* How many changes are with the log now: the next records' size follows from it. */
+void nv_log_count_crowd(struct nv_log *log);
 
 /* ---- sync.c ---- */
 /* True: everything acknowledged so far is durable already. Else wait->done comes. */

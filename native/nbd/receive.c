@@ -371,6 +371,8 @@ void nv_conn_parse(struct nv_conn *conn)
         while (!conn->rx_done && parse_step(conn))
             ;
     } while (decrypt(conn));
+    nv_reactor_ends_inside(conn->reactor, conn,
+                           !conn->rx_done && !conn->rx_stalled && (conn->current || available(conn) > 0));
     if (!bulk && !in_bulk(conn))
         conn->reactor->brisk_turn = conn->reactor->turn;
 }

@@ -150,6 +150,7 @@ void nv_reactor_forget(struct nv_reactor *reactor, struct nv_conn *conn)
     struct nv_conn **link;
 
     nv_reactor_unstarve(reactor, conn);
+    nv_reactor_ends_inside(reactor, conn, false);
     for (link = &reactor->kicked; conn->kicked && *link; link = &(*link)->kick_next)
         if (*link == conn) {
             *link = conn->kick_next;

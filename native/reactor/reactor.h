@@ -12,6 +12,7 @@
 #include <stdint.h>
 
 #include "io/io.h"
+#include "limits.h"
 #include "reactor/events.h"
 #include "reactor/inbox.h"
 #include "reactor/pool.h"
@@ -68,6 +69,8 @@ struct nv_reactor {
     uint32_t fetches;                       /* of them, under way */
     uint32_t pins, pins_max;                /* frames of the cache that replies of this reactor hold */
     uint64_t want_max;                      /* bytes of one wish to fetch */
+    struct nv_conn *partial;                /* the last whose bytes ended inside a request; NULL: it has had the rest */
+    uint64_t partial_turn;                  /* when they did */
     struct nv_late *late, **late_tail;
     struct nv_late *late_now;               /* those of this turn that have not run yet */
     struct nv_ticker *tickers;
@@ -110,6 +113,23 @@ void nv_reactor_loop(struct nv_reactor *reactor);
 void nv_reactor_send(struct nv_reactor *reactor, struct nv_message *message);
 /* Reactor: a connection wants attention before the turn ends. */
 void nv_reactor_kick(struct nv_reactor *reactor, struct nv_conn *conn);
+/* Reactor: all bytes that have come are parsed, and they end inside a request, or not. */
+static inline void nv_reactor_ends_inside(struct nv_reactor *reactor, struct nv_conn *conn, bool inside)
+{
+    if (inside) {
+        reactor->partial = conn;
+        reactor->partial_turn = reactor->turn;
+    } else if (reactor->partial == conn) {
+        reactor->partial = NULL;
+    }
+}
+
+/* Reactor: somebody is in the middle of sending a request, or was a few turns ago. */
+static inline bool nv_reactor_more_comes(const struct nv_reactor *reactor)
+{
+    return reactor->partial && reactor->turn - reactor->partial_turn <= NV_PARTIAL_TURNS;
+}
+
 /* Reactor: a connection waits for pool memory, behind those that already wait. */
 void nv_reactor_starve(struct nv_reactor *reactor, struct nv_conn *conn);
 /* Reactor: a connection goes on in the next turn; first those that were not `served` in this one. */

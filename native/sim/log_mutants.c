@@ -31,6 +31,7 @@
  *  27  a read that was given up goes below, to what is older      nv_log_give_up_reads
  *  28  an opening has no deadline                                  nv_log_give_up_opening
  *  29  one that was given up goes on when its device answers       nv_log_give_up_opening
+ *  30  a small record waits for what no client sends               nv_log_expect
  */
 #include <errno.h>
 
@@ -81,6 +82,8 @@ bool __real_nv_log_give_up_reads(struct nv_log *log);
 bool __wrap_nv_log_give_up_reads(struct nv_log *log);
 void __real_nv_log_give_up_opening(struct nv_log *log);
 void __wrap_nv_log_give_up_opening(struct nv_log *log);
+void __real_nv_log_expect(struct nv_log *log, bool more);
+void __wrap_nv_log_expect(struct nv_log *log, bool more);
 void __real_nv_log_watch(struct nv_log *log);
 void __wrap_nv_log_watch(struct nv_log *log);
 
@@ -252,6 +255,14 @@ void __wrap_nv_log_give_up_opening(struct nv_log *log)
         __real_nv_log_give_up_opening(log);
     if (mutant(29))
         log->abandoned = false;
+}
+
+void __wrap_nv_log_expect(struct nv_log *log, bool more)
+{
+    static bool expects;
+
+    expects |= mutant(30) && more;
+    __real_nv_log_expect(log, more || expects);
 }
 
 void __wrap_nv_log_watch(struct nv_log *log)

@@ -191,8 +191,11 @@ static void ask_by_chance(struct world *world)
 
 static void run_once(struct world *world)
 {
+    struct sim_random apart = {world->plan.seed ^ world->step << 32 ^ 0x5eed};
+
     nv_io_run(world->io);
     world_take_landed(world);
+    nv_log_expect(world->log, sim_random_chance(&apart, 250)); /* a client is in the middle of sending */
     nv_log_pump(world->log);
     nv_io_enter(world->io);
 }
@@ -286,6 +289,7 @@ static void settle_once(struct world *world)
 
     nv_io_run(world->io);
     world_take_landed(world);
+    nv_log_expect(world->log, false);
     nv_log_tick(world->log);
     nv_io_enter(world->io);
     if (!moved && !nv_sim_advance())

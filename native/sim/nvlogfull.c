@@ -5,6 +5,7 @@
  *
  * usage: nvlogfull RING_MIB       prints the writes a second, the same without a log, and the longest wait in milliseconds
  *        nvlogfull --records      how many records have begun after each of 16 writes, while the log's device answers none
+ *        nvlogfull --sizes        of a thousand records, how many have 8 blocks, where one of 16 writers comes before the others
  */
 #include <assert.h>
 #include <inttypes.h>
@@ -20,6 +21,8 @@
 #define BELOW_NS 2000000u
 #define WATCHED_MS 5000u                       /* from the moment when the log is full */
 #define PATIENCE 100000000u
+#define SIZED_RECORDS 1000u
+#define SIZED_RING (64u << 20)
 #define IOS (WRITERS + NV_LOG_RUNS + 1u)       /* a destage write each, a flush, a bypass of each writer */
 
 struct below {
@@ -42,8 +45,22 @@ static struct {
     struct below below[IOS];
     bool opened, drained, watched, over;
     uint64_t answered, longest_ns;
+    uint64_t records, halves;                  /* handed to the log's device; and those of them with half of the writers' blocks */
+    nv_handle handle;
     int file;
 } run;
+
+void __real_nv_io_submit(struct nv_io *io, struct nv_op *op);
+void __wrap_nv_io_submit(struct nv_io *io, struct nv_op *op);
+
+void __wrap_nv_io_submit(struct nv_io *io, struct nv_op *op)
+{
+    if (op->kind == NV_OP_WRITE && op->handle == run.handle) {
+        run.records++;
+        run.halves += op->iov->iov_len == (1 + WRITERS / 2) * NV_LOG_UNIT;
+    }
+    __real_nv_io_submit(io, op);
+}
 
 static void below_done(struct nv_op *op)
 {
@@ -170,7 +187,7 @@ static void begin(uint64_t ring)
         abort();
     config.io = run.io;
     run.file = nv_sim_file(sim_disk_create(NULL, config.claim.length), 512, false);
-    config.handle = nv_io_open_file(run.file);
+    config.handle = run.handle = nv_io_open_file(run.file);
     memset(config.claim.uuid, 7, sizeof config.claim.uuid);
     if (nv_log_create(&config, &run.log) != 0)
         abort();
@@ -214,6 +231,22 @@ static void count_records(void)
     until(all_answered, "writes are never answered");
 }
 
+static bool has_records(void)
+{
+    return run.records >= SIZED_RECORDS;
+}
+
+static void count_sizes(void)
+{
+    begin(SIZED_RING);
+    write_on(&run.writers[0]);
+    nv_log_pump(run.log);
+    nv_io_enter(run.io);
+    run.records = run.halves = 0;
+    until(has_records, "no records begin");
+    printf("%" PRIu64 "\n", run.halves);
+}
+
 static void watch(uint64_t ring)
 {
     begin(ring);
@@ -230,10 +263,12 @@ int main(int argc, char **argv)
 
     if (argc == 2 && strcmp(argv[1], "--records") == 0) {
         count_records();
+    } else if (argc == 2 && strcmp(argv[1], "--sizes") == 0) {
+        count_sizes();
     } else if (ring > 0) {
         watch(ring);
     } else {
-        fputs("usage: nvlogfull RING_MIB | --records\n", stderr);
+        fputs("usage: nvlogfull RING_MIB | --records | --sizes\n", stderr);
         return 2;
     }
     end();

@@ -309,6 +309,17 @@ static void take_landed(struct nv_logged *logged)
     }
 }
 
+/* A record that waits for what a client is sending is looked at again in the next turn. */
+static void hold(struct nv_logged *logged)
+{
+    if (!nv_log_waits(logged->log)) {
+        logged->held_turns = 0;
+        return;
+    }
+    logged->held_turns++;
+    nv_reactor_late(logged->reactor, &logged->late);
+}
+
 static void pump(struct nv_logged *logged)
 {
     assert(!logged->pumping);
@@ -317,9 +328,11 @@ static void pump(struct nv_logged *logged)
         take_landed(logged);
         if (logged->fenced || (logged->closing && nv_log_stuck(logged->log)))
             nv_log_shut(logged->log);
+        nv_log_expect(logged->log, logged->held_turns < NV_LOG_HELD_TURNS && nv_reactor_more_comes(logged->reactor));
         nv_log_pump(logged->log);
     } while (logged->landed_first);
     logged->pumping = false;
+    hold(logged);
     logged->was_busy = busy(logged);
     nv_logged_show(logged);
     if (busy(logged))

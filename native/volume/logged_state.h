@@ -84,6 +84,7 @@ struct nv_logged {
     bool carrying;                  /* a batch is being destaged: */
     uint64_t faults;                /* ... failed syncs below that were known when it began */
     bool fenced;
+    uint32_t held_turns;            /* so long a record has waited for the rest of what a client sends */
     bool pumping;
     bool was_busy;                  /* after the last pump something was under way */
     bool draining;                  /* LOG_DRAINED is owed */
