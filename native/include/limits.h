@@ -105,6 +105,7 @@
 #define NV_LOG_RUNS 16u                        /* destage writes under way at once, when there is no room left */
 #define NV_LOG_RUNS_CALM 4u                    /* ... and when a log is emptied */
 #define NV_LOG_RUN_MEMORIES 128u               /* ... and their memory: seven legs that hang may each keep a set */
+#define NV_LOG_HAUNTED 512u                    /* changes of a log that hangs which failed and may yet come to be seen; more: all */
 #define NV_LOG_BOUNCES 16u                     /* reads of the log under way at once */
 #define NV_LOG_BOUNCE_BLOCKS 16u               /* ... of 64 KiB at most */
 #define NV_LOG_SCAN_BYTES (1u << 20)           /* read at once when a log is opened */

@@ -74,7 +74,7 @@ static void tombstone_synced(struct nv_log_sync_wait *wait, int error)
 
     nv_log_leave(log, request);
     if (error) {
-        request->went_below = true;
+        request->went_below = request->under_way = true; /* the tombstone is there, durable or not */
         nv_log_hold(log, request);
         return;
     }
@@ -126,7 +126,7 @@ void nv_log_bypass(struct nv_log *log, struct nv_log_request *request)
 {
     const uint64_t first = first_of(request), blocks = nv_log_units(request->length);
 
-    if (log->state == NV_LOG_VOID || !nv_log_covered(log, first, blocks)) {
+    if (log->state == NV_LOG_VOID || (!nv_log_covered(log, first, blocks) && !nv_log_haunted(log, first, blocks))) {
         send_below(log, request, request->flags, plain_done);
     } else if (log->state == NV_LOG_FAILED) {
         nv_log_hold(log, request);

@@ -13,8 +13,9 @@
  * What takes longer than the deadline has failed, too, and is waited for no more; it may still happen, at any time later. Who
  * reads what only a device that hangs has is answered -EIO; nothing of it counts as lost, and carrying it is tried again. Records
  * that are on their way then still count; what is held is answered -EIO, too, as long as the device hangs, when it has been held
- * for a deadline. One thing has to wait for the log to be void: a write whose record was on its way when writing failed, too. It
- * may come to be in the log, over what would be written after it.
+ * for a deadline. A write whose record was on its way when writing failed, too, *haunts* its blocks from then on: it may come to be
+ * in the log, and after a crash be seen, over what was written after it or where a read has found it absent. So until the
+ * log is void these blocks are not read, and what would change them waits.
  */
 #include <errno.h>
 
@@ -104,6 +105,7 @@ void nv_log_fail(struct nv_log *log, int error)
     if (!log->severed)
         sever(log);
     distrust(log, error);
+    nv_log_sync_fails(log, error); /* records that still counted when reads had failed may wait for one */
 }
 
 bool nv_log_is_late(const struct nv_log *log, uint64_t since_ns)
@@ -124,6 +126,26 @@ bool nv_log_hangs(const struct nv_log *log)
     return hangs;
 }
 
+bool nv_log_haunted(const struct nv_log *log, uint64_t first, uint64_t blocks)
+{
+    bool haunted = log->haunted_count > NV_LOG_HAUNTED;
+
+    for (uint32_t i = 0; i < log->haunted_count && !haunted; i++) {
+        const struct nv_log_range *range = &log->haunted[i];
+        haunted = first < range->first + range->count && range->first < first + blocks;
+    }
+    return haunted;
+}
+
+static void haunt(struct nv_log *log, const struct nv_log_request *request)
+{
+    if (log->haunted_count < NV_LOG_HAUNTED)
+        log->haunted[log->haunted_count++] =
+            (struct nv_log_range){request->offset / NV_LOG_UNIT, nv_log_units(request->length)};
+    else
+        log->haunted_count = NV_LOG_HAUNTED + 1;
+}
+
 /* Nobody knows when the log will be void. */
 static void answer_held(struct nv_log *log)
 {
@@ -134,10 +156,12 @@ static void answer_held(struct nv_log *log)
         return;
     log->held = (struct nv_log_list){NULL, &log->held.first};
     while ((request = nv_log_pop(&all))) {
-        if (request->under_way || !nv_log_is_late(log, request->held_ns)) {
+        if (!nv_log_is_late(log, request->held_ns)) {
             nv_log_push(&log->held, request);
             continue;
         }
+        if (request->under_way)
+            haunt(log, request);
         if (request->went_below) /* what the log has counts: it is carried over that once more */
             nv_log_unsettle(log, request->offset / NV_LOG_UNIT, nv_log_units(request->length));
         nv_log_finish(log, request, -EIO);
@@ -165,8 +189,10 @@ void nv_log_is_void(struct nv_log *log)
 {
     log->state = NV_LOG_VOID;
     log->needs_word = false;
+    log->haunted_count = 0;
     nv_log_empty(log);
     nv_log_route_all(log, &log->held);
+    nv_log_sync_fails(log, -EIO); /* the sync under way may never end */
     log->config.event(log->config.context, NV_LOG_DRAINED, 0);
 }
 

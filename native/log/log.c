@@ -441,11 +441,9 @@ void nv_log_look(const struct nv_log *log, struct nv_log_look *out)
     out->dirty_blocks = log->dirty_blocks;
     out->lost_blocks = log->lost_blocks;
     out->losses = log->losses;
-    out->held = out->under_way = 0;
-    for (const struct nv_log_request *request = log->held.first; request; request = request->next) {
+    out->held = 0;
+    for (const struct nv_log_request *request = log->held.first; request; request = request->next)
         out->held++;
-        out->under_way += request->under_way;
-    }
     if (log->dirty_blocks && log->mark_head != log->mark_tail)
         out->oldest_age_ms =
             (nv_io_now_ns(log->config.io) - log->marks[log->mark_tail & log->mark_mask].since_ns) / 1000000u;

@@ -62,7 +62,7 @@ struct nv_log_request {
     bool dropped;                   /* written below; its tombstone is on its way */
     bool hold;                      /* FLUSH: the log could not be synced */
     bool routed;                    /* its place in a sequence has been noted */
-    bool under_way;                 /* held: its record may still come to be in the log */
+    bool under_way;                 /* held: its record, or tombstone, may still come to be in the log */
     bool went_below;                /* held: it was written below, beside what the log has */
     uint64_t held_ns;               /* held: since when */
     struct nv_log_sync_wait wait;
@@ -123,7 +123,6 @@ struct nv_log_look {
     uint64_t losses;                /* blocks that were lost, ever */
     uint64_t oldest_age_ms;
     uint64_t held;                  /* requests that wait for the log to be void */
-    uint64_t under_way;             /* of them: their record may still come to be in the log */
     uint64_t blocked;               /* bypasses that had to wait: for a destage write or read below, or for room */
     uint64_t logged, groups, syncs, bypassed, tombstones, destaged, merged;
 };

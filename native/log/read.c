@@ -210,6 +210,10 @@ static void read_log(struct nv_log *log, struct nv_log_request *request, uint64_
 
 void nv_log_read(struct nv_log *log, struct nv_log_request *request)
 {
+    if (nv_log_haunted(log, request->offset / NV_LOG_UNIT, nv_log_units(request->offset % NV_LOG_UNIT + request->length))) {
+        nv_log_finish(log, request, -EIO);
+        return;
+    }
     while (request->moved < request->length) {
         const uint64_t at = request->offset + request->moved, block = at / NV_LOG_UNIT, number = nv_log_newest(log, block);
         const struct nv_log_version *version = number == NV_LOG_NONE ? NULL : nv_log_version(log, number);

@@ -149,6 +149,10 @@ struct nv_log_destager {
     uint64_t super_since_ns;
 };
 
+struct nv_log_range {               /* blocks */
+    uint64_t first, count;
+};
+
 struct nv_log_stream {
     uint64_t end, bytes;
 };
@@ -198,6 +202,8 @@ struct nv_log {
     struct nv_log_request *reading; /* reads below that are under way */
     struct nv_log_list thirsty;     /* reads: for a bounce */
     struct nv_log_list held;        /* until the log is void */
+    struct nv_log_range haunted[NV_LOG_HAUNTED]; /* what was answered -EIO there may still come to be in the log: until it is void */
+    uint32_t haunted_count;         /* more than fit: all blocks */
     struct nv_log_list early;       /* until it is open */
     struct nv_log_list finished;
     struct nv_log_bounce bounces[NV_LOG_BOUNCES];
@@ -381,6 +387,8 @@ bool nv_log_is_late(const struct nv_log *log, uint64_t since_ns);
 /* A read of its device was given up, and has not ended yet. */
 bool nv_log_hangs(const struct nv_log *log);
 void nv_log_is_void(struct nv_log *log);
+/* Nobody knows what one of these blocks will turn out to hold: reads fail, and changes wait until the log is void. */
+bool nv_log_haunted(const struct nv_log *log, uint64_t first, uint64_t blocks);
 /* It waits until the log is void, then it begins anew. */
 void nv_log_hold(struct nv_log *log, struct nv_log_request *request);
 

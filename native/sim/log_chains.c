@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "io/io_sim.h"
+#include "log/state.h"
 #include "sim/log_world.h"
 
 #define CARRIED_FIRST 0u            /* two blocks of one batch, in two runs */
@@ -90,5 +91,43 @@ void world_lost_tail(struct world *world, uint64_t seed)
         world_write(world, 1 + i % (MODEL_BLOCKS - 1));
         world_settle(world, world_has_answered, "a write waits for room behind what is lost");
     }
+    world_end(world);
+}
+
+static bool has_record_out(const struct world *world)
+{
+    return world->log->in_flight > 0;
+}
+
+static bool has_sync_out(const struct world *world)
+{
+    return world->log->syncing;
+}
+
+/*
+ * A read passes the deadline while the record of a write with FUA is on its way, which still counts. It is synced, and that
+ * hangs: the log has failed already, and who waits for the sync hears of it all the same.
+ */
+void world_late_sync(struct world *world, uint64_t seed)
+{
+    const struct world_plan plan = {.seed = seed, .blocks = 16, .ring = NV_LOG_RING_MIN, .depth = 4, .lives = 1,
+                                    .bypass = NV_LOG_BYPASS_MAX, .age_ms = 3600000, .deadline_ms = 2000, .crash_at = -1};
+    struct nv_sim_trouble *trouble;
+
+    world_begin(world, &plan);
+    trouble = nv_sim_trouble(world->log_file);
+    world_write(world, 0);
+    world_settle(world, world_has_answered, "a write is never answered");
+    trouble->stuck_reads = true;
+    world_ask(world, NV_LOG_READ, 0, 0);
+    nv_sim_jump(1500000000ull);
+    trouble->stuck_writes = true;
+    world_ask(world, NV_LOG_WRITE, NV_LOG_FUA, 1);
+    world_settle(world, has_record_out, "a record is not written");
+    world_settle(world, has_failed, "a log whose reads hang does not fail");
+    trouble->stuck_writes = false;
+    world_settle(world, has_sync_out, "a record that still counts is not synced");
+    trouble->stuck_writes = true;
+    world_settle(world, world_has_answered, "a write waits for a sync that hangs");
     world_end(world);
 }

@@ -32,6 +32,7 @@
  *  28  an opening has no deadline                                  nv_log_give_up_opening
  *  29  one that was given up goes on when its device answers       nv_log_give_up_opening
  *  30  a small record waits for what no client sends               nv_log_expect
+ *  31  what failed and may yet come to be in the log haunts no block   nv_log_haunted
  */
 #include <errno.h>
 
@@ -80,6 +81,8 @@ struct nv_log_request *__real_nv_log_pop(struct nv_log_list *list);
 struct nv_log_request *__wrap_nv_log_pop(struct nv_log_list *list);
 bool __real_nv_log_give_up_reads(struct nv_log *log);
 bool __wrap_nv_log_give_up_reads(struct nv_log *log);
+bool __real_nv_log_haunted(const struct nv_log *log, uint64_t first, uint64_t blocks);
+bool __wrap_nv_log_haunted(const struct nv_log *log, uint64_t first, uint64_t blocks);
 void __real_nv_log_give_up_opening(struct nv_log *log);
 void __wrap_nv_log_give_up_opening(struct nv_log *log);
 void __real_nv_log_expect(struct nv_log *log, bool more);
@@ -247,6 +250,11 @@ bool __wrap_nv_log_give_up_reads(struct nv_log *log)
     if (mutant(27))
         mislead(log);
     return __real_nv_log_give_up_reads(log);
+}
+
+bool __wrap_nv_log_haunted(const struct nv_log *log, uint64_t first, uint64_t blocks)
+{
+    return !mutant(31) && __real_nv_log_haunted(log, first, blocks);
 }
 
 void __wrap_nv_log_give_up_opening(struct nv_log *log)

@@ -87,6 +87,7 @@ struct world {
 void world_run(struct world *world, const struct world_plan *plan);
 /* One life step by step: it begins and may log; block by block is written; it ends in a crash, whose outcome is judged. */
 void world_begin(struct world *world, const struct world_plan *plan);
+void world_ask(struct world *world, uint8_t kind, uint8_t flags, uint64_t block);
 void world_write(struct world *world, uint64_t block);
 /* All that can move moves until it is over; else `what` is a violation. */
 void world_settle(struct world *world, bool (*over)(const struct world *world), const char *what);
@@ -95,6 +96,8 @@ void world_end(struct world *world);
 
 /* log_chains.c: a log that fails while what goes past it and what it carries are under way to the same place. */
 void world_overtaken(struct world *world, uint64_t seed);
+/* A log whose reads hang, and then the sync that a record waits for which was on its way. */
+void world_late_sync(struct world *world, uint64_t seed);
 /* A log whose tail cannot move, for what is there is lost. */
 void world_lost_tail(struct world *world, uint64_t seed);
 

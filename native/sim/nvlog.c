@@ -141,6 +141,7 @@ static int chains(uint64_t first, uint64_t last)
     for (uint64_t seed = first; seed <= last; seed++) {
         plan = (struct world_plan){.seed = seed, .crash_at = -1};
         world_overtaken(&world, seed);
+        world_late_sync(&world, seed);
         world_lost_tail(&world, seed);
     }
     printf("seeds %" PRIu64 "..%" PRIu64 ": no violation\n", first, last);

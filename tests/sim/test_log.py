@@ -41,7 +41,8 @@ def test_many_requests_at_once_over_storage_that_keeps_memory(folder: Path) -> N
 
 
 def test_chains_of_events_that_hardly_ever_come_by_chance(folder: Path) -> None:
-    """It fails between a write past it and its tombstone; what is lost holds its tail, and nobody overwrites that."""
+    """It fails between a write past it and its tombstone; a sync hangs that is waited for after its reads have; what is
+    lost holds its tail, and nobody overwrites that."""
     result = run(folder / "nvlog", "--chains", "1..20")
     assert result.returncode == 0, result.stderr
 
@@ -95,6 +96,7 @@ MUTANTS = {
     "a sync and the superblock have no deadline": (21, "401..500"),
     "reads have no deadline": (26, "1..300"),
     "a read that was given up goes below, to what is older": (27, "1..300"),
+    "what failed and may yet come to be in the log haunts no block": (31, "1..100", CROWD),
     "an opening has no deadline": (28, "1..100"),
     "an opening that was given up goes on when its device answers": (29, "1..100"),
     "a small record waits for what no client sends": (30, "1..20"),
@@ -112,7 +114,7 @@ MUTANTS = {
     "a log that failed counts as void without a word on disk": (12, "301..1300"),
     "a bypass runs beside an older read from below": (13, "1..300"),
     "what cannot be read counts as settled": (14, "1..300"),
-    "what comes late is held by a log that is void already": (15, "2601..2700"),
+    "what comes late is held by a log that is void already": (15, "1..20", CROWD),
 }
 
 

@@ -331,6 +331,33 @@ def test_a_read_that_hangs_is_given_up_at_the_deadline(bad: Bad) -> None:
     read_back(other, wrote | more | again)
 
 
+def test_a_write_whose_record_hangs_beside_reads_that_hang_is_answered_all_the_same(bad: Bad) -> None:
+    """Until the log is void nobody knows whether it comes to be seen: its blocks are not read, nor changed."""
+    client, other, wrote = bad.log(SOON_MS), bad.rig.connect(bad.volume, SIZE), blocks(1, 2)
+    write(client, wrote)
+    client.flush()
+    bad.fs.hold("read", "write", "sync")
+    new = os.urandom(BLOCK)
+    cookies = [client.send(w.CMD_WRITE, number * BLOCK, BLOCK, payload=new) for number in (2, 7)]
+    assert other.call(w.CMD_READ, BLOCK, BLOCK).error == errno.EIO
+    assert [client.wait(cookie).error for cookie in cookies] == [errno.EIO] * 2
+    for number in (2, 7):
+        assert other.call(w.CMD_READ, number * BLOCK, BLOCK).error == errno.EIO, "neither old nor new"
+        cookies = [client.send(w.CMD_TRIM, number * BLOCK, BLOCK)]
+        assert [client.wait(cookie).error for cookie in cookies] == [errno.EIO], "none overtakes it"
+    more = blocks(8, 40)
+    write(other, more)
+    read_back(other, more)
+    assert bad.stats().state is LogState.FAILED and bad.lost() == []
+    bad.fs.release()
+    bad.ends()
+    read_back(other, wrote | more | {7 * BLOCK: bytes(BLOCK)})
+    again = blocks(2, 7)
+    write(client, again)
+    client.flush()
+    read_back(other, wrote | more | again)
+
+
 def test_carrying_does_not_wait_for_a_read_that_hangs(bad: Bad) -> None:
     """What can be read is carried meanwhile; the rest when the device answers, though its volume is drained by then."""
     client, stuck, wrote = bad.log(SOON_MS), blocks(5), blocks(900, 901)
