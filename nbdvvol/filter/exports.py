@@ -21,6 +21,7 @@ from nbdvvol.filter.lease import LeaseLink, Leases
 from nbdvvol.filter.legplace import Storage
 from nbdvvol.filter.legs import LegLink, Mirror, MirrorError
 from nbdvvol.filter.lognotes import LogBook, check_notes
+from nbdvvol.filter.logwords import LogLink
 from nbdvvol.filter.objects import HeldObject, ObjectTable
 from nbdvvol.filter.reconcile import (
     Step,
@@ -31,7 +32,7 @@ from nbdvvol.filter.reconcile import (
     touched,
     transmission_flags,
 )
-from nbdvvol.filter.writelog import LogLink, WriteLog
+from nbdvvol.filter.writelog import WriteLog
 from nbdvvol.model.errors import Code, NvError
 from nbdvvol.model.link import DatastoreSpec, ExportReport, Fault, Held, HostState, VVolSpec
 from nbdvvol.model.mirror import NotServed

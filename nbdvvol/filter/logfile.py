@@ -70,6 +70,8 @@ class LogFile:
     fd: int
     path: str
     length: int
+    """Bytes that are used: whole units."""
+    size: int
     direct: bool
     block: bool
     align: int
@@ -120,7 +122,7 @@ def _open_device(path: str, size: int, held: str) -> LogFile:
         has = os.lseek(fd, 0, os.SEEK_END)
         length = has if held else min(size, has)
         align = direct_alignment(fd, True)
-        return LogFile(fd, path, length // LOG_UNIT * LOG_UNIT, True, True, align, _identity(os.fstat(fd)))
+        return LogFile(fd, path, length // LOG_UNIT * LOG_UNIT, has, True, True, align, _identity(os.fstat(fd)))
     except BaseException:
         os.close(fd)
         raise
@@ -143,7 +145,8 @@ def _open_file(path: str, size: int, *, make: bool) -> LogFile:
         align = direct_alignment(fd, False) if direct else 1
         if direct:
             uncache(fd)
-        return LogFile(fd, path, what.st_size // LOG_UNIT * LOG_UNIT, direct, False, align, _identity(what))
+        length = what.st_size // LOG_UNIT * LOG_UNIT
+        return LogFile(fd, path, length, what.st_size, direct, False, align, _identity(what))
     except BaseException:
         os.close(fd)
         raise
@@ -194,11 +197,16 @@ class Pieces:
         self._memory = mmap.mmap(-1, _PIECE)
 
     def __getitem__(self, part: slice) -> bytes:
-        """Raises OSError."""
-        length = part.stop - part.start
-        with memoryview(self._memory) as whole, whole[:length] as space:
-            done = os.preadv(self._fd, [space], self._base + part.start)
-            return bytes(space[:done]).ljust(length, b"\0")
+        """Raises OSError: also where some of it could be read, for what is missing must not look like a log's end."""
+        length, done = part.stop - part.start, 0
+        with memoryview(self._memory) as whole:
+            while done < length:
+                with whole[done:length] as space:
+                    count = os.preadv(self._fd, [space], self._base + part.start + done)
+                if count == 0:
+                    break
+                done += count
+            return bytes(whole[:done]).ljust(length, b"\0")
 
 
 def _look(ring: Pieces, size: int, uuid: str, log: str) -> LogFound:

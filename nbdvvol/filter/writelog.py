@@ -16,7 +16,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import structlog
 
@@ -29,16 +29,15 @@ from nbdvvol.filter.logfile import VERDICTS, LogFile, file_name
 from nbdvvol.filter.logkeeper import LogKeeper
 from nbdvvol.filter.logmachine import Do, LogMachine, Plane
 from nbdvvol.filter.lognotes import LogBook
+from nbdvvol.filter.logwords import LogLink, report_of
 from nbdvvol.filter.reconcile import log_policy
 from nbdvvol.model.errors import Code, NvError
 from nbdvvol.model.farm import LOG_DEADLINE_S, LOG_UNIT, CacheLog
 from nbdvvol.model.link import VVolSpec
 from nbdvvol.model.log import (
-    LOST_MAX,
     LogChange,
     LogPhase,
     LogRecord,
-    LogReport,
     LogSpec,
     LogWanted,
     LostRange,
@@ -53,19 +52,6 @@ NOTICE_LOST = 16
 CALL_AGAIN_S = 0.1
 _NOTHING: tuple[object, ...] = ()
 _WANTED: dict[Do, LogWanted] = {Do.ASK_DIRTY: "dirty", Do.ASK_CLEAN: "clean", Do.ASK_FORGET: "forget"}
-
-
-class LogLink(Protocol):
-    """The link to control, as far as a log needs it."""
-
-    def ask_log(self, change: LogChange, answer: Callable[[LogRecord], None]) -> None:
-        """Ask for a change of what the registry says of a log; no answer comes when control is away."""
-
-    def log(self, report: LogReport) -> None:
-        """How a log is; dropped while control is away."""
-
-    def notice(self, event: str, subject: str, message: str) -> None:
-        """For the event list."""
 
 
 def _asked(log: LogSpec | None) -> tuple[object, ...]:
@@ -95,7 +81,7 @@ class WriteLog:
         self._gone = False  # its file: who starts next would not find it
         self._ended = ""  # the log that was, which holds nothing and whose note is to go, ...
         self._left = False  # ... and then its file
-        self._length = 0
+        self._length = self._size = 0
         self._asked_length: int | None = None  # None: it was taken as long as it was
         self._block = False
         self._anew = False  # its file is to be made anew, in another size
@@ -179,7 +165,7 @@ class WriteLog:
         file = await self._disks.open(log.folder, name, size, held, limit_s)
         self._path, self._block, self._identity = file.path, file.block, file.identity
         self._ended, self._left = "", False  # what was to go is used again, perhaps
-        self._length, self._asked_length = file.length, None if log.held else size
+        self._length, self._size, self._asked_length = file.length, file.size, None if log.held else size
         try:
             self._number = self._open_object(file)
         finally:
@@ -234,7 +220,7 @@ class WriteLog:
         """A file that holds nothing and has not the size that the profile says is made anew."""
         if log.held or found.dirty_bytes or self._block or log.log is None:
             return False
-        return os.stat(self._path).st_size != log.log.size  # noqa: PTH116
+        return self._size != log.log.size
 
     async def make_anew(self) -> bool:
         """Behind a False of `open`, once the volume is closed: False again if it is worth no other try."""
@@ -242,7 +228,13 @@ class WriteLog:
         if not self._anew:
             return False
         self._anew = False
-        await self._disks.remove(self._path, self.spec.uuid)
+        try:
+            await self._disks.remove(self._path, self.spec.uuid)
+        except (NvError, OSError) as error:  # it holds nothing: nobody misses it
+            assert self.spec.log is not None
+            self._refuse(words_of(error), self.spec.log)
+            self._keeper.later()
+            return False
         return True
 
     def start(self, volume: int) -> None:
@@ -575,9 +567,14 @@ class WriteLog:
                 self._plane.forget_log(self.volume)
         except OSError as error:
             if error.errno == errno.EALREADY:  # it has not heard the last one yet
-                self._loop.call_later(CALL_AGAIN_S, self._obey, do)
+                self._loop.call_later(CALL_AGAIN_S, self._obey_again, self._machine, do)
             else:
                 _log.error("the data plane does not do that with a log", what=do.value, error=str(error))
+
+    def _obey_again(self, machine: LogMachine, do: Do) -> None:
+        """Unless it is of a log that is no more, or would have one written to that is to be empty by now."""
+        if self._machine is machine and (do is not Do.ALLOW or machine.plane is Plane.SERVING):
+            self._obey(do)
 
     async def _drain(self, volume: int) -> None:
         try:
@@ -660,26 +657,7 @@ class WriteLog:
         phase, stats, found = self.phase, self.stats(), self._found
         if phase is None:
             return
-        refused = found is not None and phase == "refused"
-        held = found.dirty_bytes if refused and found is not None else 0
-        self._link.log(
-            LogReport(
-                uuid=self.spec.uuid,
-                epoch=self.spec.epoch,
-                state=phase,
-                why=self._why[:1000],
-                file=self._path,
-                found=found.id.hex() if refused and found is not None and any(found.id) else "",
-                verdict=found.verdict.value if refused and found is not None else "",
-                ring_bytes=stats.ring_bytes if stats is not None else 0,
-                used_bytes=stats.used_bytes if stats is not None else 0,
-                dirty_bytes=stats.dirty_bytes if stats is not None else held,
-                oldest_age_ms=stats.oldest_age_ms if stats is not None else 0,
-                destage_rate=self.rate,
-                lost_bytes=stats.lost_bytes if stats is not None else 0,
-                lost=self._lost[:LOST_MAX],
-            )
-        )
+        self._link.log(report_of(self.spec, phase, self._why, self._path, found, stats, self.rate, self._lost))
 
     async def _report_often(self) -> None:
         """Each second while there is something new to tell."""

@@ -320,6 +320,47 @@ async def test_an_empty_log_of_another_size_is_made_anew(bench: Bench) -> None:
     assert file.stat().st_size == 2 * MIB
 
 
+async def test_one_of_another_size_that_cannot_be_removed_makes_it_only_slower(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stuck(path: str, uuid: str) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    await bench.take(bench.spec())
+    await bench.take()
+    bench.reports.asked.clear()
+    with monkeypatch.context() as context:
+        context.setattr(logdisks_module, "remove_log_file", stuck)
+        await bench.take(bench.spec({"log": CacheLog(size=2 * MIB)}, epoch=2))
+        assert bench.error() == ("", "") and len(bench.plane.volumes) == 1
+        assert bench.reports.logs[-1].state == "refused" and "Input/output" in bench.reports.logs[-1].why
+    await until(lambda: bench.reports.asked)  # it begins anew by itself
+    assert bench.log.length == 2 * MIB
+
+
+async def test_nothing_is_written_into_a_log_that_is_wanted_off_meanwhile(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The data plane was told so twice in a moment, and is told later: no longer, if the log is to be empty by then."""
+    monkeypatch.setattr(writelog_module, "CALL_AGAIN_S", 0.2)
+    allow, refusals = bench.plane.allow_log, [errno.EALREADY]
+
+    def not_yet(volume: int) -> None:
+        if refusals:
+            raise OSError(refusals.pop(), "it has not heard the last one yet")
+        allow(volume)
+
+    monkeypatch.setattr(bench.plane, "allow_log", not_yet)
+    await bench.take(bench.spec())
+    bench.reports.answer("dirty")
+    bench.log.drained.set()
+    await bench.take(bench.spec({"on": False}))
+    await until(lambda: bench.reports.asked)
+    await asyncio.sleep(0.3)
+    assert bench.log.state is LogState.THROUGH and not refusals, "the registry is about to say that it holds nothing"
+    bench.reports.answer("clean")
+
+
 async def test_a_log_goes_in_under_clients_and_out_again(bench: Bench) -> None:
     await bench.take(vvol(1))
     [volume] = bench.plane.volumes

@@ -25,13 +25,11 @@ from tests.unit.filter_words import MIB, until, uuid_of, vvol
 from tests.unit.mirror_rig import MirrorRig
 from tests.unit.plane_rig import eventually
 from tests.unit.test_filter_lease_log import answer
-from tests.unit.test_filter_log import HELD, Bench
-from tests.unit.test_filter_log import _bench as bench_of_logs
+from tests.unit.test_filter_log import HELD, Bench, _bench
 
+__all__ = ["_bench"]
 HANGS = LogFound(LogVerdict.HANGS, 110, 0, 0, bytes(16))
 BLOCK = 4096
-bench_fixture = bench_of_logs
-"""`bench` here, too."""
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import threading
@@ -126,6 +127,20 @@ def test_a_log_is_looked_at_and_not_touched(tmp_path: Path) -> None:
         assert look_at_log(str(path), uuid_of(1), LOG.hex()).verdict is verdict
     path.unlink()
     with pytest.raises(NvError, match="is missing"):
+        look_at_log(str(path), uuid_of(1), LOG.hex())
+
+
+def test_what_cannot_be_read_whole_is_not_taken_for_a_logs_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read may bring what lies before a bad place, and no error: it would look as if nothing was logged."""
+    path, real, bad_from = make_log(tmp_path / "log", 5), os.preadv, 8192 + 64
+
+    def bad(fd: int, buffers: list[memoryview], offset: int) -> int:
+        if offset >= bad_from:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return min(real(fd, buffers, offset), bad_from - offset)
+
+    monkeypatch.setattr(os, "preadv", bad)
+    with pytest.raises(NvError, match="Input/output error"):
         look_at_log(str(path), uuid_of(1), LOG.hex())
 
 
