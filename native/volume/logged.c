@@ -525,6 +525,8 @@ void nv_logged_event(void *context, enum nv_log_event event, int64_t value)
     struct nv_logged *logged = context;
     struct nv_event_slot *slot = NULL;
 
+    if (event != NV_LOG_RESTS)
+        nv_logged_show(logged); /* who hears it may look at once */
     switch (event) {
     case NV_LOG_OPENED:
         logged->reactor->jobs += nv_log_abandoned(logged->log);

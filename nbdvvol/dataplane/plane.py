@@ -193,7 +193,11 @@ class Plane:
             return
         while (count := lib.nv_plane_events(self._plane, self._events, _EVENTS_AT_ONCE)) > 0:
             for index in range(count):
-                self._on_event(self._events[index])
+                try:
+                    self._on_event(self._events[index])
+                except Exception as error:  # of who hears it: what others wait for comes all the same
+                    said = {"message": f"event {self._events[index].kind} was not dealt with", "exception": error}
+                    self._loop.call_exception_handler(said)
             if count < _EVENTS_AT_ONCE:
                 break
 

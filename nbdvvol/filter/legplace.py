@@ -130,7 +130,11 @@ class Storage:
         self._attempts[vvol.uuid, place.id] += 1
         place.attempt = self._attempts[vvol.uuid, place.id]
         task = asyncio.get_running_loop().create_task(self._acquire(place.spec, vvol, place.attempt))
-        done, _ = await asyncio.wait({task}, timeout=OPEN_S)
+        try:
+            done, _ = await asyncio.wait({task}, timeout=OPEN_S)
+        except asyncio.CancelledError:  # the mirror closes, and nobody would let go of what opens yet
+            task.add_done_callback(self._too_late)
+            raise
         if not done:
             place.hangs = task
             task.add_done_callback(self._too_late)

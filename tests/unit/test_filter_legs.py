@@ -8,14 +8,17 @@ import time
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
+from nbdvvol.filter.legplace import Storage
 from nbdvvol.model.farm import CacheConfig
+from nbdvvol.model.link import LegSpec
 from tests.lib.pattern import pattern
 from tests.lib.rawio import NbdError
 from tests.lib.rawnbd import Closed
-from tests.unit.filter_words import MIB
+from tests.unit.filter_words import MIB, until, vvol
 from tests.unit.mirror_rig import META, SIZE, UUID_OF, MirrorRig
 from tests.unit.plane_rig import eventually
 
@@ -201,6 +204,32 @@ def test_what_comes_while_a_mirror_closes_starts_nothing(rig: MirrorRig, monkeyp
     count = len(released)
     time.sleep(1.0)
     assert len(released) == count and failures == []
+
+
+async def test_what_opens_when_nobody_waits_for_it_any_more_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mirror that closes while a leg is being opened: its object must not stay open, nor its claim stand."""
+    held, opens, released = object(), asyncio.Event(), list[object]()
+
+    class Objects:
+        async def release(self, one: object) -> None:
+            released.append(one)
+
+    async def acquire(*_: object) -> object:
+        await opens.wait()
+        return held
+
+    storage = Storage(cast("Any", None), cast("Any", Objects()), lambda _: None)
+    monkeypatch.setattr(storage, "_acquire", acquire)
+    leg = LegSpec(id=1, datastore="a", state="in-sync", runs=[])
+    spec = vvol(1, legs=[leg])
+    opening = asyncio.create_task(storage.open(storage.place(spec, leg), spec, lambda _: None))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    opening.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await opening
+    opens.set()
+    await until(lambda: released == [held])
 
 
 def test_only_the_operator_ends_a_doubt(rig: MirrorRig) -> None:

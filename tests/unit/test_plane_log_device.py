@@ -6,8 +6,11 @@ What was acknowledged and can be read anywhere is kept and stays readable; what 
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -375,6 +378,33 @@ def test_carrying_does_not_wait_for_a_read_that_hangs(bad: Bad) -> None:
     drained.result(20)
     assert bad.has(5 * BLOCK, stuck[5 * BLOCK]) and bad.lost() == []
     read_back(client, stuck | wrote)
+
+
+def test_who_hears_of_it_and_fails_keeps_nobody_else_from_hearing(bad: Bad) -> None:
+    """An event that is not dealt with is told, and the one behind it comes: somebody waits for that."""
+    client, told, failures = bad.log(), threading.Event(), list[object]()
+    loop, plane, disk = bad.rig.loop, bad.rig.plane, bad.rig.file_object(SIZE, "other")
+
+    def fails(event: LogEvent) -> None:
+        raise ValueError(f"a fault in who hears of {event.kind.value}")
+
+    async def look() -> bytes:
+        told.wait(10)  # events gather meanwhile
+        looking = asyncio.ensure_future(plane.read(disk, 0, BLOCK))
+        await asyncio.sleep(0)
+        time.sleep(0.3)  # noqa: ASYNC251
+        async with asyncio.timeout(10):
+            return await looking
+
+    plane.on_log = fails
+    bad.rig.call(loop.set_exception_handler, lambda _, context: failures.append(context["exception"]))
+    bad.fs.fail("write", errno.EIO, RING)
+    looking = bad.rig.start(look())
+    cookie = client.send(w.CMD_WRITE, BLOCK, BLOCK, payload=bytes(BLOCK))
+    assert client.wait(cookie).error == 0, "it has gone to the storage"
+    told.set()
+    assert looking.result(20) == bytes(BLOCK)
+    assert "LOG_FAILED" in str(failures[0])
 
 
 def test_all_reads_hang_and_more_are_asked_for(bad: Bad) -> None:
