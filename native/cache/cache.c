@@ -224,6 +224,8 @@ uint64_t nv_cache_now(const struct nv_cache *cache)
 }
 
 /* The end, above `at`, of the blocks that lie in at's stripe. */
+_Static_assert(1u << NV_CACHE_STRIPE_SHIFT <= 32, "a word has a bit for each block of a stripe");
+
 static uint64_t stripe_end(uint64_t at, uint64_t end)
 {
     const uint64_t stripe = ((at >> NV_CACHE_STRIPE_SHIFT) + 1) << NV_CACHE_STRIPE_SHIFT;
@@ -238,17 +240,21 @@ struct nv_cache_filled nv_cache_fill(struct nv_cache *cache, const struct nv_cac
     struct nv_cache_spot at = *spot;
     const uint64_t end = spot->block + count;
 
-    for (; at.block < end; at.block = stripe_end(at.block, end))
+    for (; !spot->scan && at.block < end; at.block = stripe_end(at.block, end))
         nv_cache_expect(cache, &at, false);
     at = *spot;
     while (at.block < end) {
         const uint64_t mixed = nv_cache_mix(at.owner, at.block), until = stripe_end(at.block, end);
         struct nv_shard *shard = shard_of(cache, mixed);
+        uint32_t wanted;
         nv_shard_expect_stripe(shard, mixed, &at, until);
         pthread_mutex_lock(&shard->lock);
-        for (; at.block < until; at.block++, bytes += NV_CACHE_BLOCK) {
+        wanted = nv_shard_wants(shard, mixed, &at, until);
+        for (; at.block < until; at.block++, bytes += NV_CACHE_BLOCK, wanted >>= 1) {
             const struct nv_write_slot *slot = nv_shard_slot(shard, mixed, at.block);
             enum nv_cache_fill result = NV_CACHE_STALE;
+            if (!(wanted & 1))
+                continue;
             if (slot->busy == 0 && slot->last <= since && at.tag == nv_cache_tag(cache, at.owner) && at.tag != 0)
                 result = nv_shard_put(shard, mixed, &at, bytes, ahead);
             out.filled += result == NV_CACHE_FILLED;

@@ -30,7 +30,6 @@ enum nv_cache_fill {
     NV_CACHE_THERE,                 /* it was in already */
     NV_CACHE_STALE,                 /* a write came between, or the tag is not the owner's any more */
     NV_CACHE_FULL,                  /* everything that might have gone is pinned or protected */
-    NV_CACHE_PASSED,                /* of a scan, seen for the first time: the ghost remembers it */
 };
 
 struct nv_cache_filled {            /* of some blocks, how many were put in; how many could not be: STALE or FULL */

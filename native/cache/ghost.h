@@ -1,7 +1,13 @@
 /*
- * The ghost of a shard: fingerprints of blocks that have left the small queue lately, so that one that comes back is known
- * to be worth keeping. A table of sets of eight; an entry is forgotten by age, or when its set is full of younger ones. A
- * false memory costs a place in main, nothing else.
+ * The ghost of a shard: blocks that have left the small queue lately, so that one that comes back is known to be worth
+ * keeping. A table of sets of eight entries; an entry remembers any of eight neighbours, an octet, so that a scan asks once for
+ * eight blocks. It is forgotten by age, or when its set is full of younger ones. A false memory costs a place in main, nothing
+ * else.
+ *
+ * An entry: 24 bits of the octet's hash, the stamp at which its newer bits began (24 bits of it), eight older bits, eight newer
+ * ones. Newer bits count while no more than the span has been added since they began, older ones for half of it: they become
+ * older when one is added after half of the span. So a block is remembered for the span if its octet is alone, and for half of
+ * it to one and a half where its neighbours come and go.
  */
 #ifndef NV_CACHE_GHOST_H
 #define NV_CACHE_GHOST_H
@@ -10,43 +16,23 @@
 #include <stdint.h>
 
 #define NV_GHOST_WAYS 8u
-
-struct nv_ghost_entry {
-    uint32_t print;                 /* never 0 in a used entry */
-    uint32_t stamp;
-};
+#define NV_GHOST_OCTET 8u
 
 struct nv_ghost {
-    struct nv_ghost_entry *entries;
+    uint64_t *entries;              /* 0: free */
     uint32_t set_mask;
-    uint32_t stamp;                 /* raised with each entry */
+    uint32_t span;                  /* so many additions long a block is remembered */
+    uint32_t stamp;                 /* blocks added so far */
 };
 
-static inline uint64_t nv_ghost_spread(uint64_t mixed, uint64_t block, uint32_t tag)
-{
-    uint64_t x = (mixed ^ block * 0xd6e8feb86659fd93ull) + tag;
-
-    x = (x ^ (x >> 32)) * 0xd6e8feb86659fd93ull;
-    return x ^ (x >> 32);
-}
-
-static inline struct nv_ghost_entry *nv_ghost_set(const struct nv_ghost *ghost, uint64_t spread_bits)
-{
-    return &ghost->entries[(uint32_t)(spread_bits & ghost->set_mask) * NV_GHOST_WAYS];
-}
-
-/* It will be asked for: fetch its set into the processor's cache. */
-static inline void nv_ghost_expect(const struct nv_ghost *ghost, uint64_t mixed, uint64_t block, uint32_t tag)
-{
-    __builtin_prefetch(nv_ghost_set(ghost, nv_ghost_spread(mixed, block, tag)), 1);
-}
-
-bool nv_ghost_init(struct nv_ghost *ghost, uint32_t frames);
+bool nv_ghost_init(struct nv_ghost *ghost, uint32_t frames, uint32_t span);
 void nv_ghost_free(struct nv_ghost *ghost);
+/* It will be asked about this block's octet: fetch its set into the processor's cache. */
+void nv_ghost_expect(const struct nv_ghost *ghost, uint64_t mixed, uint64_t block, uint32_t tag);
 void nv_ghost_add(struct nv_ghost *ghost, uint64_t mixed, uint64_t block, uint32_t tag);
-/* Is it among the last `span` that were added? It is forgotten then. */
-bool nv_ghost_take(struct nv_ghost *ghost, uint64_t mixed, uint64_t block, uint32_t tag, uint32_t span);
-/* Likewise; if it is not among them, it is added. */
-bool nv_ghost_pass(struct nv_ghost *ghost, uint64_t mixed, uint64_t block, uint32_t tag, uint32_t span);
+/* Is it remembered? It is forgotten then. */
+bool nv_ghost_take(struct nv_ghost *ghost, uint64_t mixed, uint64_t block, uint32_t tag);
+/* Likewise of the block's octet those in `wanted` (bit i: its block i): the ones remembered. The others are added. */
+uint32_t nv_ghost_pass(struct nv_ghost *ghost, uint64_t mixed, uint64_t block, uint32_t tag, uint32_t wanted);
 
 #endif

@@ -40,7 +40,7 @@ bool nv_shard_init(struct nv_shard *shard)
     shard->slot_mask = slots - 1;
     shard->chains = nv_pages_map_huge(chains * sizeof *shard->chains);
     shard->slots = nv_pages_map(slots * sizeof *shard->slots);
-    return nv_ghost_init(&shard->ghost, shard->frames) && shard->chains && shard->slots;
+    return nv_ghost_init(&shard->ghost, shard->frames, shard->frames - shard->small_target) && shard->chains && shard->slots;
 }
 
 void nv_shard_free(struct nv_shard *shard)
@@ -113,14 +113,38 @@ void nv_shard_expect(struct nv_shard *shard, uint64_t mixed, const struct nv_cac
         __builtin_prefetch(&shard->lines[at - 1], 1);
 }
 
+static bool only_notes(const struct nv_shard *shard, const struct nv_cache_spot *spot)
+{
+    return spot->scan && shard->fresh == shard->frames;
+}
+
 void nv_shard_expect_stripe(struct nv_shard *shard, uint64_t mixed, const struct nv_cache_spot *spot, uint64_t end)
 {
-    for (uint64_t block = spot->block; block < end; block++) {
+    for (uint64_t block = spot->block; block < end; block = (block / NV_GHOST_OCTET + 1) * NV_GHOST_OCTET)
+        nv_ghost_expect(&shard->ghost, mixed, block, spot->tag);
+    for (uint64_t block = spot->block; !only_notes(shard, spot) && block < end; block++) {
         const uint32_t at = atomic_load_explicit(chain_of(shard, mixed, block, spot->tag), memory_order_relaxed);
         if (at != 0)
             __builtin_prefetch(&shard->lines[at - 1], 1);
-        nv_ghost_expect(&shard->ghost, mixed, block, spot->tag);
     }
+}
+
+uint32_t nv_shard_wants(struct nv_shard *shard, uint64_t mixed, const struct nv_cache_spot *spot, uint64_t end)
+{
+    uint32_t wanted = UINT32_MAX;
+
+    if (!only_notes(shard, spot))
+        return wanted;
+    wanted = 0;
+    for (uint64_t block = spot->block, next; block < end; block = next) {
+        const uint64_t octet = block / NV_GHOST_OCTET * NV_GHOST_OCTET;
+        uint32_t bits;
+        next = octet + NV_GHOST_OCTET < end ? octet + NV_GHOST_OCTET : end;
+        bits = ((1u << (next - block)) - 1) << (block - octet);
+        bits = nv_ghost_pass(&shard->ghost, mixed, block, spot->tag, bits) >> (block - octet);
+        wanted |= bits << (block - spot->block);
+    }
+    return wanted;
 }
 
 static void unlink_line(struct nv_shard *shard, uint32_t frame)
@@ -284,17 +308,12 @@ enum nv_cache_fill nv_shard_put(struct nv_shard *shard, uint64_t mixed, const st
                                 const uint8_t *bytes, bool ahead)
 {
     uint32_t frame = find_surely(shard, mixed, spot);
-    const uint32_t span = shard->frames - shard->small_target;
-    const bool full = shard->fresh == shard->frames;
     struct nv_line *line;
     bool known;
 
     if (frame != NV_CACHE_NONE)
         return refill(shard, frame, bytes, ahead);
-    known = spot->scan && full ? nv_ghost_pass(&shard->ghost, mixed, spot->block, spot->tag, span)
-                               : nv_ghost_take(&shard->ghost, mixed, spot->block, spot->tag, span);
-    if (spot->scan && full && !known)
-        return NV_CACHE_PASSED;
+    known = only_notes(shard, spot) || nv_ghost_take(&shard->ghost, mixed, spot->block, spot->tag);
     frame = find_room(shard, spot->owner);
     if (frame == NV_CACHE_NONE)
         return NV_CACHE_FULL;

@@ -72,6 +72,7 @@
 #define NV_CACHE_SLOTS_MIN 4096u               /* write slots of a shard, at least */
 #define NV_CACHE_CHAIN_STEPS 64u               /* a look into the index is bounded, whatever others do to it meanwhile */
 #define NV_CACHE_EVICT_STEPS 64u               /* ... and a search for room */
+#define NV_CACHE_LONG_BLOCKS 16u               /* of a read that is not taken apart for a few of its blocks */
 #define NV_CACHE_FILL_MAX 256u                 /* blocks that one request puts in: bounds a turn */
 #define NV_HIT_FRAMES 17u                      /* a hit of up to 64 KiB is sent from its frames; a longer one is copied */
 #define NV_HIT_PINS 256u                       /* frames that one connection may have pinned */

@@ -220,6 +220,23 @@ void nv_cached_policy_changed(struct nv_cached_change *change)
 
 /* ---- reads ---- */
 
+/* Of a long read at least a quarter is cached from its beginning on. Less is not worth a read below that begins elsewhere. */
+static bool begins_cached(const struct nv_vreq *request, struct nv_cache_spot *spot)
+{
+    struct nv_cache *cache = request->volume->cached.cache;
+    const uint64_t first = first_block(request->offset), blocks = end_block(request->offset + request->length) - first;
+
+    if (blocks < NV_CACHE_LONG_BLOCKS)
+        return true;
+    for (spot->block = first; spot->block < first + blocks / 4; spot->block++) {
+        const uint32_t frame = nv_cache_pin(cache, spot);
+        if (frame == NV_CACHE_NONE)
+            return false;
+        nv_cache_unpin(cache, frame);
+    }
+    return true;
+}
+
 /* How much of the range is cached from its beginning on: copied, in whole blocks or up to the end. */
 static uint64_t copy_hits(struct nv_vreq *request, struct nv_cache_spot *spot)
 {
@@ -267,7 +284,7 @@ static void read_begins(struct nv_vreq *request, uint32_t tag)
     cached->time = nv_cache_now(request->volume->cached.cache);
     cached->tag = tag;
     if (!cached->ahead) {
-        request->done = copy_hits(request, &spot);
+        request->done = begins_cached(request, &spot) ? copy_hits(request, &spot) : 0;
         scan = nv_cached_saw(request->reactor, local_of(request), request->offset, request->length,
                              request->done == request->length);
     }
