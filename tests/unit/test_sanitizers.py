@@ -37,6 +37,7 @@ TESTS = [
     "log_fail",
     "bulk",
     "log_switch",
+    "log_opening",
 ]
 # Not with the thread sanitizer: the slowest of a kind of which others remain, and what measures resident memory.
 NOT_TSAN = "not 65536 and not random_operations_on_one_run and not memory"
