@@ -33,6 +33,8 @@ from nbdvvol.model.observe import DatastoreCounters
 from nbdvvol.nbd.claims import Claim
 
 T = TypeVar("T")
+AGAIN_S = 0.5
+"""Between tries to close an object of which something that was asked hangs."""
 Key = tuple[str, str, str]
 """(path of the datastore, name of the object in it, the claim of the mirror's leg that has it to itself, or "")."""
 
@@ -75,6 +77,8 @@ class ObjectTable:
         """By datastore, what its objects had counted when they were closed: a sum must never go back."""
         self._locks: defaultdict[Key, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._threads: dict[str, ThreadPoolExecutor] = {}
+        self._late: set[asyncio.Task[None]] = set()
+        """Those that close an object which could not be closed yet."""
 
     async def acquire(
         self, spec: DatastoreSpec, name: str, *, may_read_only: bool = False, claim: Claim | None = None
@@ -192,6 +196,8 @@ class ObjectTable:
 
     def shutdown(self) -> None:
         """End the threads; calls that hang are left behind."""
+        for task in self._late:
+            task.cancel()
         for thread in self._threads.values():
             thread.shutdown(wait=False, cancel_futures=True)
 
@@ -265,12 +271,31 @@ class ObjectTable:
             last = self._plane.object_stats(held.number)  # without users it counts nothing any more
             self._closed[held.datastore] = _sum(self._closed[held.datastore], last)
             held.closing = True
-            await self._close(held)  # known until then: what fails at the end must find its name
+            try:
+                await self._close(held)  # known until then: what fails at the end must find its name
+            except OSError as error:
+                if error.errno != errno.EBUSY:
+                    raise
+                held.closing = False  # something that was asked of it hangs: it stays open, for whoever wants it next
+                self._closed[held.datastore] = _sum(self._closed[held.datastore], last, -1)
+                self._close_later(held)
+                return
             del self._held[held.key]
 
+    def _close_later(self, held: HeldObject) -> None:
+        async def close() -> None:
+            await asyncio.sleep(AGAIN_S)
+            async with self._locks[held.key]:
+                await self._close_unused(held)
 
-def _sum(one: ObjectStats, other: ObjectStats) -> ObjectStats:
-    return ObjectStats(**{name: getattr(one, name) + getattr(other, name) for name in ObjectStats.__slots__})
+        task = asyncio.get_running_loop().create_task(close())
+        self._late.add(task)
+        task.add_done_callback(self._late.discard)
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())
+
+
+def _sum(one: ObjectStats, other: ObjectStats, sign: int = 1) -> ObjectStats:
+    return ObjectStats(**{name: getattr(one, name) + sign * getattr(other, name) for name in ObjectStats.__slots__})
 
 
 def _forget(path: str, ranges: Sequence[tuple[int, int]]) -> None:

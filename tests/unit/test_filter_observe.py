@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+import nbdvvol.filter.objects as objects_module
 from nbdvvol.dataplane.types import ObjectStats, TraceRecord
 from nbdvvol.filter.objects import ObjectTable
 from nbdvvol.filter.syncfaults import FaultBook
@@ -121,6 +122,29 @@ async def test_a_datastores_sum_survives_the_closing_of_its_objects(tmp_path: Pa
         [left] = objects.counters()
         assert (left.datastore, left.objects) == ("main", 0)
         assert (left.reads, left.syncs, left.read_bytes) == (3 * round_number, round_number, 300 * round_number)
+    objects.shutdown()
+
+
+async def test_an_object_that_something_hangs_on_is_closed_when_that_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who gave it up does not hear of it; who wants it meanwhile has it; and its sums are right all the time."""
+    monkeypatch.setattr(objects_module, "AGAIN_S", 0.02)
+    plane = FakePlane()
+    objects = ObjectTable(plane, FaultBook(tmp_path))
+    objects.farm = "farm"
+    (tmp_path / "x.img").write_bytes(bytes(MIB))
+    store = file_store(tmp_path / "x.img", "main")
+    held = await objects.acquire(store, "")
+    plane.objects[held.number].stats = ObjectStats(reads=3)
+    plane.hung.add(held.number)
+    await objects.release(held)
+    assert [(one.reads, one.objects) for one in objects.counters()] == [(3, 1)]
+    assert await objects.acquire(store, "") is held
+    await objects.release(held)
+    plane.hung.clear()
+    await until(lambda: plane.objects == {})
+    assert [(one.reads, one.objects) for one in objects.counters()] == [(3, 0)]
     objects.shutdown()
 
 
