@@ -5,6 +5,9 @@
 #include "ring.h"
 
 #include <unistd.h>
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
 
 enum {
     UNIT = 4096,
@@ -72,6 +75,27 @@ static void start(struct server *s)
     s->building = NULL;
 }
 
+#ifdef __x86_64__
+/* Nobody here reads them again, the disk does: past the processor's cache. */
+__attribute__((target("avx"))) static void stream(uint8_t *to, const uint8_t *from, uint32_t length)
+{
+    for (uint32_t i = 0; i < length; i += 32)
+        _mm256_stream_si256((__m256i *)(void *)(to + i), _mm256_loadu_si256((const __m256i *)(const void *)(from + i)));
+    _mm_sfence();
+}
+#endif
+
+static void copy_units(uint8_t *to, const uint8_t *from, uint32_t length)
+{
+#ifdef __x86_64__
+    if (__builtin_cpu_supports("avx")) {
+        stream(to, from, length);
+        return;
+    }
+#endif
+    memcpy(to, from, length);
+}
+
 /* One write of the client. False: it is more than it may have in flight. */
 static bool add(struct server *s, const uint8_t *cookie, const uint8_t *payload, uint32_t length)
 {
@@ -79,7 +103,7 @@ static bool add(struct server *s, const uint8_t *cookie, const uint8_t *payload,
     if (!record) record = s->building = begin(s);
     if (!record || record->blocks + length / UNIT > BLOCKS) return false;
     put_reply(record->reply + (size_t)record->replies++ * REPLY_BYTES, 0, cookie);
-    memcpy(record->memory + (1 + (size_t)record->blocks) * UNIT, payload, length);
+    copy_units(record->memory + (1 + (size_t)record->blocks) * UNIT, payload, length);
     record->blocks += length / UNIT;
     return true;
 }
