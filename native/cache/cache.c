@@ -208,6 +208,11 @@ uint8_t *nv_cache_bytes(const struct nv_cache *cache, uint32_t frame)
     return cache->memory + (uint64_t)frame * NV_CACHE_BLOCK;
 }
 
+bool nv_cache_is_ahead(const struct nv_cache *cache, uint32_t frame)
+{
+    return atomic_load_explicit(&cache->lines[frame].ahead, memory_order_relaxed);
+}
+
 bool nv_cache_first_use(struct nv_cache *cache, uint32_t frame)
 {
     _Atomic uint8_t *ahead = &cache->lines[frame].ahead;
@@ -246,17 +251,21 @@ struct nv_cache_filled nv_cache_fill(struct nv_cache *cache, const struct nv_cac
     while (at.block < end) {
         const uint64_t mixed = nv_cache_mix(at.owner, at.block), until = stripe_end(at.block, end);
         struct nv_shard *shard = shard_of(cache, mixed);
-        uint32_t wanted;
+        uint32_t wanted = UINT32_MAX;
+        bool notes = false;
         nv_shard_expect_stripe(shard, mixed, &at, until);
         pthread_mutex_lock(&shard->lock);
-        wanted = nv_shard_wants(shard, mixed, &at, until);
         for (; at.block < until; at.block++, bytes += NV_CACHE_BLOCK, wanted >>= 1) {
             const struct nv_write_slot *slot = nv_shard_slot(shard, mixed, at.block);
             enum nv_cache_fill result = NV_CACHE_STALE;
+            if (!notes && nv_shard_only_notes(shard, &at)) { /* perhaps since the block before */
+                notes = true;
+                wanted = nv_shard_wants(shard, mixed, &at, until);
+            }
             if (!(wanted & 1))
                 continue;
             if (slot->busy == 0 && slot->last <= since && at.tag == nv_cache_tag(cache, at.owner) && at.tag != 0)
-                result = nv_shard_put(shard, mixed, &at, bytes, ahead);
+                result = nv_shard_put(shard, mixed, &at, bytes, ahead, notes);
             out.filled += result == NV_CACHE_FILLED;
             out.refused += result == NV_CACHE_STALE || result == NV_CACHE_FULL;
         }
@@ -305,8 +314,8 @@ uint64_t nv_cache_write_ends(struct nv_cache *cache, uint32_t owner, uint64_t fi
             const bool alone = --slot->busy == 0 && slot->last == time;
             slot->last = now;
             if (alone && bytes && spot.tag && spot.block - first_whole < whole)
-                put += nv_shard_put(shard, mixed, &spot, bytes + (spot.block - first_whole) * NV_CACHE_BLOCK, false) ==
-                       NV_CACHE_FILLED;
+                put += nv_shard_put(shard, mixed, &spot, bytes + (spot.block - first_whole) * NV_CACHE_BLOCK, false,
+                                    false) == NV_CACHE_FILLED;
         }
         pthread_mutex_unlock(&shard->lock);
     }

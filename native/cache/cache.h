@@ -65,6 +65,8 @@ void nv_cache_unpin(struct nv_cache *cache, uint32_t frame);
 /* A block will be asked for soon: bring what finds it nearer to the processor, in two steps, the second one `near`. */
 void nv_cache_expect(const struct nv_cache *cache, const struct nv_cache_spot *spot, bool near);
 uint8_t *nv_cache_bytes(const struct nv_cache *cache, uint32_t frame);
+/* It was fetched ahead, and nobody has used it yet. */
+bool nv_cache_is_ahead(const struct nv_cache *cache, uint32_t frame);
 /* True once for a frame that was fetched ahead: this is its first use. */
 bool nv_cache_first_use(struct nv_cache *cache, uint32_t frame);
 

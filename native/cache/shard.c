@@ -113,7 +113,7 @@ void nv_shard_expect(struct nv_shard *shard, uint64_t mixed, const struct nv_cac
         __builtin_prefetch(&shard->lines[at - 1], 1);
 }
 
-static bool only_notes(const struct nv_shard *shard, const struct nv_cache_spot *spot)
+bool nv_shard_only_notes(const struct nv_shard *shard, const struct nv_cache_spot *spot)
 {
     return spot->scan && shard->fresh == shard->frames;
 }
@@ -122,7 +122,7 @@ void nv_shard_expect_stripe(struct nv_shard *shard, uint64_t mixed, const struct
 {
     for (uint64_t block = spot->block; block < end; block = (block / NV_GHOST_OCTET + 1) * NV_GHOST_OCTET)
         nv_ghost_expect(&shard->ghost, mixed, block, spot->tag);
-    for (uint64_t block = spot->block; !only_notes(shard, spot) && block < end; block++) {
+    for (uint64_t block = spot->block; !spot->scan && block < end; block++) {
         const uint32_t at = atomic_load_explicit(chain_of(shard, mixed, block, spot->tag), memory_order_relaxed);
         if (at != 0)
             __builtin_prefetch(&shard->lines[at - 1], 1);
@@ -131,11 +131,8 @@ void nv_shard_expect_stripe(struct nv_shard *shard, uint64_t mixed, const struct
 
 uint32_t nv_shard_wants(struct nv_shard *shard, uint64_t mixed, const struct nv_cache_spot *spot, uint64_t end)
 {
-    uint32_t wanted = UINT32_MAX;
+    uint32_t wanted = 0;
 
-    if (!only_notes(shard, spot))
-        return wanted;
-    wanted = 0;
     for (uint64_t block = spot->block, next; block < end; block = next) {
         const uint64_t octet = block / NV_GHOST_OCTET * NV_GHOST_OCTET;
         uint32_t bits;
@@ -305,15 +302,14 @@ static enum nv_cache_fill refill(struct nv_shard *shard, uint32_t frame, const u
 }
 
 enum nv_cache_fill nv_shard_put(struct nv_shard *shard, uint64_t mixed, const struct nv_cache_spot *spot,
-                                const uint8_t *bytes, bool ahead)
+                                const uint8_t *bytes, bool ahead, bool known)
 {
     uint32_t frame = find_surely(shard, mixed, spot);
     struct nv_line *line;
-    bool known;
 
     if (frame != NV_CACHE_NONE)
         return refill(shard, frame, bytes, ahead);
-    known = only_notes(shard, spot) || nv_ghost_take(&shard->ghost, mixed, spot->block, spot->tag);
+    known = known || nv_ghost_take(&shard->ghost, mixed, spot->block, spot->tag);
     frame = find_room(shard, spot->owner);
     if (frame == NV_CACHE_NONE)
         return NV_CACHE_FULL;

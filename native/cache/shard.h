@@ -97,16 +97,18 @@ uint32_t nv_shard_pin(struct nv_shard *shard, uint64_t mixed, const struct nv_ca
 void nv_shard_expect(struct nv_shard *shard, uint64_t mixed, const struct nv_cache_spot *spot, bool near);
 /* All from the spot's block to `end`, of one stripe, will be filled: fetch their chains' first lines and their ghosts. */
 void nv_shard_expect_stripe(struct nv_shard *shard, uint64_t mixed, const struct nv_cache_spot *spot, uint64_t end);
+/* Under the lock: a scan, and no room is left: what the ghost does not remember is not put in. */
+bool nv_shard_only_notes(const struct nv_shard *shard, const struct nv_cache_spot *spot);
 /*
- * Under the lock, of the spot's block and those behind it up to `end`, of one stripe: which to put in (bit i: the block
- * i behind). A scan's in a full shard only if the ghost remembers it, whether it is there or not; else the ghost notes it.
+ * Under the lock, of such a scan from the spot's block up to `end`, of one stripe: which to put in (bit i: the block i
+ * behind). Those that the ghost remembers, whether they are there or not; it forgets them, and notes the others.
  */
 uint32_t nv_shard_wants(struct nv_shard *shard, uint64_t mixed, const struct nv_cache_spot *spot, uint64_t end);
 /* Under the lock: it is not found any more; who has it pinned keeps its bytes. */
 void nv_shard_drop(struct nv_shard *shard, uint64_t mixed, const struct nv_cache_spot *spot);
-/* Under the lock: put in what is wanted, whatever the write slots say. */
+/* Under the lock: put it in, whatever the write slots say. `known`: the ghost has been asked, and has remembered it. */
 enum nv_cache_fill nv_shard_put(struct nv_shard *shard, uint64_t mixed, const struct nv_cache_spot *spot,
-                                const uint8_t *bytes, bool ahead);
+                                const uint8_t *bytes, bool ahead, bool known);
 const char *nv_shard_check(struct nv_shard *shard);
 
 #endif

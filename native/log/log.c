@@ -418,7 +418,8 @@ uint64_t nv_log_alike(const struct nv_log *log, uint64_t offset, uint64_t length
     const uint64_t first = offset / NV_LOG_UNIT, end = nv_log_units(offset + length);
     uint64_t block = first;
 
-    *holds = log->state == NV_LOG_CLOSED || log->state == NV_LOG_RECOVERING;
+    /* What haunts a block may come to be seen after a crash: no hole until then, whatever is below. */
+    *holds = log->state == NV_LOG_CLOSED || log->state == NV_LOG_RECOVERING || nv_log_haunted(log, first, end - first);
     if (*holds || log->indexed == 0)
         return length;
     *holds = nv_log_newest(log, first) != NV_LOG_NONE;

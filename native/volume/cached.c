@@ -220,18 +220,21 @@ void nv_cached_policy_changed(struct nv_cached_change *change)
 
 /* ---- reads ---- */
 
-/* Of a long read at least a quarter is cached from its beginning on. Less is not worth a read below that begins elsewhere. */
+/*
+ * Of a long read at least a quarter is cached from its beginning on, or was fetched ahead for it. Less is not worth a read
+ * below that begins elsewhere.
+ */
 static bool begins_cached(const struct nv_vreq *request, struct nv_cache_spot *spot)
 {
     struct nv_cache *cache = request->volume->cached.cache;
     const uint64_t first = first_block(request->offset), blocks = end_block(request->offset + request->length) - first;
+    bool enough = blocks < NV_CACHE_LONG_BLOCKS;
 
-    if (blocks < NV_CACHE_LONG_BLOCKS)
-        return true;
-    for (spot->block = first; spot->block < first + blocks / 4; spot->block++) {
+    for (spot->block = first; !enough && spot->block < first + blocks / 4; spot->block++) {
         const uint32_t frame = nv_cache_pin(cache, spot);
         if (frame == NV_CACHE_NONE)
             return false;
+        enough = nv_cache_is_ahead(cache, frame);
         nv_cache_unpin(cache, frame);
     }
     return true;

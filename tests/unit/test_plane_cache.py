@@ -141,6 +141,17 @@ def test_a_stream_is_read_ahead(cached: Rig) -> None:
     assert found.ahead <= 256 + 16
 
 
+def test_a_long_read_uses_what_was_fetched_ahead_for_it(cached: Rig) -> None:
+    """However little that is: it is not read twice."""
+    volume, _, content = opened(cached, CachePolicy(CacheMode.READ, ahead_bytes=64 << 10))
+    client, long = cached.connect(volume, SIZE), 256 * BLOCK
+    for at in range(0, SIZE, long):
+        assert client.read(at, long) == content[at : at + long]
+        eventually("what it fetches has come", lambda: stats(cached, volume).filled > 0)
+    found = stats(cached, volume)
+    assert 0 < found.ahead <= found.ahead_used + 16, "all but the last is used"
+
+
 def test_reading_ahead_grows_with_a_stream_and_shrinks_when_it_was_in_vain(cached: Rig) -> None:
     most = 64
     volume, _, content = opened(cached, CachePolicy(CacheMode.READ, ahead_bytes=most * BLOCK))
@@ -210,6 +221,16 @@ def test_a_scan_pushes_nothing_out_the_first_time(cached: Rig) -> None:
     for _ in range(2):
         assert client.read(last, BLOCK) == content[last:]
     assert stats(cached, volume).hits == 1, "what is read again is kept"
+
+
+def test_a_scan_pushes_nothing_out_where_room_ends_in_the_middle_of_a_read(cached: Rig) -> None:
+    volume, _, content = opened(cached, READ)
+    client = cached.connect(volume, SIZE)
+    assert client.read(SIZE - BLOCK, BLOCK) == content[SIZE - BLOCK :]
+    for at in range(0, SIZE - 16 * BLOCK, 16 * BLOCK):
+        assert client.read(at, 16 * BLOCK) == content[at : at + 16 * BLOCK]
+    assert stats(cached, volume).filled == CACHE // BLOCK
+    assert cached.call(cached.plane.cache_totals).evictions == 0
 
 
 def test_a_stalled_client_pins_little(cached: Rig) -> None:

@@ -336,7 +336,7 @@ def test_a_read_that_hangs_is_given_up_at_the_deadline(bad: Bad) -> None:
 
 def test_a_write_whose_record_hangs_beside_reads_that_hang_is_answered_all_the_same(bad: Bad) -> None:
     """Until the log is void nobody knows whether it comes to be seen: its blocks are not read, nor changed."""
-    client, other, wrote = bad.log(SOON_MS), bad.rig.connect(bad.volume, SIZE), blocks(1, 2)
+    client, other, wrote = bad.log(SOON_MS), bad.rig.connect(bad.volume, SIZE, "structured"), blocks(1, 2)
     write(client, wrote)
     client.flush()
     bad.fs.hold("read", "write", "sync")
@@ -348,6 +348,7 @@ def test_a_write_whose_record_hangs_beside_reads_that_hang_is_answered_all_the_s
         assert other.call(w.CMD_READ, number * BLOCK, BLOCK).error == errno.EIO, "neither old nor new"
         cookies = [client.send(w.CMD_TRIM, number * BLOCK, BLOCK)]
         assert [client.wait(cookie).error for cookie in cookies] == [errno.EIO], "none overtakes it"
+        assert other.status(number * BLOCK, BLOCK) == [(BLOCK, 0)], "no hole that may be data after a crash"
     more = blocks(8, 40)
     write(other, more)
     read_back(other, more)
