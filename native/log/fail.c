@@ -13,9 +13,9 @@
  * What takes longer than the deadline has failed, too, and is waited for no more; it may still happen, at any time later. Who
  * reads what only a device that hangs has is answered -EIO; nothing of it counts as lost, and carrying it is tried again. Records
  * that are on their way then still count; what is held is answered -EIO, too, as long as the device hangs, when it has been held
- * for a deadline. A write whose record was on its way when writing failed, too, *haunts* its blocks from then on: it may come to be
- * in the log, and after a crash be seen, over what was written after it or where a read has found it absent. So until the
- * log is void these blocks are not read, and what would change them waits.
+ * for a deadline; and -ESHUTDOWN when the volume closes. A write whose record was on its way when writing failed, too, *haunts*
+ * its blocks from then on: it may come to be in the log, and after a crash be seen, over what was written after it or where a
+ * read has found it absent. So until the log is void these blocks are not read, and what would change them waits.
  */
 #include <errno.h>
 
@@ -55,6 +55,15 @@ bool nv_log_stuck(const struct nv_log *log)
     return log->needs_word || log->destager.failed;
 }
 
+static void haunt(struct nv_log *log, const struct nv_log_request *request)
+{
+    if (log->haunted_count < NV_LOG_HAUNTED)
+        log->haunted[log->haunted_count++] =
+            (struct nv_log_range){request->offset / NV_LOG_UNIT, nv_log_units(request->length)};
+    else
+        log->haunted_count = NV_LOG_HAUNTED + 1;
+}
+
 void nv_log_shut(struct nv_log *log)
 {
     struct nv_log_request *request;
@@ -63,8 +72,11 @@ void nv_log_shut(struct nv_log *log)
     hold_all(log, &log->waiting);
     hold_all(log, &log->entombing);
     hold_all(log, &log->blocked);
-    while ((request = nv_log_pop(&log->held)))
+    while ((request = nv_log_pop(&log->held))) {
+        if (request->under_way) /* what has waited behind it comes now, and may not be promised anything either */
+            haunt(log, request);
         nv_log_finish(log, request, -ESHUTDOWN);
+    }
 }
 
 /* What is written does not count any more: a record may be missing before it. */
@@ -135,15 +147,6 @@ bool nv_log_haunted(const struct nv_log *log, uint64_t first, uint64_t blocks)
         haunted = first < range->first + range->count && range->first < first + blocks;
     }
     return haunted;
-}
-
-static void haunt(struct nv_log *log, const struct nv_log_request *request)
-{
-    if (log->haunted_count < NV_LOG_HAUNTED)
-        log->haunted[log->haunted_count++] =
-            (struct nv_log_range){request->offset / NV_LOG_UNIT, nv_log_units(request->length)};
-    else
-        log->haunted_count = NV_LOG_HAUNTED + 1;
 }
 
 /* Nobody knows when the log will be void. */

@@ -362,6 +362,20 @@ def test_a_write_whose_record_hangs_beside_reads_that_hang_is_answered_all_the_s
     read_back(other, wrote | more | again)
 
 
+def test_nothing_is_promised_at_the_end_behind_a_write_that_may_yet_be_in_the_log(bad: Bad) -> None:
+    """It waits for its turn behind one whose record is on its way, and would be lost under that when a log is read."""
+    client, other = bad.log(SOON_MS), bad.rig.connect(bad.volume, SIZE)
+    bad.fs.hold("write", "sync")
+    cookie = client.send(w.CMD_WRITE, 2 * BLOCK, BLOCK, payload=os.urandom(BLOCK))
+    eventually("it is told", lambda: LogEventKind.FAILED in bad.kinds())
+    behind = other.send(w.CMD_WRITE, 2 * BLOCK, BLOCK, payload=os.urandom(BLOCK))
+    eventually("control's word is needed", lambda: LogEventKind.NEEDS_WORD in bad.kinds())
+    closed = bad.rig.start(bad.rig.plane.close_volume(bad.volume))
+    assert [client.wait(cookie).error, other.wait(behind).error] == [errno.ESHUTDOWN] * 2
+    bad.fs.release()
+    closed.result(20)
+
+
 def test_carrying_does_not_wait_for_a_read_that_hangs(bad: Bad) -> None:
     """What can be read is carried meanwhile; the rest when the device answers, though its volume is drained by then."""
     client, stuck, wrote = bad.log(SOON_MS), blocks(5), blocks(900, 901)
