@@ -98,13 +98,18 @@ static uint64_t with(const struct nv_ghost *ghost, uint64_t entry, uint32_t prin
 
 /* ---- a set ---- */
 
+static bool is_of(uint64_t entry, uint32_t print)
+{
+    return entry != 0 && entry >> PRINT_SHIFT == print;
+}
+
 /* The octet's entry, or else where it goes: a free one, or the oldest, which is made free. */
 static uint64_t *entry_of(struct nv_ghost *ghost, uint64_t *set, uint32_t print)
 {
     uint64_t *place = set;
 
     for (uint32_t i = 0; i < NV_GHOST_WAYS; i++) {
-        if (set[i] != 0 && set[i] >> PRINT_SHIFT == print)
+        if (is_of(set[i], print))
             return &set[i];
         if (*place != 0 && (set[i] == 0 || age_of(ghost, set[i]) > age_of(ghost, *place)))
             place = &set[i];
@@ -128,7 +133,7 @@ bool nv_ghost_take(struct nv_ghost *ghost, uint64_t mixed, uint64_t block, uint3
     uint64_t *set = set_of(ghost, bits);
 
     for (uint32_t i = 0; i < NV_GHOST_WAYS; i++)
-        if (set[i] != 0 && set[i] >> PRINT_SHIFT == print_of(bits)) {
+        if (is_of(set[i], print_of(bits))) {
             const bool known = remembered(ghost, set[i]) & bit_of(block);
             set[i] = without(set[i], bit_of(block));
             return known;

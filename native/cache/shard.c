@@ -102,15 +102,23 @@ uint32_t nv_shard_pin(struct nv_shard *shard, uint64_t mixed, const struct nv_ca
     return NV_CACHE_NONE;
 }
 
+/* The first line of a chain whose head is near. */
+static void expect_line(const struct nv_shard *shard, _Atomic uint32_t *chain)
+{
+    const uint32_t at = atomic_load_explicit(chain, memory_order_relaxed);
+
+    if (at != 0)
+        __builtin_prefetch(&shard->lines[at - 1], 1);
+}
+
 void nv_shard_expect(struct nv_shard *shard, uint64_t mixed, const struct nv_cache_spot *spot, bool near)
 {
     _Atomic uint32_t *chain = chain_of(shard, mixed, spot->block, spot->tag);
-    uint32_t at;
 
-    if (!near)
+    if (near)
+        expect_line(shard, chain);
+    else
         __builtin_prefetch(chain);
-    else if ((at = atomic_load_explicit(chain, memory_order_relaxed)) != 0)
-        __builtin_prefetch(&shard->lines[at - 1], 1);
 }
 
 bool nv_shard_only_notes(const struct nv_shard *shard, const struct nv_cache_spot *spot)
@@ -122,11 +130,8 @@ void nv_shard_expect_stripe(struct nv_shard *shard, uint64_t mixed, const struct
 {
     for (uint64_t block = spot->block; block < end; block = (block / NV_GHOST_OCTET + 1) * NV_GHOST_OCTET)
         nv_ghost_expect(&shard->ghost, mixed, block, spot->tag);
-    for (uint64_t block = spot->block; !spot->scan && block < end; block++) {
-        const uint32_t at = atomic_load_explicit(chain_of(shard, mixed, block, spot->tag), memory_order_relaxed);
-        if (at != 0)
-            __builtin_prefetch(&shard->lines[at - 1], 1);
-    }
+    for (uint64_t block = spot->block; !spot->scan && block < end; block++)
+        expect_line(shard, chain_of(shard, mixed, block, spot->tag));
 }
 
 uint32_t nv_shard_wants(struct nv_shard *shard, uint64_t mixed, const struct nv_cache_spot *spot, uint64_t end)

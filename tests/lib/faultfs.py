@@ -15,8 +15,11 @@ import select
 import stat
 import struct
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from tests.lib.procs import short_dir
 
 _KINDS = {"read": 15, "write": 16, "sync": 20, "allocate": 43, "change": 4}
 _FORGET, _BATCH_FORGET, _READDIR = 2, 42, 28
@@ -264,3 +267,15 @@ class FaultFs:
             one = struct.pack("<QQII", self._node(names[index]), index + 1, len(name), stat.S_IFREG >> 12) + name
             out += one.ljust((len(one) + 7) // 8 * 8, b"\0")
         return out
+
+
+@contextlib.contextmanager
+def fault_fs(room: int = 1 << 30) -> Iterator[FaultFs]:
+    """One for the length of the block, in a folder of its own; `room`: bytes that all its files may have together."""
+    folder = short_dir()
+    one = FaultFs(folder, room)
+    try:
+        yield one
+    finally:
+        one.close()
+        folder.rmdir()

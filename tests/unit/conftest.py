@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from perf import generators
+from tests.lib.faultfs import FaultFs, fault_fs
 
 
 @pytest.fixture(scope="session")
@@ -28,3 +29,10 @@ def memory() -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def fs() -> Iterator[FaultFs]:
+    """A file system whose device fails, or hangs, when the test says so."""
+    with fault_fs() as one:
+        yield one

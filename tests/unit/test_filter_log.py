@@ -29,8 +29,7 @@ from nbdvvol.model.errors import Code, NvError
 from nbdvvol.model.farm import CacheLog
 from nbdvvol.model.link import VVolSpec
 from nbdvvol.model.log import LogSpec, range_words
-from tests.lib.faultfs import FaultFs
-from tests.lib.procs import short_dir
+from tests.lib.faultfs import FaultFs, fault_fs
 from tests.unit.fake_plane import FakeLog, FakePlane
 from tests.unit.filter_words import MIB, Reports, file_store, host_state, until, uuid_of, vvol
 
@@ -517,11 +516,8 @@ async def test_a_log_whose_file_is_gone_is_drained_and_left(bench: Bench) -> Non
 
 @pytest.fixture
 def fs() -> Iterator[FaultFs]:
-    folder = short_dir()
-    one = FaultFs(folder, room=2 * MIB)
-    yield one
-    one.close()
-    folder.rmdir()
+    with fault_fs(2 * MIB) as one:
+        yield one
 
 
 def test_all_of_a_logs_space_is_taken_or_none(fs: FaultFs) -> None:

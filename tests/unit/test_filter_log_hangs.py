@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from nbdvvol.model.errors import Code, NvError
 from nbdvvol.model.farm import CacheLog
 from nbdvvol.model.log import LogSpec
 from tests.lib.faultfs import FaultFs
-from tests.lib.procs import short_dir
 from tests.unit.filter_words import MIB, until, uuid_of, vvol
 from tests.unit.mirror_rig import MirrorRig
 from tests.unit.plane_rig import eventually
@@ -192,17 +191,6 @@ async def test_a_look_that_hangs_keeps_its_vvol_from_being_served(
     assert why == "log-missing" and "has not answered within 0.1 s" in error and not bench.plane.volumes
     look.released.set()
     await until(lambda: "gone is missing" in bench.error()[1])
-
-
-@pytest.fixture
-def fs() -> Iterator[FaultFs]:
-    folder = short_dir()
-    one = FaultFs(folder)
-    try:
-        yield one
-    finally:
-        one.close()
-        folder.rmdir()
 
 
 @pytest.mark.parametrize("kind", ["read", "write"])

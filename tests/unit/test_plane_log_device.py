@@ -20,7 +20,6 @@ from nbdvvol.dataplane.log import LogEvent, LogEventKind, LogPolicy, LogState, L
 from nbdvvol.dataplane.types import Run
 from tests.lib import nbdwords as w
 from tests.lib.faultfs import FaultFs
-from tests.lib.procs import short_dir
 from tests.unit.mirror_rig import META, MirrorRig
 from tests.unit.plane_rig import Client, Rig, describe, eventually, running
 
@@ -94,17 +93,6 @@ class Bad:
         eventually("control is asked", lambda: LogEventKind.NEEDS_WORD in self.kinds())
         self.rig.call(self.rig.plane.forget_log, self.volume)
         self.is_void()
-
-
-@pytest.fixture
-def fs() -> Iterator[FaultFs]:
-    folder = short_dir()
-    one = FaultFs(folder)
-    try:
-        yield one
-    finally:
-        one.close()
-        folder.rmdir()
 
 
 @pytest.fixture(params=["plain", "mirror"])

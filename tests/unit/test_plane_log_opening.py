@@ -19,7 +19,6 @@ from nbdvvol.dataplane.log import LogFound, LogPolicy, LogVerdict
 from nbdvvol.dataplane.types import Run
 from tests.lib import nbdwords as w
 from tests.lib.faultfs import FaultFs
-from tests.lib.procs import short_dir
 from tests.unit.mirror_rig import MirrorRig
 from tests.unit.plane_rig import Rig, describe, eventually, running
 
@@ -27,17 +26,6 @@ SIZE = LOG = 4 << 20
 BLOCK = 4096
 SOON_MS = 300
 LAZY = 3_600_000
-
-
-@pytest.fixture
-def fs() -> Iterator[FaultFs]:
-    folder = short_dir()
-    one = FaultFs(folder)
-    try:
-        yield one
-    finally:
-        one.close()
-        folder.rmdir()
 
 
 @pytest.fixture
